@@ -1,0 +1,31 @@
+"""Llip: vision-language models whose image features listen to the caption.
+
+The names below are what a notebook types; each is imported when it is first used, so that `import llip` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Llip": "llip.open_clip.model",
+    "create_model_and_transforms": "llip.open_clip.factory",
+    "get_tokenizer": "llip.open_clip.factory",
+    "list_models": "llip.open_clip.factory",
+    "load_pretrained": "llip.open_clip.factory",
+    "sigmoid_loss": "llip.open_clip.loss",
+    "softmax_loss": "llip.open_clip.loss",
+    "UserError": "llip.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - names of lazily imported objects
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'llip' has no attribute {name!r}; it has {', '.join(_EXPORTS)}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

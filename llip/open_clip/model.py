@@ -1,0 +1,74 @@
+"""Llip: two OpenCLIP towers, a pooling, and the learned scale and bias of the logits.
+
+Shapes: B images, T texts, K mixture tokens, M heads, D embedding width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llip.open_clip.pooling import unit_norm
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Ceiling of `logit_scale` (Radford et al. 2021)."""
+
+
+class Llip(nn.Module):
+    """An image-text model whose image features may depend on the text they are compared with."""
+
+    def __init__(self, visual: nn.Module, text: nn.Module, pooling: nn.Module, loss: str) -> None:
+        """Put the parts together.
+
+        Args:
+            visual: maps images to mixture tokens [B, K, D].
+            text: maps token ids to text features [T, D].
+            pooling: one of `llip.open_clip.pooling`.
+            loss: the objective it is trained with, sigmoid or softmax: sets where scale and bias start, and whether
+                there is a bias at all (a parameter without gradient would stall DDP).
+        """
+        super().__init__()
+        self.visual, self.text, self.pooling = visual, text, pooling
+        start = math.log(10) if loss == "sigmoid" else math.log(1 / 0.07)
+        self.logit_scale = nn.Parameter(torch.tensor(start))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if loss == "sigmoid" else None
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised)."""
+        return self.visual(images).float()
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Map token ids [T, context] to unit-norm text features [T, D] in float32."""
+        return unit_norm(self.text(tokens))
+
+    def similarity(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
+        """Return the cosine of every image and text [B, T] in float32, exact, in tiles over texts.
+
+        Args:
+            h: mixture tokens [B, K, D] from `encode_image`.
+            t: unit-norm text features [T, D], from `encode_text` or an average of them re-normalised.
+            memory_budget: bytes that the tiles may take.
+        """
+        return self.pooling.scores(h, t, memory_budget)
+
+    def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the unit-norm image features conditioned on each text [B, T, D]: dense, for small B x T."""
+        return self.pooling.contextualize(h, t)
+
+    def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the weights over mixture tokens [B, T, M, K] in float32 (M = 1 for text-free poolings)."""
+        return self.pooling.mixture_weights(h, t)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Return the cosine of every image and text [B, T]."""
+        return self.similarity(self.encode_image(images), self.encode_text(tokens))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute both towers' blocks in the backward pass: less memory, the same values."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the logit scale within [0, ln 100]; called after each optimizer step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -1,0 +1,173 @@
+"""The ladder of poolings: how an image's K mixture tokens become the feature that a caption is compared with.
+
+Shapes: B images, T texts, K mixture tokens, M heads, D embedding width, d = D / M.
+
+Each pooling answers the same calls. The text-free ones (first, mean, learned) give one feature per image; only
+text-conditioned pooling (Llip paper, section 3; METHOD "Model", 3) gives one per image and text.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llip.open_clip import similarity
+
+NORM_EPS = 1e-6
+"""Norms below this count as this, so that features of degenerate tokens stay finite."""
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """Scale the last dimension to unit norm, in float32."""
+    return F.normalize(x.float(), dim=-1, eps=NORM_EPS)
+
+
+class TextFreePooling(nn.Module):
+    """One weighting of the K tokens for every caption: the lower rungs of the paper's ablation (its figure 3)."""
+
+    def __init__(self, mixture_tokens: int) -> None:
+        super().__init__()
+        self.mixture_tokens = mixture_tokens
+
+    def token_weights(self) -> Tensor:
+        """Return the weights over the mixture tokens [K], which sum to one."""
+        raise AssertionError("each rung defines its weights")
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Pool mixture tokens [B, K, D] to unit-norm features [B, D]."""
+        return unit_norm(torch.einsum("k,bkd->bd", self.token_weights(), h.float()))
+
+    def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
+        """Return cosines [B, T] of images [B, K, D] and unit-norm texts [T, D], in float32."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self(h) @ t.float().T
+
+    def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return unit-norm features [B, T, D]; they do not depend on the text."""
+        return self(h)[:, None].expand(-1, len(t), -1)
+
+    def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the weights over mixture tokens [B, T, 1, K]; they depend neither on the image nor on the text."""
+        return self.token_weights().expand(len(h), len(t), 1, -1)
+
+
+class FirstToken(TextFreePooling):
+    """The first token is the feature; any others serve as registers. With K = 1 this is CLIP's class token."""
+
+    def token_weights(self) -> Tensor:
+        return F.one_hot(torch.zeros((), dtype=torch.long, device=self._device.device), self.mixture_tokens).float()
+
+    def __init__(self, mixture_tokens: int) -> None:
+        super().__init__(mixture_tokens)
+        self.register_buffer("_device", torch.empty(0), persistent=False)  # follows .to(device)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return unit_norm(h[:, 0])
+
+
+class MeanTokens(TextFreePooling):
+    """The average of the K tokens."""
+
+    def __init__(self, mixture_tokens: int) -> None:
+        super().__init__(mixture_tokens)
+        self.register_buffer("weights", torch.full((mixture_tokens,), 1 / mixture_tokens), persistent=False)
+
+    def token_weights(self) -> Tensor:
+        return self.weights
+
+
+class LearnedWeights(TextFreePooling):
+    """Learned fixed weights over the K tokens: a softmax of K logits, the average at the start."""
+
+    def __init__(self, mixture_tokens: int) -> None:
+        super().__init__(mixture_tokens)
+        self.weight_logits = nn.Parameter(torch.zeros(mixture_tokens))
+
+    def token_weights(self) -> Tensor:
+        return self.weight_logits.float().softmax(dim=0)
+
+
+class TextConditionedPooling(nn.Module):
+    """Multi-head cross-attention with the text as query and the image's mixture tokens as keys and values.
+
+    Four D x D matrices without biases, and nothing else through which text could reach the feature: no query residual,
+    no extra zero key, no text bias. With K = 1 the feature does not depend on the text.
+
+    Our reading, where the paper does not settle the point: the text is a unit vector, so the query is rescaled by
+    sqrt(D) before W_Q; so are the tokens before W_K (keys from token *directions*); values and output projections start
+    as identities, so that the feature starts as a mixture of the tokens themselves.
+    """
+
+    def __init__(self, width: int, heads: int, temperature: float) -> None:
+        """Build the head.
+
+        Args:
+            width: D, divisible by `heads`.
+            heads: M.
+            temperature: tau, divides the attention logits in the place of sqrt(d).
+        """
+        super().__init__()
+        assert width % heads == 0, f"width {width} is not divisible by {heads} heads"
+        self.heads, self.temperature = heads, temperature
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.v_proj.weight)
+        nn.init.eye_(self.out_proj.weight)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[N, D] or [N, K, D] -> [N, M, d] or [N, K, M, d]."""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def keys(self, h: Tensor) -> Tensor:
+        """Return keys [B, M, K, d] of mixture tokens [B, K, D]."""
+        return self._split(self.k_proj(unit_norm(h) * h.shape[-1] ** 0.5)).transpose(1, 2)
+
+    def values(self, h: Tensor) -> Tensor:
+        """Return values [B, M, K, d] of mixture tokens [B, K, D]."""
+        return self._split(self.v_proj(h)).transpose(1, 2)
+
+    def queries(self, t: Tensor) -> Tensor:
+        """Return queries [T, M, d] of unit-norm texts [T, D], divided by the temperature."""
+        return self._split(self.q_proj(t * (t.shape[-1] ** 0.5 / self.temperature)))
+
+    def targets(self, t: Tensor) -> Tensor:
+        """Return W_O^T t_j [T, M, d]: what a value is compared with, so that z_ij need not be formed."""
+        return self._split(F.linear(t, self.out_proj.weight.T))
+
+    def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the attention weights over mixture tokens [B, T, M, K], in float32."""
+        logits = torch.einsum("tmd,bmkd->btmk", self.queries(t), self.keys(h))
+        return logits.float().softmax(dim=-1)
+
+    def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the unit-norm features z [B, T, D], formed one by one: the reference, for small B x T."""
+        mixed = torch.einsum("btmk,bmkd->btmd", self.mixture_weights(h, t), self.values(h).float())
+        return unit_norm(self.out_proj(mixed.flatten(2)))
+
+    def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
+        """Return z_ij . t_j for all pairs [B, T], in float32, exact and in tiles (see `similarity`).
+
+        Args:
+            h: mixture tokens [B, K, D].
+            t: unit-norm texts [T, D].
+            memory_budget: bytes that the tiles may take; the default of `similarity` when None.
+        """
+        return similarity.pairwise_scores(
+            self.keys(h),
+            self.values(h),
+            self.queries(t),
+            self.targets(t),
+            t,
+            self.out_proj.weight,
+            memory_budget=memory_budget,
+        )
+
+
+def create_pooling(kind: str, mixture_tokens: int, width: int, heads: int, temperature: float) -> nn.Module:
+    """Return the pooling called `kind` (first, mean, learned or text)."""
+    text_free = {"first": FirstToken, "mean": MeanTokens, "learned": LearnedWeights}
+    if kind in text_free:
+        return text_free[kind](mixture_tokens)
+    assert kind == "text", f"unknown pooling {kind!r}"
+    return TextConditionedPooling(width, heads, temperature)

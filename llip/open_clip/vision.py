@@ -1,0 +1,66 @@
+"""OpenCLIP's class-token ViT with K mixture tokens in the place of the one class token.
+
+Shapes: B images, L patches, K mixture tokens, W width of the tower, D width of the embedding.
+"""
+
+import torch
+from open_clip.transformer import PatchDropout, VisionTransformer
+from torch import Tensor, nn
+
+
+class MixtureTokenViT(nn.Module):
+    """The image tower: an OpenCLIP `VisionTransformer` that takes K learnable tokens in and gives K features out.
+
+    It adopts the modules of an OpenCLIP tower under their own names, so that state dicts differ only in the K rows of
+    `class_embedding` and of `positional_embedding`: 2 (K - 1) W parameters more (METHOD: Llip paper, section 3).
+    """
+
+    def __init__(self, source: VisionTransformer, mixture_tokens: int) -> None:
+        """Build around `source`, whose class token must be its pooled output.
+
+        Args:
+            source: OpenCLIP's tower; its modules are used, not copied.
+            mixture_tokens: K, at least 1. Row 0 is the source's class token with its position; with K > 1 the other
+                rows are drawn from the distribution that OpenCLIP draws both embeddings from.
+        """
+        super().__init__()
+        assert mixture_tokens >= 1, f"mixture_tokens = {mixture_tokens}"
+        assert source.pool_type == "tok" and source.attn_pool is None, "the source must pool by its class token"
+        self.mixture_tokens = mixture_tokens
+        self.image_size: tuple[int, int] = source.image_size
+        self.patch_size: tuple[int, int] = source.patch_size
+        self.grid_size: tuple[int, int] = source.grid_size
+        self.output_dim: int = source.output_dim
+        width = source.conv1.out_channels
+
+        self.conv1 = source.conv1
+        extra = width**-0.5 * torch.randn(2, mixture_tokens - 1, width)
+        class_token, position = source.class_embedding.detach(), source.positional_embedding.detach()
+        self.class_embedding = nn.Parameter(torch.cat([class_token[None], extra[0]]))  # [K, W]
+        self.positional_embedding = nn.Parameter(  # [K + L, W]
+            torch.cat([position[:1], extra[1], position[1:]]), requires_grad=source.positional_embedding.requires_grad
+        )
+        dropped = source.patch_dropout.prob if isinstance(source.patch_dropout, PatchDropout) else 0.0
+        self.patch_dropout = PatchDropout(dropped, exclude_first_token=False) if dropped > 0 else nn.Identity()
+        self.ln_pre = source.ln_pre
+        self.transformer = source.transformer
+        self.ln_post = source.ln_post
+        self.proj = source.proj
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass: less memory, the same values."""
+        self.transformer.grad_checkpointing = enable
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the transformer's input [B, K + L, W]: mixture tokens first, then (kept) patches."""
+        tokens = self.mixture_tokens
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, L, W]
+        position = self.positional_embedding.to(patches.dtype)
+        patches = self.patch_dropout(patches + position[tokens:])
+        mixture = self.class_embedding.to(patches.dtype) + position[:tokens]  # [K, W]
+        return self.ln_pre(torch.cat([mixture.expand(len(images), -1, -1), patches], dim=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised)."""
+        outputs = self.transformer(self.embed(images))[:, : self.mixture_tokens]  # [B, K, W]
+        return self.ln_post(outputs) @ self.proj
