@@ -45,7 +45,9 @@ class Config:
     deterministic: bool = _operational(False, "only deterministic kernels (slower on CUDA)")
 
     # Data
-    train_data: str = _field("", "shards: brace pattern, glob, comma list, `A.tar@0.7::B.tar@0.3`, pipe:, or scenes:DIR")
+    train_data: str = _field(
+        "", "shards: brace pattern, glob, comma list, `A.tar@0.7::B.tar@0.3`, pipe:, or scenes:DIR"
+    )
     train_num_samples: int = _field(0, "pairs that make one epoch of the schedule")
     caption_keys: str = _field("txt", "caption sources: txt, json.FIELD; weighted as in json.captions:0.7,txt:0.3")
     workers: int = _operational(4, "data-loading processes per training process; 0 loads in the training process")
@@ -72,7 +74,9 @@ class Config:
     beta1: float = _field(0.9, "AdamW")
     beta2: float = _field(0.95, "AdamW")
     eps: float = _field(1e-6, "AdamW")
-    wd: float = _field(0.2, "decoupled weight decay of matrices (not of gains, biases, embeddings, tokens, logit scale)")
+    wd: float = _field(
+        0.2, "decoupled weight decay of matrices (not of gains, biases, embeddings, tokens, logit scale)"
+    )
     warmup: int = _field(2000, "steps of linear warm-up before the cosine")
     grad_clip: float | None = _field(1.0, "largest gradient norm; none: no clipping")
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = _field("amp_bf16", "arithmetic of the towers")
@@ -183,11 +187,28 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
 
 
 def _check_ranges(config: Config) -> None:
-    positive = ("batch_size", "accum_freq", "epochs", "nodes", "ngpus", "mixture_tokens", "pool_heads", "shuffle_buffer")
+    positive = (
+        "batch_size",
+        "accum_freq",
+        "epochs",
+        "nodes",
+        "ngpus",
+        "mixture_tokens",
+        "pool_heads",
+        "shuffle_buffer",
+    )
     for name in positive:
         if getattr(config, name) < 1:
             raise UserError(f"config field {name} = {getattr(config, name)}: expected at least 1")
-    switches = ("workers", "log_steps", "save_frequency", "save_steps", "save_minutes", "keep_checkpoints", "eval_steps")
+    switches = (
+        "workers",
+        "log_steps",
+        "save_frequency",
+        "save_steps",
+        "save_minutes",
+        "keep_checkpoints",
+        "eval_steps",
+    )
     for name in (*switches, "warmup", "wd", "train_num_samples", "lr"):
         value = getattr(config, name)
         if value < 0 or not math.isfinite(value):

@@ -1,1 +1,1 @@
-"""What Llip adds to the OpenCLIP library: mixture tokens, text-conditioned pooling, exact pairwise scores, objectives."""
+"""What Llip adds to OpenCLIP: mixture tokens, text-conditioned pooling, exact pairwise scores, objectives."""

@@ -32,6 +32,7 @@ __all__ = [
     "create_model",
     "create_model_and_transforms",
     "get_tokenizer",
+    "image_transforms",
     "list_models",
     "load_pretrained",
     "model_spec",
@@ -70,9 +71,7 @@ class ModelSpec:
 def model_spec(config: Config) -> ModelSpec:
     """Resolve the model fields of a run's config."""
     return ModelSpec(
-        architecture=resolve_architecture(
-            config.model, config.image_size, config.context_length, config.patch_dropout
-        ),
+        architecture=resolve_architecture(config.model, config.image_size, config.context_length, config.patch_dropout),
         mixture_tokens=config.mixture_tokens,
         pooling=config.pooling,
         pool_heads=config.pool_heads,
@@ -109,7 +108,7 @@ def get_tokenizer(model: str | None = None, context_length: int | None = None) -
     return SimpleTokenizer(context_length=context_length)
 
 
-def _transforms(image_size: int) -> tuple[Callable, Callable]:
+def image_transforms(image_size: int) -> tuple[Callable, Callable]:
     """Return OpenCLIP's training and evaluation transforms: PIL image -> normalised float [3, size, size]."""
     common = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
     train = open_clip.image_transform(image_size, is_train=True, aug_cfg={"scale": CROP_SCALE}, **common)
@@ -117,7 +116,7 @@ def _transforms(image_size: int) -> tuple[Callable, Callable]:
 
 
 def _attach(model: Llip, spec: ModelSpec) -> Llip:
-    model.preprocess_train, model.preprocess_val = _transforms(spec.image_size)
+    model.preprocess_train, model.preprocess_val = image_transforms(spec.image_size)
     model.tokenizer = get_tokenizer(context_length=spec.context_length)
     return model
 

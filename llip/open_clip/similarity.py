@@ -89,7 +89,7 @@ def pairwise_scores(
     Returns:
         Cosines [B, T] in float32, the same for any tile size to rounding.
     """
-    images, heads, tokens, head_width = keys.shape
+    images, heads, tokens, _ = keys.shape
     count, width = texts.shape
     if use_gram is None:
         use_gram = gram_is_cheaper(images, count, tokens, heads, width)

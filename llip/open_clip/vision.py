@@ -25,7 +25,8 @@ class MixtureTokenViT(nn.Module):
         """
         super().__init__()
         assert mixture_tokens >= 1, f"mixture_tokens = {mixture_tokens}"
-        assert source.pool_type == "tok" and source.attn_pool is None, "the source must pool by its class token"
+        pools_by_class_token = source.pool_type == "tok" and source.attn_pool is None
+        assert pools_by_class_token, "the source must pool by its class token"
         self.mixture_tokens = mixture_tokens
         self.image_size: tuple[int, int] = source.image_size
         self.patch_size: tuple[int, int] = source.patch_size

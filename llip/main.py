@@ -1,0 +1,74 @@
+"""Train one config: `python -m llip.main <config> [field=value ...]`.
+
+The same command starts a run, resumes it, and says so when it is finished. On one machine it starts the processes that
+the config asks for; under torchrun or srun it joins those that are there.
+"""
+
+import sys
+from functools import partial
+
+from llip.cli import parse_command
+from llip.configs import Config
+from llip.errors import EXIT_USER, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Resolve the config, start or join its processes, train. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse_command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    if command.config is None:
+        return 0
+    if command.print_only:
+        from llip.training.run_folder import config_yaml
+
+        print(config_yaml(command.config), end="")
+        return 0
+    return launch(command.config, arguments)
+
+
+def launch(config: Config, arguments: list[str]) -> int:
+    """Run this process's part of the config, or start the processes that do."""
+    from llip.training import launch
+
+    try:
+        launch.adopt_slurm()
+        device = launch.resolve_device(config)
+        if launch.joins_environment() or config.ngpus == 1:
+            train(config, device)
+            return 0
+        return launch.start_processes(arguments, config.ngpus)
+    except UserError as error:
+        return launch.tell_user(error)
+
+
+def train(config: Config, device: str) -> None:
+    """Train as one process of the run: join the others, build or restore, fit."""
+    from llip.training.distributed import join_processes
+    from llip.training.figures import draw_curves
+    from llip.training.run_log import log
+    from llip.training.setup import build_run, check_data, open_folder
+    from llip.training.trainer import Trainer
+
+    with join_processes(config, device) as processes, open_folder(config, processes):
+        check_data(config, processes)
+        run = build_run(config, processes)
+        if run.state.step >= config.total_steps:
+            log.info("run %s is finished at step %d: nothing to do", config.folder, run.state.step)
+            return
+        evaluate = None
+        if config.eval_steps and config.evals:
+            from llip.training.online import online_evaluation
+
+            evaluate = partial(online_evaluation(config), run.run_log, processes)
+        Trainer(config, run.task, run.state, processes, run.run_log, evaluate).fit(iter(run.loader))
+        run.run_log.close()
+        if processes.is_main:
+            log.info("finished: %s; curves in %s", config.folder, draw_curves(config.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

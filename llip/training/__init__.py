@@ -1,0 +1,1 @@
+"""Training: data, processes, optimisation, checkpoints, and the loop that ties them together."""

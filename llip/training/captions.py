@@ -1,0 +1,98 @@
+"""Which caption of a sample is used: weighted sources (`caption_keys`), several captions per image."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping
+
+from llip.errors import UserError
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. `reason` is a short phrase that such samples are counted under."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionSource:
+    """One place captions come from: the `txt` member, or a field of the `json` member."""
+
+    member: str
+    field: str | None
+    weight: float
+
+    def captions(self, sample: Mapping[str, bytes]) -> list[str]:
+        """Return the usable captions of this source, none if it is not there.
+
+        Raises:
+            BadSample: it is there in a form that would train on junk (not UTF-8, not json, not a string or list).
+        """
+        if self.member not in sample:
+            return []
+        try:
+            text = sample[self.member].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"{self.member} is not UTF-8") from error
+        if self.field is None:
+            found = [text]
+        else:
+            found = self._field_captions(text)
+        return [caption.strip() for caption in found if caption.strip()]
+
+    def _field_captions(self, text: str) -> list[str]:
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadSample(f"{self.member} is not json") from error
+        if not isinstance(record, dict):
+            raise BadSample(f"{self.member} is not an object")
+        value = record.get(self.field)
+        if value is None:
+            return []
+        if isinstance(value, str):  # one caption, not a list of characters
+            return [value]
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise BadSample(f"json.{self.field} is neither a string nor a list of strings")
+        return value
+
+
+def parse_caption_keys(text: str) -> tuple[CaptionSource, ...]:
+    """Read `caption_keys`: comma-separated `txt` or `json.FIELD`, each with an optional weight `:0.7`.
+
+    Raises:
+        UserError: another form, or no positive weight.
+    """
+    sources = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weight = part.partition(":")
+        member, _, field = name.partition(".")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = -1.0
+        if value < 0 or not member or (member == "json") != bool(field):
+            raise UserError(f"caption_keys: cannot read {part!r}; expected txt, json.FIELD, or json.FIELD:0.7,txt:0.3")
+        sources.append(CaptionSource(member, field or None, value))
+    if not any(source.weight > 0 for source in sources):
+        raise UserError(f"caption_keys = {text!r}: expected at least one source with a positive weight")
+    return tuple(sources)
+
+
+def choose_caption(sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], rng: random.Random) -> str:
+    """Draw one caption: a source by weight, a missing one falling to the next, then one of its captions.
+
+    Raises:
+        BadSample: no source has a caption.
+    """
+    rest = list(sources)
+    while rest:
+        weights = [source.weight for source in rest]
+        source = rng.choices(rest, weights)[0] if sum(weights) > 0 else rest[0]
+        captions = source.captions(sample)
+        if captions:
+            return rng.choice(captions)
+        rest.remove(source)
+    raise BadSample("no caption")

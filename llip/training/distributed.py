@@ -1,0 +1,117 @@
+"""What crosses processes: joining the group, gathering texts, combining the softmax's column normalisers.
+
+Shapes: T texts of one process, W processes, D embedding width. Mixture tokens never travel.
+"""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llip.configs import Config
+
+COLLECTIVE_DEADLINE = datetime.timedelta(minutes=10)
+"""A process that waits longer for the others ends with an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process's place in the run."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and speaks."""
+        return self.rank == 0
+
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Return every process's `value` by rank on the main process, None elsewhere. For small plain values."""
+        if self.count == 1:
+            return [value]
+        gathered = [None] * self.count if self.is_main else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered
+
+    def from_main(self, value: Any) -> Any:
+        """Return the main process's `value` on every process."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a tensor over the processes."""
+        if self.count == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value / self.count
+
+
+@contextmanager
+def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
+    """Join the run's processes as the environment describes them (RANK, WORLD_SIZE, ...), and leave them at the end."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # the launcher pins OMP to one thread; share the cores among this machine's processes instead
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ngpus))
+    if count > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        options = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(backend, timeout=COLLECTIVE_DEADLINE, **options)
+    try:
+        yield Processes(rank, count, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _GatherTexts(torch.autograd.Function):
+    """All-gather forward; backward the *sum* over processes of the gradient of this process's texts."""
+
+    @staticmethod
+    def forward(ctx, texts: Tensor, rank: int, count: int) -> Tensor:
+        ctx.rank, ctx.count = rank, count
+        gathered = texts.new_empty((count * len(texts), *texts.shape[1:]))
+        dist.all_gather_into_tensor(gathered, texts.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.contiguous()
+        own = grad.new_empty((len(grad) // ctx.count, *grad.shape[1:]))
+        if dist.get_backend() == "nccl":
+            dist.reduce_scatter_tensor(own, grad)
+        else:  # gloo's reduce-scatter is young; an all-reduce is the same sum
+            dist.all_reduce(grad)
+            own.copy_(grad.chunk(ctx.count)[ctx.rank])
+        return own, None, None
+
+
+def gather_texts(texts: Tensor, processes: Processes) -> Tensor:
+    """Return the texts of all processes [W T, D], by rank; gradients flow back to the process of each text."""
+    if processes.count == 1:
+        return texts
+    return _GatherTexts.apply(texts, processes.rank, processes.count)
+
+
+def combine_logsumexp(columns: Tensor) -> Tensor:
+    """Return the log-sum-exp over the images of all processes, from those over each process's own [T]."""
+    largest = columns.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    total = (columns - largest).exp()
+    dist.all_reduce(total)
+    return largest + total.log()

@@ -1,0 +1,68 @@
+"""The curves of a run as a picture."""
+
+import json
+from pathlib import Path
+
+from llip.training.run_folder import EVALS, METRICS
+
+_PANELS = (
+    ("loss", "loss"),
+    ("lr", "learning rate"),
+    ("grad_norm", "gradient norm"),
+    ("logit_scale", "logit scale"),
+    ("samples_per_second", "samples / s"),
+    ("data_wait_fraction", "share of time waiting for data"),
+)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Return the objects of a jsonl file, none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """Draw `<folder>/figures/curves.png` from the run's metrics and online evaluations.
+
+    Returns:
+        The file, or None where nothing is logged yet.
+    """
+    records = read_jsonl(folder / METRICS)
+    if not records:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [record["step"] for record in records]
+    evals = read_jsonl(folder / EVALS)
+    panels = len(_PANELS) + bool(evals)
+    columns = 3
+    rows = -(-panels // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 2.7 * rows), constrained_layout=True, squeeze=False
+    )
+    for axis, (key, title) in zip(axes.flat, _PANELS, strict=False):
+        axis.plot(steps, [record[key] for record in records], linewidth=1.5)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    if evals:
+        axis = axes.flat[len(_PANELS)]
+        for task in dict.fromkeys(record["task"] for record in evals):
+            points = [
+                (record["step"], record["value"]) for record in evals if record["task"] == task and "value" in record
+            ]
+            axis.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", label=task)
+        axis.set_title("zero-shot, %", fontsize=10)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[panels:]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(folder.name)
+    (folder / "figures").mkdir(exist_ok=True)
+    target = folder / "figures" / "curves.png"
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target

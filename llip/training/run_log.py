@@ -1,0 +1,91 @@
+"""What a run says: the terminal, log.txt, metrics.jsonl, evals.jsonl and TensorBoard. The main process alone speaks."""
+
+import json
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llip.configs import Config
+from llip.training.run_folder import EVALS, METRICS, cut_back
+
+log = logging.getLogger("llip")
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(folder: Path | None) -> None:
+    """Send the project's log to the terminal and to `<folder>/log.txt`; only warnings where `folder` is None."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if folder else logging.WARNING)
+    handlers: list[logging.Handler] = [_TqdmHandler()]
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / "log.txt"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+
+
+class RunLog:
+    """Writes a run's records. On processes other than the main one it does nothing."""
+
+    def __init__(self, folder: Path | None, config: Config, step: int) -> None:
+        """Open the record files of `folder`, cut back to `step`; no folder, no records."""
+        self.folder = folder
+        self.dropped: Counter[str] = Counter()
+        self._board = None
+        if folder is None:
+            return
+        for name in (METRICS, EVALS):
+            cut_back(folder / name, step)
+        if "tensorboard" in config.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        assert self.folder is not None
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Record one logged step: `step` and numbers."""
+        if self.folder is None:
+            return
+        self._append(METRICS, record)
+        self._scalars("train", record)
+
+    def evaluation(self, step: int, task: str, values: dict[str, float], **extra: Any) -> None:
+        """Record one online evaluation: one line per step and task."""
+        if self.folder is None:
+            return
+        self._append(EVALS, {"step": step, "task": task, **values, **extra})
+        self._scalars(f"eval/{task}", {"step": step, **values})
+
+    def _scalars(self, prefix: str, record: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+    def count_dropped(self, dropped: dict[str, int]) -> None:
+        """Count samples that this process's readers could not use; the first of each kind is said aloud."""
+        for reason, count in dropped.items():
+            if reason not in self.dropped:
+                log.warning("data: dropping samples: %s (counted from here on)", reason)
+            self.dropped[reason] += count
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._board is not None:
+            self._board.close()

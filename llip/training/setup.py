@@ -1,0 +1,182 @@
+"""Before the first step: the run's folder, its data, and everything built or restored."""
+
+import contextlib
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from llip.configs import Config
+from llip.errors import UserError
+from llip.open_clip.factory import create_model, get_tokenizer, model_spec
+from llip.open_clip.weights import load_weights, read_checkpoint
+from llip.paths import expand_path
+from llip.training.checkpoint import newest_good_checkpoint
+from llip.training.data import IMAGE_KEYS, DataPosition, make_loader
+from llip.training.distributed import Processes
+from llip.training.optimizer import create_optimizer
+from llip.training.run_folder import claim_folder, locked_folder
+from llip.training.run_log import RunLog, log, start_logging
+from llip.training.shards import SCENES_SCHEME, check_shards_exist, is_local, parse_train_data
+from llip.training.state import TrainState
+from llip.training.task import ContrastiveTask
+
+_COUNTED_BYTES = 2 << 30  # local shards up to this size are counted before the start
+
+
+class Run(NamedTuple):
+    """What a process trains with."""
+
+    task: ContrastiveTask
+    state: TrainState
+    loader: DataLoader
+    run_log: RunLog
+
+
+@contextlib.contextmanager
+def _agreed(processes: Processes) -> Iterator[list[str]]:
+    """Let the main process do something that may be the user's mistake; all processes then fail alike, none waits."""
+    problems: list[str] = []
+    error: UserError | None = None
+    try:
+        yield problems
+    except UserError as mistake:
+        error = mistake
+    message = processes.from_main(str(error) if error else None)
+    if message is not None:
+        raise UserError(message) from error
+
+
+@contextlib.contextmanager
+def open_folder(config: Config, processes: Processes) -> Iterator[None]:
+    """Hold the run's folder on the main process, and start logging on all."""
+    with contextlib.ExitStack() as stack:
+        with _agreed(processes):
+            if processes.is_main:
+                stack.enter_context(locked_folder(config.folder))
+                started = any((config.folder / "checkpoints").glob("*.pt"))
+                notes = claim_folder(config.folder, config, started)
+                if config.resume is None and started:
+                    raise UserError(
+                        f"run folder {str(config.folder)!r} holds checkpoints and resume=none; choose name=NAME"
+                    )
+        start_logging(config.folder if processes.is_main else None)
+        if processes.is_main:
+            for note in notes:
+                log.info(note)
+        yield
+
+
+def check_data(config: Config, processes: Processes) -> None:
+    """Make the embedded dataset if it is asked for, and compare the schedule with what the shards hold.
+
+    Raises:
+        UserError: missing or empty shards, or fewer samples than one global batch.
+    """
+    with _agreed(processes):
+        if not processes.is_main:
+            return
+        for part in config.train_data.split("::"):
+            if part.startswith(SCENES_SCHEME):
+                from llip.scenes import ensure_scenes
+
+                ensure_scenes(Path(expand_path(part.removeprefix(SCENES_SCHEME))))
+        sources = parse_train_data(config.train_data)
+        check_shards_exist(sources)
+        if config.steps_per_epoch < 1:
+            raise UserError(
+                f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
+                f"{config.global_batch:,} pairs; give the number of pairs in train_data, or a smaller batch_size"
+            )
+        urls = [url for source in sources for url in source.urls]
+        log.info("data: %d shards in %d datasets", len(urls), len(sources))
+        local = all(is_local(url) and Path(url).is_file() for url in urls)
+        if local and sum(os.path.getsize(url) for url in urls) <= _COUNTED_BYTES:
+            _compare_counts(config, urls)
+
+
+def _compare_counts(config: Config, urls: list[str]) -> None:
+    samples = sum(_count_samples(url) for url in urls)
+    seen = config.total_steps * config.global_batch
+    log.info(
+        "data: %s samples; the schedule sees %s pairs: %.2f passes", f"{samples:,}", f"{seen:,}", seen / max(1, samples)
+    )
+    if samples and config.train_num_samples > samples:
+        ratio = config.train_num_samples / samples
+        log.warning(
+            "data: train_num_samples = %s, but the shards hold %s: each epoch repeats the data %.2f times",
+            f"{config.train_num_samples:,}",
+            f"{samples:,}",
+            ratio,
+        )
+
+
+def _count_samples(url: str) -> int:
+    """Count the images of a local shard by its headers; a damaged shard counts what can be read."""
+    count = 0
+    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(url) as tar:
+        for member in tar:
+            count += member.name.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
+    return count
+
+
+def build_run(config: Config, processes: Processes) -> Run:
+    """Build model, optimizer and loader, and restore them from the newest good checkpoint if there is one.
+
+    Raises:
+        UserError: a name or value that does not resolve, or checkpoints of which none can be read.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+    spec = model_spec(config)
+    found = _starting_point(config)
+    model = create_model(spec, None if found else config.pretrained, config.model)
+    if found:
+        load_weights(model, found, "the run's checkpoint")
+    model.to(processes.device)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if config.torchcompile:
+        model.visual.compile()
+        model.text.compile()
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info(
+        "model: %s, K = %d, %s pooling, %s parameters",
+        config.model,
+        config.mixture_tokens,
+        config.pooling,
+        f"{parameters:,}",
+    )
+
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "amp_fp16")
+    state = TrainState(create_optimizer(model, config), scaler, DataPosition(config.workers))
+    torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
+    if found:
+        note = state.restore(found, processes)
+        log.info("resumed at step %d of %d", state.step, config.total_steps)
+        if note:
+            log.warning(note)
+    tokenizer = get_tokenizer(context_length=spec.context_length)
+    pin = processes.device.type == "cuda"
+    loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.count, state.position, pin)
+    run_log = RunLog(config.folder if processes.is_main else None, config, state.step)
+    return Run(ContrastiveTask(model, config.loss, processes), state, loader, run_log)
+
+
+def _starting_point(config: Config) -> dict | None:
+    """Return the checkpoint that the run goes on from: its own newest good one, else the one that `resume` names."""
+    own = newest_good_checkpoint(config.folder / "checkpoints")
+    if own is not None:
+        path, content, warnings = own
+        for warning in warnings:
+            log.warning("%s; %s is used instead", warning, path)
+        return content
+    if config.resume not in (None, "latest"):
+        return read_checkpoint(Path(config.resume))
+    return None

@@ -1,0 +1,81 @@
+"""The module that DDP wraps: model and objective in one forward, so that DDP sees every parameter.
+
+Shapes: B pairs of this process, K mixture tokens, D embedding width, T texts of the global batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llip.open_clip.factory import normalise_images
+from llip.open_clip.loss import sigmoid_loss, softmax_loss
+from llip.open_clip.model import Llip
+from llip.training.distributed import Processes, combine_logsumexp, gather_texts
+
+
+class Features(NamedTuple):
+    """What the two towers give for B pairs, or the gradient of the loss with respect to it."""
+
+    h: Tensor  # [B, K, D]
+    t: Tensor  # [B, D]
+
+
+class ContrastiveTask(nn.Module):
+    """Images and texts of this process in, this process's share of the global loss out.
+
+    The share is scaled so that DDP's *average* of the gradients is the gradient of the global loss (METHOD, Objective).
+    """
+
+    def __init__(self, model: Llip, loss: str, processes: Processes) -> None:
+        super().__init__()
+        assert (loss == "sigmoid") == (model.logit_bias is not None), f"the model was not built for the {loss} loss"
+        self.model, self.loss, self.processes = model, loss, processes
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        features: Features | None = None,
+        feature_gradients: Features | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (what to back-propagate, report).
+
+        In one go: `task(images, tokens)`. With accumulation in two (`accumulation.py`): `task(features=...)` is the
+        loss of cached features, and `task(images, tokens, feature_gradients=...)` carries their gradients on into the
+        towers.
+
+        Args:
+            images: uint8 [B, 3, S, S] on the device.
+            tokens: token ids [B, C].
+            features: cached features of the whole process's batch.
+            feature_gradients: of the loss, with respect to the features of these images and tokens.
+        """
+        if features is None:
+            features = self.encode(images, tokens)
+        if feature_gradients is not None:
+            surrogate = (features.h * feature_gradients.h).sum() + (features.t * feature_gradients.t).sum()
+            # The head had its gradient from the cached features; DDP still waits to see its parameters used.
+            unused = sum(
+                p.sum() for name, p in self.model.named_parameters() if not name.startswith(("visual.", "text."))
+            )
+            return surrogate + 0.0 * unused, {}
+        return self._loss(features)
+
+    def encode(self, images: Tensor, tokens: Tensor) -> Features:
+        """Run both towers."""
+        return Features(self.model.encode_image(normalise_images(images)), self.model.encode_text(tokens))
+
+    def _loss(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+        texts = gather_texts(features.t, self.processes)  # [T, D]
+        scores = self.model.similarity(features.h, texts)  # [B, T]
+        offset = self.processes.rank * len(features.h)
+        scale = self.model.logit_scale.exp()
+        report = {"logit_scale": scale.detach()}
+        with torch.autocast(scores.device.type, enabled=False):
+            if self.loss == "sigmoid":
+                report["logit_bias"] = self.model.logit_bias.detach()
+                return sigmoid_loss(scores, offset, scale, self.model.logit_bias), report
+            combine = combine_logsumexp if self.processes.count > 1 else None
+            return softmax_loss(scores, offset, scale, combine), report
