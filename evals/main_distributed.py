@@ -1,0 +1,115 @@
+"""One process per device on this machine: started together, ended together, one message when something is wrong."""
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from llip.errors import EXIT_USER, UserError
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""Longest that a process waits for the others; they differ by how fast their share of the images is read."""
+
+
+def choose_devices(names: Sequence[str] | None) -> list[str]:
+    """Return the devices to use: `names` checked against what is there, or all CUDA devices, or one cpu.
+
+    Raises:
+        UserError: an unknown device, one that is not there or is named twice, or a mix of cpu and cuda.
+    """
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if not names:
+        return found or ["cpu"]
+    names = ["cuda:0" if name == "cuda" else name for name in names]
+    for name in names:
+        if name != "cpu" and name not in found:
+            raise UserError(f"--devices {name}: this machine has cpu{''.join(', ' + device for device in found)}")
+        if name != "cpu" and names.count(name) > 1:
+            raise UserError(f"--devices names {name} more than once; one process per GPU")
+    if "cpu" in names and set(names) != {"cpu"}:
+        raise UserError(f"--devices {' '.join(names)}: either cpu or cuda, not both")
+    return names
+
+
+def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> None:
+    """Run `worker(device, *args)` for each device: in this process for one, else in a process group of new ones.
+
+    Args:
+        worker: an importable function; its arguments must pickle when there are several devices.
+
+    Raises:
+        UserError: a worker raised it. Exception: a worker failed otherwise (the message holds its traceback).
+    """
+    if len(devices) == 1:
+        _use_device(devices[0])
+        worker(devices[0], *args)
+        return
+    with tempfile.TemporaryDirectory(prefix="llip_evals_") as folder:
+        arguments = (os.getpid(), worker, list(devices), args, folder)
+        context = mp.start_processes(_child, args=arguments, nprocs=len(devices), join=False, start_method="spawn")
+        try:
+            while not context.join(timeout=5):
+                pass
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
+            mistakes = sorted(Path(folder).glob("mistake_*.txt"))
+            if mistakes:
+                raise UserError(mistakes[0].read_text(encoding="utf-8")) from None
+            raise
+        finally:
+            _end(context.processes)
+
+
+def _child(rank: int, parent: int, worker: Callable[..., None], devices: list[str], args: tuple, folder: str) -> None:
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    device = devices[rank]
+    _use_device(device)
+    if device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes are here; host names need not resolve
+    backend = "gloo" if device == "cpu" else "nccl"
+    init_method = f"file://{folder}/group"
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=len(devices), timeout=GROUP_TIMEOUT)
+    try:
+        worker(device, *args)
+    except UserError as mistake:
+        partial = Path(folder, f"partial_{rank}.txt")
+        partial.write_text(str(mistake), encoding="utf-8")
+        partial.rename(Path(folder, f"mistake_{rank}.txt"))
+        sys.stdout.flush()
+        os._exit(EXIT_USER)  # the others may wait in a collective; the parent ends them
+    dist.destroy_process_group()
+
+
+def _use_device(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.set_device(device)
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent is gone, whatever it waits for."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _end(processes: Sequence[Any], grace: float = 5.0) -> None:
+    """Terminate what still runs, then kill what does not listen."""
+    running = [process for process in processes if process.is_alive()]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + grace
+    for process in running:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,111 @@
+"""The program `mc`: evaluate one checkpoint zero-shot on the tasks of a catalog, task by task, on every device."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from evals.main_distributed import launch
+from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, format_table
+from llip.clipeval.catalog import load_catalog
+from llip.clipeval.eval_config import EvalConfig
+from llip.clipeval.evaluate import evaluate_tasks
+from llip.clipeval.paths import expand_path, unset_variables
+from llip.clipeval.processes import Processes
+from llip.configs import search_config
+from llip.errors import UserError
+
+AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+"""The run config's `precision` on CUDA; the CPU always computes in float32."""
+
+LoadModel = Callable[[Path, EvalConfig], nn.Module]
+
+
+def load_model(path: Path, config: EvalConfig) -> nn.Module:
+    """Load the checkpoint and hold it against the run config that the evaluation names.
+
+    Raises:
+        UserError: an unreadable checkpoint, or a model of another architecture (lists the differing fields).
+    """
+    import llip
+    from llip.open_clip.factory import check_model_matches
+
+    model = llip.load_pretrained(path)
+    check_model_matches(model, search_config(config.mc_config_name))
+    return model
+
+
+def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model) -> int:
+    """Evaluate and print a table; return 0, or 1 when some task could not be evaluated.
+
+    Args:
+        config: with checkpoint, run config and output folder. devices: one process each.
+        load: gives the model, carrying `.preprocess_val` and `.tokenizer`; importable, for it travels to the processes.
+
+    Raises:
+        UserError: unknown run config, catalog or task, missing checkpoint, unwritable output folder.
+    """
+    precision = _precision(config, devices)
+    checkpoint = _find_checkpoint(config)
+    catalog = load_catalog(config.catalog_name)
+    wanted = catalog.select(config.tasks)
+    model = ModelIdentity(
+        config=config.mc_config_name,
+        checkpoint=CheckpointIdentity.of(checkpoint),
+        prompt_ensemble=config.prompt_ensemble,
+        precision=precision,
+    )
+    results = ResultsFile(expand_path(config.output_dir), model)
+    if results.set_aside is not None:
+        print(f"earlier results are of another model or protocol; they are kept in {results.set_aside}")
+    tasks = [entry.name for entry in wanted if not results.is_done(entry)]
+    if kept := len(wanted) - len(tasks):
+        print(f"{kept} of {len(wanted)} tasks are done already: {results.folder / 'results.json'}")
+    if tasks:
+        print(f"evaluating {checkpoint} on {len(tasks)} tasks, on {' '.join(devices)}")
+        launch(_work, devices, config, tasks, results, checkpoint, load)
+        results = ResultsFile(results.folder, model)
+    print(format_table(results.tasks(entry.name for entry in wanted)))
+    print(f"results: {results.folder / 'results.json'}, {results.folder / 'results.md'}")
+    failed = [result for result in results.tasks(entry.name for entry in wanted) if result.error]
+    for result in failed:
+        print(f"error: {result.task}: {result.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _work(
+    device: str, config: EvalConfig, tasks: list[str], results: ResultsFile, checkpoint: Path, load: LoadModel
+) -> None:
+    """What each process does; the first one writes the results."""
+    model = load(checkpoint, config).to(device).eval()
+    first = Processes().is_first
+    evaluate_tasks(
+        model,
+        model.preprocess_val,
+        model.tokenizer,
+        tasks,
+        load_catalog(config.catalog_name),
+        device=device,
+        autocast_dtype=AUTOCAST[results.model.precision],
+        batch_size=config.batch_size,
+        workers=config.workers,
+        prompt_ensemble=config.prompt_ensemble,
+        on_result=results.add if first else None,
+    )
+
+
+def _precision(config: EvalConfig, devices: Sequence[str]) -> str:
+    run_config = search_config(config.mc_config_name)
+    return "fp32" if devices[0] == "cpu" else run_config.precision
+
+
+def _find_checkpoint(config: EvalConfig) -> Path:
+    path = expand_path(config.checkpoint_path)
+    if path.is_file():
+        return path
+    if unset := unset_variables(path):
+        raise UserError(f"checkpoint {path} is not there: the environment variable {unset[0]} is not set")
+    train = f"python -m llip.main {config.mc_config_name}"
+    raise UserError(f"checkpoint {path} is not there; train it with `{train}`, or set checkpoint_path in the YAML")

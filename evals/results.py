@@ -1,0 +1,138 @@
+"""results.json and results.md of an evaluation, written after each task; and the same as a table on the screen.
+
+    {"model": {...}, "tasks": {name: {"metric": ..., "value": ..., "n": ..., "seconds": ..., ...}}, "mean": ...}
+
+Values are fractions in [0, 1] in the json and percentages in the tables. `mean` is over the classification tasks.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llip.clipeval.catalog import Entry
+from llip.clipeval.evaluate import TaskResult, classification_mean
+from llip.errors import UserError
+
+
+@dataclass(frozen=True)
+class CheckpointIdentity:
+    """Which file the results are of; a file written anew is another one."""
+
+    path: str
+    bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "CheckpointIdentity":
+        real = path.resolve()
+        status = real.stat()
+        return cls(str(real), status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What must be the same for results to belong together."""
+
+    config: str
+    checkpoint: CheckpointIdentity
+    prompt_ensemble: str
+    precision: str
+
+
+class ResultsFile:
+    """The results of one model in one folder; earlier results of another model are set aside, not lost."""
+
+    def __init__(self, folder: Path, model: ModelIdentity) -> None:
+        """Open `folder` (made when it is not there) and take over the results that are of the same `model`.
+
+        Raises:
+            UserError: the folder cannot be written, or holds a damaged results.json.
+        """
+        self.folder, self.model = folder, model
+        self.set_aside: Path | None = None
+        self._results: dict[str, TaskResult] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"output_dir {folder} cannot be written by this user")
+        self._read(folder / "results.json")
+
+    def _read(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["model"] == asdict(self.model):
+                self._results = {name: TaskResult.from_json(name, task) for name, task in stored["tasks"].items()}
+                return
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away") from error
+        self.set_aside = path.with_name("results.previous.json")
+        path.replace(self.set_aside)
+
+    def is_done(self, entry: Entry) -> bool:
+        """Tell whether the task was evaluated without error, for the entry as it is written now."""
+        result = self._results.get(entry.name)
+        return result is not None and result.error is None and result.fingerprint == entry.fingerprint
+
+    def tasks(self, names: Iterable[str]) -> list[TaskResult]:
+        """Return the results there are of the named tasks, in that order."""
+        return [self._results[name] for name in names if name in self._results]
+
+    def add(self, result: TaskResult) -> None:
+        """Take in one task's result and write both files, each in one atomic step."""
+        self._results[result.task] = result
+        results = list(self._results.values())
+        stored: dict[str, Any] = {
+            "model": asdict(self.model),
+            "tasks": {result.task: result.to_json() for result in results},
+            "mean": classification_mean(results),
+        }
+        _write(self.folder / "results.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        _write(self.folder / "results.md", self._markdown(results))
+
+    def _markdown(self, results: list[TaskResult]) -> str:
+        checkpoint = self.model.checkpoint
+        about = (
+            f"Zero-shot results of `{checkpoint.path}` ({self.model.config}), in percent; prompts averaged by "
+            f"{self.model.prompt_ensemble}, {self.model.precision}."
+        )
+        return f"# Zero-shot evaluation\n\n{about}\n\n{format_table(results, markdown=True)}\n"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def format_table(results: Iterable[TaskResult], markdown: bool = False) -> str:
+    """Return the results as a table with percentages, aligned for a screen or as Markdown; the mean comes last."""
+    results = list(results)
+    rows = [["task", "metric", "%", "images", "skipped", "seconds", "images/s"]]
+    for result in results:
+        speed = [f"{result.seconds:.1f}", f"{result.images_per_second:.0f}"]
+        counts = [str(result.n), str(result.skipped)]
+        if result.error:
+            rows.append([result.task, result.metric, "failed", *counts, *speed])
+        for name, value in result.values.items():
+            rows.append([result.task, name, f"{100 * value:.1f}", *counts, *speed])
+    if (mean := classification_mean(results)) is not None:
+        rows.append(["mean", "of classification tasks", f"{100 * mean:.1f}", "", "", "", ""])
+    if markdown:
+        failures = [f"\n- {result.task}: {result.error}" for result in results if result.error]
+        rows.insert(1, ["---", "---", *["---:"] * 5])
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "".join(failures and ["\n", *failures])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _aligned(row: list[str], widths: list[int]) -> list[str]:
+    left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+    return left + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]

@@ -1,0 +1,107 @@
+"""What a dataset is to the evaluation, and the registry of dataset types.
+
+A type is one frozen dataclass in one file of `dataset_types/`: its fields are what a catalog entry may say (their
+annotations make the JSON Schema), `open()` finds the data. All sources are indexed, tar shards too (their headers are
+scanned once), so that process r of W takes exactly images r, r + W, ... and every count is known beforehand.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from llip.clipeval.metrics import CLASSIFICATION
+from llip.clipeval.paths import unset_variables
+from llip.errors import UserError, nearest
+
+
+class ImageSource(ABC):
+    """Images by index with their targets; opened anew by each process, read by data workers.
+
+    Attributes:
+        classnames: the dataset's own class names in the order of the labels; None when it has none.
+        templates: the dataset's own prompts; None when it has none.
+    """
+
+    classnames: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what the user knows image `index` by (its path, mostly)."""
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """Return the image and its target: the label (int), or the image's captions (tuple of str) in retrieval.
+
+        Raises:
+            Exception: of any kind, when the image cannot be read; the caller counts and names it.
+        """
+
+
+class DatasetSpec(ABC):
+    """Base of the dataset types: subclasses are frozen dataclasses, registered with `dataset_type`."""
+
+    kind: ClassVar[str] = CLASSIFICATION
+
+    @abstractmethod
+    def open(self) -> ImageSource:
+        """Find the dataset's files.
+
+        Raises:
+            UserError: missing or malformed data; the message names the path and the fix.
+        """
+
+
+DATASET_TYPES: dict[str, type[DatasetSpec]] = {}
+
+
+def dataset_type(name: str) -> Callable[[type[DatasetSpec]], type[DatasetSpec]]:
+    """Register a frozen dataclass as the catalog's dataset type `name`."""
+
+    def register(spec: type[DatasetSpec]) -> type[DatasetSpec]:
+        assert name not in DATASET_TYPES, f"two dataset types are called {name}"
+        DATASET_TYPES[name] = dataclasses.dataclass(frozen=True)(spec)
+        return DATASET_TYPES[name]
+
+    return register
+
+
+def load_dataset_types() -> dict[str, type[DatasetSpec]]:
+    """Import every file of `dataset_types/` and return the registry."""
+    package = importlib.import_module("llip.clipeval.dataset_types")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return DATASET_TYPES
+
+
+def require_folder(path: Path) -> Path:
+    """Return `path` when it is a folder, else raise a `UserError` that says what is there instead."""
+    if path.is_dir():
+        return path
+    if unset := unset_variables(path):
+        raise UserError(f"dataset folder {path} is not there: the environment variable {unset[0]} is not set")
+    parent = path.parent
+    if not parent.is_dir():
+        raise UserError(f"dataset folder {path} is not there (nor is {parent})")
+    siblings = sorted(child.name for child in parent.iterdir() if child.is_dir())
+    close = nearest(path.name, siblings)
+    found = f"nearest: {', '.join(close)}" if close else f"it holds {', '.join(siblings[:8]) or 'no folders'}"
+    raise UserError(f"dataset folder {path.name} is not in {parent} ({found})")
+
+
+def require_file(path: Path) -> Path:
+    """Return `path` when it is a file, else raise a `UserError`."""
+    if not path.is_file():
+        require_folder(path.parent)
+        close = nearest(path.name, [child.name for child in path.parent.iterdir()])
+        raise UserError(f"file {path} is not there" + (f"; the folder has {', '.join(close)}" if close else ""))
+    return path

@@ -1,0 +1,86 @@
+"""From an image source to batches of tensors: decoding in data workers, unreadable images counted and named."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llip.clipeval.datasets import ImageSource
+
+Preprocess = Callable[[Image.Image], Tensor]
+
+WORKER_TIMEOUT = 300
+"""Seconds without a batch from a data worker after which the task fails instead of waiting on."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be decoded."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images [B, 3, H, W], their targets and their indices in the dataset; and what could not be read."""
+
+    images: Tensor
+    targets: list[Any]
+    indices: list[int]
+    unreadable: list[Unreadable]
+
+
+class _Decoded(Dataset):
+    def __init__(self, source: ImageSource, preprocess: Preprocess, indices: Sequence[int]) -> None:
+        self.source, self.preprocess, self.indices = source, preprocess, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor, Any] | Unreadable:
+        index = self.indices[position]
+        try:
+            image, target = self.source.load(index)
+            image = image.convert("RGB")
+        except Exception as error:  # PIL raises a dozen kinds for broken files
+            return Unreadable(index, self.source.name(index), f"{type(error).__name__}: {error}")
+        return index, self.preprocess(image), target
+
+
+def _collate(items: list[tuple[int, Tensor, Any] | Unreadable]) -> Batch:
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    good = [item for item in items if not isinstance(item, Unreadable)]
+    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0)
+    return Batch(images, [target for *_, target in good], [index for index, *_ in good], unreadable)
+
+
+def image_batches(
+    source: ImageSource, preprocess: Preprocess, indices: Sequence[int], batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """Yield the images `indices` of `source` in that order.
+
+    Args:
+        batch_size: images per batch, unreadable ones included.
+        workers: decoding processes; 0 decodes in this one.
+
+    Raises:
+        RuntimeError: a data worker died, or gave nothing for `WORKER_TIMEOUT` seconds.
+    """
+    workers = min(workers, -(-len(indices) // batch_size))
+    loader = DataLoader(
+        _Decoded(source, preprocess, indices),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        timeout=WORKER_TIMEOUT if workers else 0,
+        # forked workers take any transform (no pickling) and start at once; they never touch the accelerator
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator().manual_seed(0),  # spares the caller's random state
+    )
+    yield from loader

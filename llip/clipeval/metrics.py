@@ -1,0 +1,106 @@
+"""Metrics by name. Values are fractions in [0, 1]; tables show them as percentages.
+
+N images, C classes. A catalog entry names its metric; nothing here knows a dataset. Recall at K of retrieval is in
+`recall_at`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llip.errors import UserError
+
+CLASSIFICATION = "classification"
+RETRIEVAL = "retrieval"
+RECALLS = (1, 5, 10)
+"""The K of retrieval's R@K."""
+
+TOP = 5
+"""How many best classes a prediction keeps."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What zero-shot classification says of N images, ordered by image index.
+
+    Attributes:
+        labels: true classes [N], int64.
+        top: the min(5, C) best classes of each image, best first, int64.
+        margin: score of class 1 minus score of class 0 [N], float32: the ranking that ROC AUC needs of two classes.
+        classes: C.
+    """
+
+    labels: Tensor
+    top: Tensor
+    margin: Tensor
+    classes: int
+
+
+Metric = Callable[[Predictions], float]
+METRICS: dict[str, Metric] = {}
+
+
+def _metric(function: Metric) -> Metric:
+    METRICS[function.__name__] = function
+    return function
+
+
+@_metric
+def top1(predictions: Predictions) -> float:
+    """Share of images whose best class is the true one."""
+    return (predictions.top[:, 0] == predictions.labels).double().mean().item()
+
+
+@_metric
+def top5(predictions: Predictions) -> float:
+    """Share of images whose true class is among the five best."""
+    if predictions.classes <= TOP:
+        raise UserError(f"metric 'top5' is 1 by definition with {predictions.classes} classes; use 'top1'")
+    return (predictions.top == predictions.labels[:, None]).any(dim=1).double().mean().item()
+
+
+@_metric
+def mean_per_class(predictions: Predictions) -> float:
+    """Top-1 within each class, averaged over the classes that have images."""
+    hits = (predictions.top[:, 0] == predictions.labels).double()
+    totals = torch.bincount(predictions.labels, minlength=predictions.classes)
+    correct = torch.bincount(predictions.labels, weights=hits, minlength=predictions.classes)
+    present = totals > 0
+    return (correct[present] / totals[present]).mean().item()
+
+
+@_metric
+def mean_top1_top5(predictions: Predictions) -> float:
+    """Mean of top-1 and top-5."""
+    return (top1(predictions) + top5(predictions)) / 2
+
+
+@_metric
+def roc_auc(predictions: Predictions) -> float:
+    """Area under the ROC curve of class 1 against class 0: P(positive above negative), ties counting one half."""
+    if predictions.classes != 2:
+        raise UserError(f"metric 'roc_auc' is for 2 classes, not {predictions.classes}; use 'top1' or 'mean_per_class'")
+    positive = predictions.labels == 1
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        raise UserError("metric 'roc_auc' needs images of both classes, and one class has none")
+    _, inverse, counts = torch.unique(predictions.margin, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    ranks = ends - (counts.double() - 1) / 2  # tied margins share the middle of their ranks, from 1
+    rank_sum = ranks[inverse][positive].sum().item()
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def recall_at(first_hits: Tensor, k: int) -> float:
+    """Share of queries whose first right answer is among the first `k`; `first_hits` [N] counts ranks from 0."""
+    return (first_hits < k).double().mean().item()
+
+
+RETRIEVAL_METRICS = ("recall",)
+
+
+def metric_names(kind: str) -> tuple[str, ...]:
+    """Return the metrics that a task of `kind` (classification or retrieval) may declare."""
+    return tuple(METRICS) if kind == CLASSIFICATION else RETRIEVAL_METRICS

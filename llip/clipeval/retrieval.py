@@ -1,0 +1,81 @@
+"""Retrieval between N images and T captions, several captions per image, from exact scores in blocks of images.
+
+Shapes: B images of a block, N images of this process, T captions of all processes, D embedding width.
+Only mixture tokens are kept; the N x T scores exist one block at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llip.clipeval.metrics import RECALLS, recall_at
+from llip.clipeval.zero_shot import Scorer
+
+DEPTH = max(RECALLS)
+BLOCK = 64
+"""Images scored at once: bounds the B x T scores and the model's per-image tables, whatever N."""
+
+
+@dataclass(frozen=True)
+class RetrievalShare:
+    """What one process's images say, on the CPU.
+
+    Attributes:
+        first_hits: rank of each image's best own caption among all captions [N], `DEPTH` when it is further down.
+        best_scores, best_images: each caption's best images of this process, best first [T, <= DEPTH].
+    """
+
+    first_hits: Tensor
+    best_scores: Tensor
+    best_images: Tensor
+
+
+def score_share(scorer: Scorer, h: Tensor, images: Tensor, texts: Tensor, owners: Tensor) -> RetrievalShare:
+    """Score this process's images against every caption.
+
+    Args:
+        h: mixture tokens [N, K, D] of this process's images, on any device.
+        images: their indices in the dataset [N], ascending.
+        texts: features of all captions [T, D], on the device.
+        owners: index of the image that each caption belongs to [T].
+    """
+    images, owners = images.to(scorer.device), owners.to(scorer.device)
+    first_hits = []
+    best_scores = torch.empty(len(owners), 0, device=scorer.device)
+    best_images = torch.empty(len(owners), 0, dtype=torch.int64, device=scorer.device)
+    for start in range(0, len(images), BLOCK):
+        block = images[start : start + BLOCK]
+        scores = scorer.scores(h[start : start + BLOCK].to(scorer.device), texts)  # [B, T]
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :DEPTH]  # [B, <= DEPTH]
+        first_hits.append(first_hit(owners[order] == block[:, None]))
+        best_scores, best_images = best_of(
+            torch.cat([best_scores, scores.T], dim=1),
+            torch.cat([best_images, block.expand(len(owners), -1)], dim=1),
+        )
+    hits = torch.cat(first_hits).cpu() if first_hits else torch.empty(0, dtype=torch.int64)
+    return RetrievalShare(hits, best_scores.cpu(), best_images.cpu())
+
+
+def best_of(scores: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep each caption's `DEPTH` best of [T, n] scored images, best first; equal scores rank by image index."""
+    by_index = images.argsort(dim=1, stable=True)
+    scores, images = scores.gather(1, by_index), images.gather(1, by_index)
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :DEPTH]
+    return scores.gather(1, order), images.gather(1, order)
+
+
+def first_hit(hits: Tensor) -> Tensor:
+    """Return the position of the first True of each row of [n, <= DEPTH], `DEPTH` for a row without one."""
+    return torch.where(hits.any(dim=1), hits.int().argmax(dim=1), DEPTH)
+
+
+def recalls(shares: list[RetrievalShare], owners: Tensor) -> dict[str, float]:
+    """Join the shares of all processes into R@1, R@5 and R@10 in both directions, as fractions."""
+    image_hits = torch.cat([share.first_hits for share in shares])
+    scores = torch.cat([share.best_scores for share in shares], dim=1)
+    images = torch.cat([share.best_images for share in shares], dim=1)
+    _, best_images = best_of(scores, images)
+    text_hits = first_hit(best_images == owners[:, None])
+    values = {f"image_to_text_R@{k}": recall_at(image_hits, k) for k in RECALLS}
+    return values | {f"text_to_image_R@{k}": recall_at(text_hits, k) for k in RECALLS}

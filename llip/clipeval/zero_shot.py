@@ -1,0 +1,100 @@
+"""Zero-shot classification: text features of classes, and images scored against every class.
+
+Shapes: B images, C classes, P prompts per class, D embedding width. An image's feature may depend on the text, so
+images meet texts only in `model.similarity`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llip.clipeval.labels import Labels
+from llip.clipeval.loading import Batch, Preprocess
+from llip.clipeval.metrics import TOP
+
+PROMPT_ENSEMBLES = ("feature", "score")
+TEXT_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model and what goes with it: everything that turns images and texts into scores.
+
+    The model answers `encode_image`, `encode_text` and `similarity` as `llip.open_clip.model.Llip` does. Towers run
+    under autocast when `autocast_dtype` is given; scores are always float32.
+    """
+
+    model: nn.Module
+    preprocess: Preprocess
+    tokenizer: Callable[[list[str]], Tensor]
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D], float32, on the device."""
+        with self._autocast():
+            return self.model.encode_image(images.to(self.device)).float()
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Map T texts to unit-norm features [T, D], float32, on the device."""
+        parts = []
+        for start in range(0, len(texts), TEXT_BATCH):
+            tokens = self.tokenizer(list(texts[start : start + TEXT_BATCH])).to(self.device)
+            with self._autocast():
+                parts.append(self.model.encode_text(tokens).float())
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    def scores(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the cosines [B, T], float32, of mixture tokens [B, K, D] and text features [T, D]."""
+        return self.model.similarity(h, t).float()
+
+
+def class_features(scorer: Scorer, labels: Labels, classes: Sequence[int], ensemble: str) -> Tensor:
+    """Return the text features [C, Q, D] of some classes: Q = 1 with ensemble `feature`, Q = P with `score`.
+
+    `feature` is CLIP's protocol: the mean over prompts of unit-norm features, re-normalised.
+    """
+    prompts = [prompt for label in classes for prompt in labels.prompts_of(label)]
+    features = scorer.encode_texts(prompts).unflatten(0, (len(classes), len(labels.templates)))  # [C, P, D]
+    if ensemble == "score":
+        return features
+    return F.normalize(features.mean(dim=1, keepdim=True), dim=-1)
+
+
+def class_scores(scorer: Scorer, h: Tensor, features: Tensor) -> Tensor:
+    """Return scores [B, C] of mixture tokens h [B, K, D] against class features [C, Q, D], averaged over Q."""
+    classes, queries = features.shape[:2]
+    return scorer.scores(h, features.flatten(0, 1)).unflatten(1, (classes, queries)).mean(dim=2)
+
+
+@dataclass(frozen=True)
+class BatchPredictions:
+    """Predictions of one batch: index and label [B], best classes [B, min(5, C)], margin of class 1 over 0 [B]."""
+
+    indices: Tensor
+    labels: Tensor
+    top: Tensor
+    margin: Tensor
+
+
+def predict(scorer: Scorer, batch: Batch, features: Tensor) -> BatchPredictions:
+    """Score one batch of images against every class; the results are on the CPU."""
+    scores = class_scores(scorer, scorer.encode_images(batch.images), features)  # [B, C]
+    # a stable sort: equal scores rank by class number, on every device and for every number of processes
+    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+    return BatchPredictions(
+        indices=torch.tensor(batch.indices, dtype=torch.int64),
+        labels=torch.tensor(batch.targets, dtype=torch.int64),
+        top=top.cpu(),
+        margin=(scores[:, 1] - scores[:, 0]).cpu(),
+    )
