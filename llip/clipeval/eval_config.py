@@ -36,7 +36,7 @@ class EvalConfig:
     prompt_ensemble: str = "feature"
 
 
-def load_eval_config(fname: str, required: Sequence[str] = ()) -> EvalConfig:
+def load_eval_config(fname: str | Path, required: Sequence[str] = ()) -> EvalConfig:
     """Read an evaluation's YAML.
 
     Args:
@@ -46,7 +46,7 @@ def load_eval_config(fname: str, required: Sequence[str] = ()) -> EvalConfig:
     Raises:
         UserError: no such file (names the nearest), not YAML, a leftover or missing key, a wrong type or value.
     """
-    path = find_eval_file(fname)
+    path = find_eval_file(str(fname))
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class OnlineEval:
     prompt_ensemble: str
 
 
-def load_online_eval(path: str) -> OnlineEval:
+def load_online_eval(path: str | Path) -> OnlineEval:
     """Read an evaluation file for training; its checkpoint, run config and output folder are not used here.
 
     Raises:

@@ -1,14 +1,16 @@
 """Images as files: one folder per class (imagefolder), or a list of paths beside a list of labels (filelist)."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from llip.clipeval.datasets import DatasetSpec, ImageSource, dataset_type, require_file, require_folder
 from llip.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
 class ImageFiles(ImageSource):
@@ -41,9 +43,15 @@ class ImageFolder(DatasetSpec):
         classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
         if not classes:
             raise UserError(f"folder {folder} has no class folders; expected {folder}/<class>/<image>")
-        class_to_label = {name: label for label, name in enumerate(classes)}
-        pairs = make_dataset(str(folder), class_to_label, extensions=IMG_EXTENSIONS, allow_empty=True)
-        return ImageFiles([file for file, _ in pairs], [label for _, label in pairs], classes)
+        files = [(file, label) for label, name in enumerate(classes) for file in _images_below(folder / name)]
+        return ImageFiles([file for file, _ in files], [label for _, label in files], classes)
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    # os.walk, not torchvision's make_dataset: importing torchvision costs every evaluating process seconds
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (os.path.join(parent, file) for file in sorted(files) if Path(file).suffix.lower() in IMAGE_SUFFIXES)
 
 
 @dataset_type("filelist")
