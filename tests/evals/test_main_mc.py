@@ -1,0 +1,145 @@
+"""The program `mc` with a small fake model: results on disk, what a rerun does, exit codes, processes that fail."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from evals import main_mc, mc
+from evals.main_distributed import choose_devices, launch
+from llip.clipeval.eval_config import EvalConfig
+from llip.errors import EXIT_USER, UserError
+from tests.clipeval.fakes import FakeModel, write_catalog, write_retrieval, write_wds
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+def load_fake(path: Path, config: EvalConfig) -> FakeModel:
+    return FakeModel(seed=int(path.read_text()))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvalConfig:
+    """Two good tasks, a checkpoint, and an output folder."""
+    write_wds(tmp_path / "wds", [i % 3 for i in range(30)], CLASSES)
+    write_retrieval(tmp_path / "pairs", 6)
+    entries = {"wds": {"type": "webdataset", "path": "wds"}, "pairs": {"type": "retrieval", "path": "pairs"}}
+    write_catalog(tmp_path / "catalog.json", entries)
+    (tmp_path / "model.pt").write_text("0")
+    return EvalConfig(
+        mc_config_name="llip_quickstart",
+        checkpoint_path=str(tmp_path / "model.pt"),
+        output_dir=str(tmp_path / "out"),
+        catalog_name=str(tmp_path / "catalog.json"),
+        workers=0,
+    )
+
+
+def results_of(config: EvalConfig) -> dict:
+    return json.loads(Path(config.output_dir, "results.json").read_text())
+
+
+def test_results(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    results = results_of(config)
+    wds, pairs = results["tasks"]["wds"], results["tasks"]["pairs"]
+    assert (wds["metric"], wds["n"], wds["skipped"]) == ("top1", 30, 0)
+    assert wds["seconds"] > 0
+    assert 0 <= wds["value"] <= 1
+    assert results["mean"] == wds["value"]
+    assert {key for key in pairs if "R@" in key} == {
+        f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+    }
+    assert results["model"]["checkpoint"]["path"] == config.checkpoint_path
+    percent = f"{100 * wds['value']:.1f}"
+    assert percent in capsys.readouterr().out
+    assert f"| wds | top1 | {percent} | 30 | 0 |" in Path(config.output_dir, "results.md").read_text()
+
+
+def test_a_rerun_keeps_what_is_done(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    catalog = Path(config.catalog_name)
+    entries = json.loads(catalog.read_text())
+    write_catalog(catalog, entries | {"gone": {"type": "webdataset", "path": "gone"}})
+    assert mc.run(config, ["cpu"], load_fake) == 1  # one task could not be evaluated, the others were
+    first = results_of(config)
+    assert "dataset folder gone is not in" in first["tasks"]["gone"]["error"]
+    assert "gone: dataset folder" in capsys.readouterr().err
+    write_wds(catalog.parent / "gone", [0, 1, 2], CLASSES)
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    second = results_of(config)
+    assert "2 of 3 tasks are done already" in capsys.readouterr().out
+    assert second["tasks"]["gone"]["n"] == 3
+    for task in ("wds", "pairs"):
+        assert second["tasks"][task] == first["tasks"][task]  # the seconds too: not evaluated again
+    write_catalog(catalog, entries | {"wds": {"type": "webdataset", "path": "wds", "metric": "mean_per_class"}})
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert results_of(config)["tasks"]["wds"]["metric"] == "mean_per_class"  # another entry: evaluated again
+
+
+def test_another_checkpoint_starts_over_and_loses_nothing(config: EvalConfig) -> None:
+    mc.run(config, ["cpu"], load_fake)
+    first = results_of(config)
+    Path(config.checkpoint_path).write_text("12")
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert results_of(config)["tasks"]["pairs"] != first["tasks"]["pairs"]
+    assert json.loads(Path(config.output_dir, "results.previous.json").read_text()) == first
+
+
+def test_mistakes(config: EvalConfig) -> None:
+    with pytest.raises(UserError, match=r"gone\.pt is not there; train it with `python -m llip.main llip_quickstart`"):
+        mc.run(replace(config, checkpoint_path="gone.pt"), ["cpu"], load_fake)
+    with pytest.raises(UserError, match="variable LLIP_TEST_UNSET is not set"):
+        mc.run(replace(config, checkpoint_path="$LLIP_TEST_UNSET/a.pt"), ["cpu"], load_fake)
+    with pytest.raises(UserError, match=r"'llip_quikstart'.*'llip_quickstart'"):
+        mc.run(replace(config, mc_config_name="llip_quikstart"), ["cpu"], load_fake)
+    with pytest.raises(UserError, match=r"'pair'.*'pairs'"):
+        mc.run(replace(config, tasks=("pair",)), ["cpu"], load_fake)
+    with pytest.raises(UserError, match=r"output_dir .*model\.pt cannot be made"):
+        mc.run(replace(config, output_dir=config.checkpoint_path), ["cpu"], load_fake)
+    Path(config.output_dir).mkdir(exist_ok=True)
+    Path(config.output_dir, "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is not a results file"):
+        mc.run(config, ["cpu"], load_fake)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_devices(None) == ["cuda:0", "cuda:1"]
+    assert choose_devices(["cuda:1"]) == ["cuda:1"]
+    assert choose_devices(["cpu", "cpu"]) == ["cpu", "cpu"]
+    for names, words in [
+        (["cuda:2"], "this machine has cpu, cuda:0, cuda:1"),
+        (["cuda:0", "cuda:0"], "more than once"),
+        (["cuda:0", "cpu"], "not both"),
+        (["gpu"], "--devices gpu"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            choose_devices(names)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_devices(None) == ["cpu"]
+
+
+def test_command_line_tells_a_mistake_without_traceback(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    path = Path(config.output_dir).with_suffix(".yaml")
+    path.write_text("mc_config_name: llip_quickstart\ncheckpoint_path: gone.pt\noutput_dir: out\n")
+    assert main_mc.main(["--fname", str(path), "--devices", "cpu"]) == EXIT_USER
+    assert capsys.readouterr().err.startswith("error: checkpoint ")
+
+
+def _one_fails_the_other_waits(device: str, pids: Path) -> None:
+    (pids / str(os.getpid())).touch()
+    if dist.get_rank() == 1:
+        raise UserError("the second process has no data")
+    dist.barrier()
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the second process has no data"):
+        launch(_one_fails_the_other_waits, ["cpu", "cpu"], tmp_path)
+    for pid in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.name), 0)

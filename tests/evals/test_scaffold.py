@@ -1,0 +1,83 @@
+"""Evaluation files: what is read, what is refused, and that asking for help costs nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evals import main_mc, scaffold
+from llip.clipeval.eval_config import load_eval_config
+from llip.errors import EXIT_USER, UserError
+
+GOOD = {"mc_config_name": "llip_quickstart", "checkpoint_path": "a.pt", "output_dir": "out"}
+ROOT = Path(__file__).parents[2]
+
+
+def write(path: Path, **keys: object) -> str:
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return str(path)
+
+
+def test_reads_every_key(tmp_path: Path) -> None:
+    config = scaffold.load(write(tmp_path / "x.yaml", **GOOD, tasks="[a, b]", batch_size=3, workers=0))
+    assert (config.mc_config_name, config.checkpoint_path, config.output_dir) == ("llip_quickstart", "a.pt", "out")
+    assert (config.tasks, config.batch_size, config.workers) == (("a", "b"), 3, 0)
+    assert (config.eval_name, config.catalog_name, config.prompt_ensemble) == ("mc", "dataset_catalog.json", "feature")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"batchsize": 3}, r"unknown key 'batchsize'.*'batch_size'"),
+        ({"batch_size": 0}, r"batch_size = 0; expected an integer, at least 1"),
+        ({"batch_size": "3e1x"}, r"batch_size = '3e1x'"),
+        ({"workers": "true"}, r"workers = True"),
+        ({"tasks": "cifar10"}, r"tasks = 'cifar10'; expected a list"),
+        ({"tasks": "[]"}, r"tasks = \[\]"),
+        ({"tasks": "[a, a]"}, r"names 'a' twice"),
+        ({"prompt_ensemble": "mean"}, r"'mean'; expected feature or score"),
+        ({"catalog_name": 3}, r"catalog_name = 3; expected a string"),
+        ({"eval_name": "mcc"}, r"eval_name = 'mcc'.*'mc'"),
+        ({"checkpoint_path": ""}, r"'checkpoint_path' is missing"),
+    ],
+)
+def test_mistakes(tmp_path: Path, keys: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        scaffold.load(write(tmp_path / "x.yaml", **(GOOD | keys)))
+
+
+def test_what_only_programs_need(tmp_path: Path) -> None:
+    fname = write(tmp_path / "x.yaml", batch_size=3)
+    assert load_eval_config(fname).checkpoint_path is None
+    with pytest.raises(UserError, match="'mc_config_name' is missing"):
+        scaffold.load(fname)
+    (tmp_path / "x.yaml").write_text("just words")
+    with pytest.raises(UserError, match="expected lines of"):
+        scaffold.load(fname)
+
+
+def test_shipped_files_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("llip_quickstart", "llip_b16_k32", "llip_G14_k64"):
+        config = scaffold.load(f"config_evals/{name}.yaml")
+        assert config.mc_config_name == name
+        assert config.checkpoint_path == f"logs/{name}/checkpoints/latest.pt"
+
+
+def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main_mc.main(["--fname", "configs_evals/llip_b16_k32.yaml"]) == EXIT_USER
+    assert "Did you mean config_evals/llip_b16_k32.yaml?" in capsys.readouterr().err
+
+
+def test_help_imports_no_torch() -> None:
+    program = (
+        "import sys\nfrom evals import main_mc\n"
+        "try: main_mc.main(['--help'])\nexcept SystemExit: pass\n"
+        "slow = {'torch', 'open_clip', 'torchvision', 'numpy', 'jsonschema'} & set(sys.modules)\n"
+        "sys.exit(f'{slow} imported' if slow else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--devices" in done.stdout
