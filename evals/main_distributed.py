@@ -1,5 +1,6 @@
 """One process per device on this machine: started together, ended together, one message when something is wrong."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> N
         _use_device(devices[0])
         worker(devices[0], *args)
         return
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # ending the others is no news to the user
     with tempfile.TemporaryDirectory(prefix="llip_evals_") as folder:
         arguments = (os.getpid(), worker, list(devices), args, folder)
         context = mp.start_processes(_child, args=arguments, nprocs=len(devices), join=False, start_method="spawn")

@@ -59,7 +59,7 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
     )
     results = ResultsFile(expand_path(config.output_dir), model)
     if results.set_aside is not None:
-        print(f"earlier results are of another model or protocol; they are kept in {results.set_aside}")
+        print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
     tasks = [entry.name for entry in wanted if not results.is_done(entry)]
     if kept := len(wanted) - len(tasks):
         print(f"{kept} of {len(wanted)} tasks are done already: {results.folder / 'results.json'}")

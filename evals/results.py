@@ -73,7 +73,6 @@ class ResultsFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away") from error
         self.set_aside = path.with_name("results.previous.json")
-        path.replace(self.set_aside)
 
     def is_done(self, entry: Entry) -> bool:
         """Tell whether the task was evaluated without error, for the entry as it is written now."""
@@ -86,6 +85,8 @@ class ResultsFile:
 
     def add(self, result: TaskResult) -> None:
         """Take in one task's result and write both files, each in one atomic step."""
+        if self.set_aside is not None and not self._results:  # not before there is something to put in its place
+            (self.folder / "results.json").replace(self.set_aside)
         self._results[result.task] = result
         results = list(self._results.values())
         stored: dict[str, Any] = {

@@ -22,6 +22,10 @@ def load_fake(path: Path, config: EvalConfig) -> FakeModel:
     return FakeModel(seed=int(path.read_text()))
 
 
+def load_nothing(path: Path, config: EvalConfig) -> FakeModel:
+    raise UserError("no model in here")
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> EvalConfig:
     """Two good tasks, a checkpoint, and an output folder."""
@@ -84,6 +88,9 @@ def test_another_checkpoint_starts_over_and_loses_nothing(config: EvalConfig) ->
     mc.run(config, ["cpu"], load_fake)
     first = results_of(config)
     Path(config.checkpoint_path).write_text("12")
+    with pytest.raises(UserError, match="no model in here"):
+        mc.run(config, ["cpu"], load_nothing)
+    assert results_of(config) == first
     assert mc.run(config, ["cpu"], load_fake) == 0
     assert results_of(config)["tasks"]["pairs"] != first["tasks"]["pairs"]
     assert json.loads(Path(config.output_dir, "results.previous.json").read_text()) == first
