@@ -81,6 +81,5 @@ def image_batches(
         timeout=WORKER_TIMEOUT if workers else 0,
         # forked workers take any transform (no pickling) and start at once; they never touch the accelerator
         multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator().manual_seed(0),  # spares the caller's random state
     )
     yield from loader

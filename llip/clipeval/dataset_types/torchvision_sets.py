@@ -66,6 +66,6 @@ class Torchvision(DatasetSpec):
         except (RuntimeError, OSError, ModuleNotFoundError, ValueError) as error:
             reason = str(error).replace(" You can use download=True to download it", "").rstrip(". ")
             fix = f"; fetch it once with torchvision.datasets.{self.dataset}({str(self.path)!r}, download=True)"
-            if isinstance(error, ModuleNotFoundError) or "download" not in parameters:
+            if "download" not in parameters or "install" in reason:  # a missing package is not mended by a download
                 fix = ""
             raise UserError(f"torchvision's {self.dataset} cannot be opened in {self.path}: {reason}{fix}") from error
