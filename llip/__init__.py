@@ -18,7 +18,7 @@ _EXPORTS = {
     "UserError": "llip.errors",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - names of lazily imported objects
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -44,7 +44,7 @@ def parse_command(arguments: list[str]) -> Command:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
     parser.add_argument("--list", action="store_true", help="show every config and exit")
     parser.add_argument("--print", action="store_true", help="write the resolved config as YAML and exit")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.list:
         print(_list_text())
         return Command(None)

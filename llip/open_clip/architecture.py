@@ -55,11 +55,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(architecture: dict[str, Any], source: str) -> None:
-    allowed = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    allowed = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "multimodal_cfg"}
+    allowed |= {"init_logit_scale", "init_logit_bias"}  # our objectives bring their own
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in architecture:
             raise UserError(f"model {source}: {key!r} is missing; expected OpenCLIP's format")
-    parts = {"": (architecture, allowed | {"multimodal_cfg", "custom_text"})}
+    parts = {"": (architecture, allowed)}
     for key, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         parts[f"{key}."] = (architecture[key], {field.name for field in dataclasses.fields(kind)})
     for prefix, (values, names) in parts.items():

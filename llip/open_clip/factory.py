@@ -36,6 +36,7 @@ __all__ = [
     "list_models",
     "load_pretrained",
     "model_spec",
+    "normalise_images",
 ]
 
 

@@ -5,7 +5,7 @@ column `offset + i`.
 
 Each returns W times this process's share of the global loss, W being the number of processes: DDP averages gradients
 over processes, so the average is the gradient of the global loss, and the mean of the returned values is its value.
-Everything is float32.
+Scores, scale and bias are float32, and so is everything here.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def sigmoid_loss(scores: Tensor, offset: int, scale: Tensor, bias: Tensor) -> Te
     Returns:
         -(1/B) sum_ij log sigmoid(y_ij (a s_ij + b)), y = +1 for an image's own text and -1 elsewhere.
     """
-    logits = scale.float() * scores.float() + bias.float()
+    logits = scale * scores + bias
     # log sigmoid(x) = log sigmoid(-x) + x: count every pair as negative, then mend the positives.
     negatives = F.softplus(logits).sum()
     return (negatives - _diagonal(logits, offset).sum()) / len(scores)
@@ -75,4 +75,4 @@ def softmax_loss(
             of all processes; not needed when B = T. No gradient passes through it: the gradient with respect to the
             logits is known in closed form.
     """
-    return _ContrastiveLoss.apply(scale.float() * scores.float(), offset, combine_columns)
+    return _ContrastiveLoss.apply(scale * scores, offset, combine_columns)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llip.open_clip.pooling import unit_norm
+from llip.open_clip.similarity import full_precision
 
 MAX_LOGIT_SCALE = math.log(100)
 """Ceiling of `logit_scale` (Radford et al. 2021)."""
@@ -35,7 +36,7 @@ class Llip(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised)."""
-        return self.visual(images).float()
+        return full_precision(self.visual(images))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Map token ids [T, context] to unit-norm text features [T, D] in float32."""

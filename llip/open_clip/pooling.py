@@ -17,8 +17,8 @@ NORM_EPS = 1e-6
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """Scale the last dimension to unit norm, in float32."""
-    return F.normalize(x.float(), dim=-1, eps=NORM_EPS)
+    """Scale the last dimension to unit norm, in float32 (float64 stays)."""
+    return F.normalize(similarity.full_precision(x), dim=-1, eps=NORM_EPS)
 
 
 class TextFreePooling(nn.Module):
@@ -34,12 +34,12 @@ class TextFreePooling(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Pool mixture tokens [B, K, D] to unit-norm features [B, D]."""
-        return unit_norm(torch.einsum("k,bkd->bd", self.token_weights(), h.float()))
+        return unit_norm(torch.einsum("k,bkd->bd", self.token_weights().to(h.dtype), h))
 
     def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
         """Return cosines [B, T] of images [B, K, D] and unit-norm texts [T, D], in float32."""
         with torch.autocast(h.device.type, enabled=False):
-            return self(h) @ t.float().T
+            return self(h) @ t.to(h.dtype).T
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return unit-norm features [B, T, D]; they do not depend on the text."""
@@ -53,12 +53,12 @@ class TextFreePooling(nn.Module):
 class FirstToken(TextFreePooling):
     """The first token is the feature; any others serve as registers. With K = 1 this is CLIP's class token."""
 
-    def token_weights(self) -> Tensor:
-        return F.one_hot(torch.zeros((), dtype=torch.long, device=self._device.device), self.mixture_tokens).float()
-
     def __init__(self, mixture_tokens: int) -> None:
         super().__init__(mixture_tokens)
-        self.register_buffer("_device", torch.empty(0), persistent=False)  # follows .to(device)
+        self.register_buffer("weights", torch.eye(mixture_tokens)[0], persistent=False)
+
+    def token_weights(self) -> Tensor:
+        return self.weights
 
     def forward(self, h: Tensor) -> Tensor:
         return unit_norm(h[:, 0])
@@ -83,7 +83,7 @@ class LearnedWeights(TextFreePooling):
         self.weight_logits = nn.Parameter(torch.zeros(mixture_tokens))
 
     def token_weights(self) -> Tensor:
-        return self.weight_logits.float().softmax(dim=0)
+        return similarity.full_precision(self.weight_logits).softmax(dim=0)
 
 
 class TextConditionedPooling(nn.Module):
@@ -138,11 +138,12 @@ class TextConditionedPooling(nn.Module):
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the attention weights over mixture tokens [B, T, M, K], in float32."""
         logits = torch.einsum("tmd,bmkd->btmk", self.queries(t), self.keys(h))
-        return logits.float().softmax(dim=-1)
+        return similarity.full_precision(logits).softmax(dim=-1)
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the unit-norm features z [B, T, D], formed one by one: the reference, for small B x T."""
-        mixed = torch.einsum("btmk,bmkd->btmd", self.mixture_weights(h, t), self.values(h).float())
+        weights = self.mixture_weights(h, t)
+        mixed = torch.einsum("btmk,bmkd->btmd", weights, self.values(h).to(weights.dtype))
         return unit_norm(self.out_proj(mixed.flatten(2)))
 
     def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:

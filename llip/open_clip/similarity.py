@@ -23,6 +23,11 @@ DEFAULT_MEMORY_BUDGET = 1 << 30
 """Bytes that the tiles of one call may keep."""
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """Return `x` in float32; float64 stays, so that the same code can be checked against itself in double."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def gram_is_cheaper(images: int, texts: int, tokens: int, heads: int, width: int) -> bool:
     """Tell whether the Gram form needs fewer multiply-adds than forming z, counting the once-per-image part."""
     rows = tokens * heads
@@ -33,14 +38,15 @@ def gram_is_cheaper(images: int, texts: int, tokens: int, heads: int, width: int
 def _attention(keys: Tensor, queries: Tensor) -> Tensor:
     """Softmax over K of keys [B, M, K, d] against (scaled) queries [T, M, d]: weights [B, M, K, T] in float32."""
     logits = torch.matmul(keys, queries.permute(1, 2, 0))  # [B, M, K, T]
-    return logits.float().softmax(dim=2)
+    return full_precision(logits).softmax(dim=2)
 
 
 def _gram(values: Tensor, out_weight: Tensor) -> Tensor:
     """G_i = P_i P_i^T [B, MK, MK] in float32, from values [B, M, K, d] and W_O [D, D]."""
     heads, head_width = values.shape[1], values.shape[3]
     per_head = out_weight.T.unflatten(0, (heads, head_width))  # [M, d, D]: W_O^m transposed
-    rows = torch.matmul(values, per_head).flatten(1, 2).float()  # [B, MK, D]
+    rows = torch.matmul(values, per_head).flatten(1, 2)  # [B, MK, D]
+    rows = full_precision(rows)
     return rows @ rows.transpose(1, 2)
 
 
@@ -48,7 +54,7 @@ def _gram_tile(keys: Tensor, values: Tensor, gram: Tensor, queries: Tensor, targ
     """Scores [B, T] of one tile of texts, without forming z."""
     weights = _attention(keys, queries)  # [B, M, K, T]
     projections = torch.matmul(values, targets.permute(1, 2, 0))  # [B, M, K, T]
-    numerator = (weights * projections.float()).sum(dim=(1, 2))  # [B, T]
+    numerator = (weights * full_precision(projections)).sum(dim=(1, 2))  # [B, T]
     rows = weights.flatten(1, 2)  # [B, MK, T]
     squared_norm = (rows * torch.bmm(gram, rows)).sum(dim=1)  # [B, T]
     return numerator * squared_norm.clamp_min(MIN_SQUARED_NORM).rsqrt()
@@ -58,8 +64,9 @@ def _dense_tile(keys: Tensor, values: Tensor, out_weight: Tensor, queries: Tenso
     """Scores [B, T] of one tile of texts, by forming z [B, T, D]."""
     weights = _attention(keys, queries)  # [B, M, K, T]
     mixed = torch.matmul(weights.transpose(2, 3).to(values.dtype), values)  # [B, M, T, d]
-    z = torch.matmul(mixed.transpose(1, 2).flatten(2), out_weight.T).float()  # [B, T, D]
-    numerator = torch.einsum("btd,td->bt", z, texts.float())
+    z = torch.matmul(mixed.transpose(1, 2).flatten(2), out_weight.T)  # [B, T, D]
+    z = full_precision(z)
+    numerator = torch.einsum("btd,td->bt", z, texts.to(z.dtype))
     return numerator * z.square().sum(dim=-1).clamp_min(MIN_SQUARED_NORM).rsqrt()
 
 

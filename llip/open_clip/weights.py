@@ -71,7 +71,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Strip the prefixes of DDP and torch.compile, and move a plain CLIP's text tower below `text.`."""
-    names = {key: re.sub(r"(^|\.)(module|_orig_mod)\.", r"\1", key) for key in state_dict}
+    names = {key: re.sub(r"(?:^|(?<=\.))(?:module|_orig_mod)\.", "", key) for key in state_dict}
     renamed = {names[key]: value for key, value in state_dict.items()}
     if any(key.startswith("text.") for key in renamed):
         return renamed

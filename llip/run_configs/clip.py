@@ -38,7 +38,7 @@ def h14_fullcc() -> Config:
     return _clip(llip.llip_h14_k64())
 
 
-def G14_fullcc() -> Config:  # noqa: N802 - the published name
+def G14_fullcc() -> Config:
     """CLIP ViT-G/14 (OpenCLIP's bigG): one class token, softmax loss."""
     return _clip(llip.llip_G14_k64())
 
@@ -63,6 +63,6 @@ def siglip_h14() -> Config:
     return _siglip(llip.llip_h14_k64())
 
 
-def siglip_G14() -> Config:  # noqa: N802 - the published name
+def siglip_G14() -> Config:
     """SigLIP ViT-G/14 (OpenCLIP's bigG): one class token, sigmoid loss."""
     return _siglip(llip.llip_G14_k64())

@@ -99,6 +99,6 @@ def llip_h14_k64() -> Config:
     )
 
 
-def llip_G14_k64() -> Config:  # noqa: N802 - the published name
+def llip_G14_k64() -> Config:
     """Llip ViT-G/14 (OpenCLIP's bigG), 64 mixture tokens; 32 nodes x 8 GPUs. Published zero-shot average: 79.3."""
     return llip_h14_k64().replace(model="ViT-bigG-14-quickgelu")

@@ -1,0 +1,117 @@
+"""What several test files need: tiny models, shards made on the spot, and a pool of processes that import once."""
+
+import io
+import json
+import multiprocessing
+import queue
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+TINY_MODEL = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+"""An OpenCLIP architecture that runs in milliseconds."""
+
+_DEADLINE = 120  # seconds for one case
+
+
+def tiny_model_file(folder: Path) -> str:
+    """Write TINY_MODEL as a json and return its path."""
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(TINY_MODEL))
+    return str(path)
+
+
+def image_bytes(seed: int, size: int = 40, suffix: str = "png") -> bytes:
+    """Return an encoded picture: one colour and a differently coloured corner, both by the seed."""
+    rng = np.random.default_rng(seed)
+    pixels = np.empty((size, size, 3), np.uint8)
+    pixels[:] = rng.integers(0, 256, 3)
+    pixels[: size // 2, : size // 2] = rng.integers(0, 256, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[suffix])
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict[str, bytes]], keys: list[str] | None = None) -> Path:
+    """Write one webdataset shard; each sample maps suffixes to bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for index, sample in enumerate(samples):
+            key = keys[index] if keys else f"{path.stem}_{index:05d}"
+            for suffix, data in sample.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_pairs(folder: Path, samples: int, per_shard: int = 16) -> str:
+    """Write shards of distinct pictures with captions `word<i>` and return the brace pattern."""
+    shards = -(-samples // per_shard)
+    for shard in range(shards):
+        indices = range(shard * per_shard, min(samples, (shard + 1) * per_shard))
+        write_tar(
+            folder / f"{shard:05d}.tar",
+            [{"png": image_bytes(i), "txt": f"picture number {i} of all".encode()} for i in indices],
+        )
+    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+
+
+def _child(function: Callable, rank: int, count: int, store: str, results: Any, arguments: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        if count > 1:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+        results.put((rank, function(rank, count, *arguments), None))
+    except BaseException as error:  # the parent reports whatever it was
+        import traceback
+
+        results.put((rank, None, f"{error!r}\n{traceback.format_exc()}"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class ProcessPool:
+    """Starts groups of gloo processes from one server process that has imported torch and open_clip once."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "open_clip", "llip.training.setup", "llip.training.trainer"])
+
+    def run(self, function: Callable, count: int, *arguments: Any) -> list[Any]:
+        """Return `[function(rank, count, *arguments) for each rank]`, run as a gloo group of `count` processes."""
+        with tempfile.TemporaryDirectory() as folder:
+            results = self.context.Queue()
+            children = [
+                self.context.Process(
+                    target=_child, args=(function, rank, count, f"{folder}/store", results, arguments), daemon=True
+                )
+                for rank in range(count)
+            ]
+            for child in children:
+                child.start()
+            try:
+                answers = sorted((results.get(timeout=_DEADLINE) for _ in children), key=lambda answer: answer[0])
+            except queue.Empty:
+                raise AssertionError(f"{count} processes did not answer within {_DEADLINE} s") from None
+            finally:
+                for child in children:
+                    child.join(timeout=10)
+                    child.kill()
+        failures = [f"rank {rank}: {failure}" for rank, _, failure in answers if failure]
+        assert not failures, "\n".join(failures)
+        return [value for _, value, _ in answers]

@@ -1,0 +1,182 @@
+"""Configs: published values, overrides by type, and errors that name field, value and fix."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from llip.configs import Config, list_configs, parse_overrides, search_config
+from llip.errors import UserError
+from llip.main import main
+
+PUBLISHED = {
+    # name: (model, K, tau, lr, batch, nodes, grad checkpointing, compile)
+    "llip_b32": ("ViT-B-32-quickgelu", 64, 5, 5e-4, 256, 16, False, True),
+    "llip_b32_k32": ("ViT-B-32-quickgelu", 32, 5, 5e-4, 256, 16, False, True),
+    "llip_b32_k64": ("ViT-B-32-quickgelu", 64, 5, 5e-4, 256, 16, False, True),
+    "llip_b32_k128": ("ViT-B-32-quickgelu", 128, 5, 5e-4, 256, 16, False, True),
+    "llip_b16": ("ViT-B-16-quickgelu", 32, 5, 5e-4, 256, 16, False, True),
+    "llip_b16_k32": ("ViT-B-16-quickgelu", 32, 5, 5e-4, 256, 16, False, True),
+    "llip_l14_k32": ("ViT-L-14-quickgelu", 32, 1, 4e-4, 256, 16, False, True),
+    "llip_l14_k64": ("ViT-L-14-quickgelu", 64, 1, 4e-4, 256, 16, False, True),
+    "llip_h14_k64": ("ViT-H-14-quickgelu", 64, 5, 4e-4, 128, 32, True, False),
+    "llip_G14_k64": ("ViT-bigG-14-quickgelu", 64, 5, 4e-4, 128, 32, True, False),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name):
+    config = search_config(name)
+    values = (
+        config.model,
+        config.mixture_tokens,
+        config.softmax_temperature,
+        config.lr,
+        config.batch_size,
+        config.nodes,
+        config.grad_checkpointing,
+        config.torchcompile,
+    )
+    assert values == PUBLISHED[name]
+    assert config.global_batch == 32_768
+    assert (config.beta1, config.beta2, config.eps, config.wd, config.warmup) == (0.9, 0.95, 1e-6, 0.2, 2000)
+    assert (config.epochs, config.train_num_samples, config.ngpus, config.pool_heads) == (32, 400_000_000, 8, 8)
+    assert (config.seed, config.eval_steps, config.workers, config.loss) == (0, 5000, 8, "sigmoid")
+
+
+def test_published_variants():
+    twelve, debug = search_config("llip_b16_k32_12_node"), search_config("llip_b16_k32_2_node_debug")
+    assert (twelve.nodes, twelve.batch_size, twelve.workers) == (12, 342, 6)
+    assert (debug.nodes, debug.batch_size, debug.train_num_samples, debug.eval_steps) == (2, 342, 200_000, 100)
+    for name in ("b32_fullcc", "b16_fullcc", "l14_fullcc", "h14_fullcc", "G14_fullcc"):
+        clip = search_config(name)
+        assert (clip.loss, clip.beta2, clip.pooling, clip.mixture_tokens) == ("softmax", 0.98, "first", 1)
+        siglip = search_config(name.replace("_fullcc", "").join(("siglip_", "")))
+        assert (siglip.loss, siglip.pooling, siglip.mixture_tokens) == ("sigmoid", "first", 1)
+        assert siglip.model == clip.model
+
+
+def test_ladder_rungs_differ_in_pooling_only():
+    base = search_config("llip_quickstart")
+    rungs = {name: function() for name, function in list_configs().items() if name.startswith("quickstart_")}
+    assert {(c.pooling, c.mixture_tokens > 1) for c in rungs.values()} == {
+        ("learned", True),
+        ("mean", True),
+        ("first", True),
+        ("first", False),
+    }
+    for config in rungs.values():
+        assert config.replace(pooling="text", mixture_tokens=base.mixture_tokens, name=base.name) == base
+
+
+def test_every_config_has_a_docstring():
+    for name, function in list_configs().items():
+        assert function.__doc__, name
+
+
+def test_overrides_are_read_as_the_declared_type():
+    words = ["lr=5e-4", "train_num_samples=400_000_000", "torchcompile=true", "image_size=none", "evals=a.yaml,b.yaml"]
+    assert parse_overrides(words) == {
+        "lr": 5e-4,
+        "train_num_samples": 400_000_000,
+        "torchcompile": True,
+        "image_size": None,
+        "evals": ("a.yaml", "b.yaml"),
+    }
+    assert parse_overrides(["train_num_samples=4e8", "name=llip"]) == {"train_num_samples": 400_000_000, "name": "llip"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["bach_size=4"], ["bach_size", "batch_size"]),
+        (["batch_size=four"], ["batch_size", "'four'", "integer"]),
+        (["batch_size=1.5"], ["batch_size", "1.5", "integer"]),
+        (["batch_size=0"], ["batch_size", "at least 1"]),
+        (["lr=fast"], ["lr", "'fast'", "number"]),
+        (["lr=nan"], ["lr", "nan"]),
+        (["torchcompile=yes"], ["torchcompile", "'yes'", "true or false"]),
+        (["loss=sigmod"], ["loss", "'sigmod'", "'sigmoid'"]),
+        (["pooling=max"], ["pooling", "'max'", "'mean'"]),
+        (["batch_size"], ["batch_size", "field=value"]),
+        (["lr=1", "lr=2"], ["lr", "twice"]),
+        (["local_loss=true"], ["local_loss", "Drop it"]),
+        (["report_to=wandbb"], ["report_to", "wandbb"]),
+    ],
+)
+def test_bad_overrides(words, expected):
+    with pytest.raises(UserError) as error:
+        search_config("llip_b16", words)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_unknown_config_lists_the_nearest():
+    with pytest.raises(UserError, match="llip_b16_k32"):
+        search_config("llip_b16_k23")
+
+
+def test_wrong_type_in_python_is_an_error():
+    with pytest.raises(UserError, match="batch_size = '256'"):
+        Config(batch_size="256")
+
+
+def test_config_outside_the_repo(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from llip.configs import Config\ndef tuned():\n    '''Mine.'''\n    return Config(lr=0.25)\n")
+    config = search_config(f"{file}:tuned", ["batch_size=3"])
+    assert (config.name, config.lr, config.batch_size) == ("tuned", 0.25, 3)
+    with pytest.raises(UserError, match="'tuned'"):
+        search_config(f"{file}:tune")
+    with pytest.raises(UserError, match="is not there"):
+        search_config(f"{tmp_path}/none.py:tuned")
+    file.write_text("def broken(:\n")
+    with pytest.raises(UserError, match="SyntaxError"):
+        search_config(f"{file}:broken")
+    file.write_text("from llip.configs import Config\ndef typo():\n    return Config(bach_size=1)\n")
+    with pytest.raises(UserError, match="bach_size"):
+        search_config(f"{file}:typo")
+
+
+def test_epochs_are_whole_global_batches():
+    config = Config(train_num_samples=1000, batch_size=30, ngpus=2, accum_freq=2, epochs=3)
+    assert (config.global_batch, config.steps_per_epoch, config.total_steps) == (120, 8, 24)
+
+
+def test_print_is_the_resolved_config(capsys):
+    assert main(["llip_b16_k32", "--print", "lr=1e-3"]) == 0
+    text = capsys.readouterr().out
+    fields = yaml.safe_load(text)
+    assert fields["lr"] == 1e-3
+    assert fields["mixture_tokens"] == 32
+    assert "# global batch: 32,768" in text
+    assert Config(**fields) == search_config("llip_b16_k32", ["lr=1e-3"])
+
+
+def test_list_shows_every_config(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(list_configs())
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["llip_b16", "x=1"], []])
+def test_mistakes_exit_2_with_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["llip_b16_k32", "--print"], ["--help"]])
+def test_answers_without_torch_and_at_once(arguments):
+    code = (
+        "import sys, runpy; sys.argv = ['llip.main', *sys.argv[1:]]\n"
+        "try: runpy.run_module('llip.main', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert 'torch' not in sys.modules and 'open_clip' not in sys.modules"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=30)
+    assert time.monotonic() - started < 3  # a third of it on a quiet machine

@@ -1,0 +1,279 @@
+"""Whole runs in this process: learning, files, resuming, and what a folder refuses."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import llip
+from llip.configs import Config
+from llip.errors import UserError
+from llip.main import main, train
+from llip.open_clip.factory import get_tokenizer
+from llip.open_clip.weights import read_checkpoint
+from llip.training.checkpoint import list_checkpoints, newest_good_checkpoint
+from llip.training.data import DataPosition, make_loader
+from llip.training.figures import read_jsonl
+from llip.training.run_folder import locked_folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """32 pictures with captions of their own, in two shards."""
+    from tests.helpers import write_pairs
+
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 32, 16)
+
+
+@pytest.fixture
+def config(pairs, tiny_model, tmp_path):
+    """A run of 6 steps that takes a second."""
+    return Config(
+        name="run", logs=str(tmp_path), train_data=pairs, train_num_samples=32, model=tiny_model, mixture_tokens=4,
+        pool_heads=4, batch_size=16, epochs=3, lr=1e-3, warmup=2, precision="fp32", workers=0, log_steps=1,
+        save_frequency=1, seed=3,
+    )  # fmt: skip
+
+
+def losses(config):
+    return [record["loss"] for record in read_jsonl(config.folder / "metrics.jsonl")]
+
+
+def final_state(config):
+    return read_checkpoint(config.folder / "checkpoints" / "latest.pt")["state_dict"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_overfits_32_pairs(config, loss):
+    config = config.replace(loss=loss, batch_size=32, epochs=150, lr=3e-3, wd=0.0, save_frequency=0, report_to=())
+    train(config, "cpu")
+    model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt")
+    loader = make_loader(config, get_tokenizer(context_length=12), 32, 0, 1, DataPosition(0), pin=False)
+    batch = next(iter(loader))
+    from llip.open_clip.factory import normalise_images
+
+    with torch.no_grad():
+        scores = model(normalise_images(batch.images), batch.tokens)
+    own = torch.arange(32)
+    assert (scores.argmax(dim=1) == own).float().mean() > 0.95
+    assert (scores.argmax(dim=0) == own).float().mean() > 0.95
+
+
+def test_files_of_a_run(config):
+    train(config, "cpu")
+    folder = config.folder
+    records = read_jsonl(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["samples_seen"] for record in records] == [16 * i for i in range(1, 7)]
+    wanted = "step samples_seen epoch loss lr grad_norm logit_scale logit_bias samples_per_second data_wait_fraction"
+    assert set(wanted.split()) | {"seconds"} <= set(records[0])
+    assert records[0]["lr"] == pytest.approx(5e-4)
+    assert records[1]["lr"] == pytest.approx(1e-3)
+    assert records[-1]["lr"] < 2e-4
+    assert Config(**yaml.safe_load((folder / "config.yaml").read_text())) == config
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step_6.pt", "step_4.pt", "step_2.pt"]
+    assert (folder / "checkpoints" / "latest.pt").read_bytes() == (folder / "checkpoints" / "step_6.pt").read_bytes()
+    assert (folder / "figures" / "curves.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").glob("events*"))
+    assert "checkpoint of step 6" in (folder / "log.txt").read_text()
+
+
+def test_a_finished_run_says_so(config, capsys):
+    train(config, "cpu")
+    before = (config.folder / "metrics.jsonl").read_bytes()
+    train(config, "cpu")
+    assert "is finished at step 6" in (config.folder / "log.txt").read_text()
+    assert (config.folder / "metrics.jsonl").read_bytes() == before
+
+
+class Stop(Exception):
+    """Ends a run in the middle of a step, as a kill would."""
+
+
+def interrupt_after(monkeypatch, steps):
+    from llip.training.trainer import Trainer
+
+    step = Trainer._step
+
+    def stopping(self, slices, lr):
+        if self.state.step == steps:
+            raise Stop
+        return step(self, slices, lr)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("changes", [{}, {"accum_freq": 2, "batch_size": 8, "patch_dropout": 0.5, "loss": "softmax"}])
+def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, workers, changes, monkeypatch):
+    config = config.replace(workers=workers, batch_size=10, train_num_samples=30, save_steps=1, **changes)
+    if changes:
+        config = config.replace(train_num_samples=32)
+    straight, broken = config.replace(name="straight"), config.replace(name="broken")
+    train(straight, "cpu")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Stop):
+            train(broken, "cpu")
+    # lose the newest checkpoint too: steps 4 and 5 are logged, and must be logged once after the restart
+    list_checkpoints(broken.folder / "checkpoints")[0].unlink()
+    train(broken, "cpu")
+    assert losses(broken) == losses(straight)
+    for name, tensor in final_state(straight).items():
+        assert torch.equal(tensor, final_state(broken)[name]), name
+
+
+def test_another_number_of_workers_goes_on_and_says_how(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(Stop):
+            train(config, "cpu")
+    train(config.replace(workers=1), "cpu")
+    text = (config.folder / "log.txt").read_text()
+    assert "resumed at step 4 of 6" in text
+    assert "dealt anew to 1 processes x 1 workers" in text
+    assert "workers changed from 0 to 1" in text
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over(config):
+    train(config, "cpu")
+    folder = config.folder / "checkpoints"
+    newest = folder / "step_6.pt"
+    newest.write_bytes(newest.read_bytes()[:2000])  # latest.pt is the same file
+    path, content, warnings = newest_good_checkpoint(folder)
+    assert (path.name, content["step"]) == ("step_4.pt", 4)
+    assert "step_6.pt" in warnings[0]
+    assert "damaged" in warnings[0]
+    for path in folder.glob("*.pt"):
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match="no checkpoint of the run can be read"):
+        newest_good_checkpoint(folder)
+
+
+def test_keep_checkpoints(config):
+    train(config.replace(save_steps=1, keep_checkpoints=2), "cpu")
+    names = [path.name for path in list_checkpoints(config.folder / "checkpoints")]
+    assert names == ["step_6.pt", "step_5.pt"]
+
+
+def test_checkpoint_holds_only_tensors_and_containers(config):
+    train(config, "cpu")
+    checkpoint = torch.load(config.folder / "checkpoints" / "latest.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    assert checkpoint["config"]["lr"] == 1e-3
+    assert checkpoint["model"]["mixture_tokens"] == 4
+
+
+def test_a_folder_belongs_to_one_experiment(config):
+    train(config, "cpu")
+    with pytest.raises(UserError, match=r"lr: 0.001 -> 0.002.*seed: 3 -> 4.*name=NAME"):
+        train(config.replace(lr=2e-3, seed=4), "cpu")
+    with pytest.raises(UserError, match="global batch: 16 -> 32"):
+        train(config.replace(batch_size=32), "cpu")
+    with pytest.raises(UserError, match="epochs: 3 -> 2"):
+        train(config.replace(epochs=2), "cpu")
+    with pytest.raises(UserError, match="resume=none"):
+        train(config.replace(resume=None), "cpu")
+    train(config.replace(epochs=4, log_steps=2), "cpu")
+    text = (config.folder / "log.txt").read_text()
+    assert "epochs grows from 3 to 4" in text
+    assert "log_steps changed from 1 to 2" in text
+
+
+def test_resume_from_a_path(config, tmp_path):
+    train(config, "cpu")
+    other = config.replace(name="other", epochs=5, resume=str(config.folder / "checkpoints" / "latest.pt"))
+    train(other, "cpu")
+    assert [record["step"] for record in read_jsonl(other.folder / "metrics.jsonl")] == [7, 8, 9, 10]
+
+
+def _hold(folder, ready, release):
+    with locked_folder(folder):
+        ready.set()
+        release.wait(30)
+
+
+def test_a_folder_in_use_says_who_holds_it(config):
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(config.folder, ready, release))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
+            train(config, "cpu")
+        holder.kill()
+        holder.join(10)
+        train(config, "cpu")  # the lock died with its process
+    finally:
+        release.set()
+        holder.join(10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": "nowhere/{0..3}.tar"}, "4 of 4 shards are missing"),
+        ({"train_data": ""}, "train_data is empty"),
+        ({"batch_size": 64}, "train_num_samples = 32 is less than one global batch of 64"),
+        ({"model": "ViT-B-61"}, "unknown model 'ViT-B-61'"),
+        ({"pretrained": "nowhere.pt"}, "neither a file nor a tag"),
+        ({"resume": "nowhere.pt"}, "is not there"),
+        ({"caption_keys": "json.captions"}, "wanted an image .* json field 'captions'.* member names seen: png, txt"),
+        ({"nodes": 2}, "found one machine with .* nodes=1 ngpus=1"),
+        ({"ngpus": 2, "device": "cuda"}, "asks for 2 GPUs on this machine, found 0.*accum_freq=2 restores it"),
+        ({"eval_steps": 2, "evals": ("nowhere.yaml",)}, "nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_message(config, changes, message, capsys, tmp_path):
+    file = tmp_path / "config.py"
+    fields = ", ".join(f"{key}={value!r}" for key, value in vars(config.replace(**changes)).items())
+    file.write_text(f"from llip.configs import Config\ndef run():\n    return Config({fields})\n")
+    assert main([f"{file}:run"]) == 2
+    error = capsys.readouterr().err
+    import re
+
+    assert re.search("error: .*" + message, error), error
+    assert "Traceback" not in error
+
+
+def test_unwritable_logs_folder(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written.*logs=DIR"):
+        train(config.replace(logs=str(tmp_path / "file")), "cpu")
+
+
+def test_repeated_data_are_announced(config):
+    train(config.replace(train_num_samples=96, epochs=1), "cpu")
+    assert "each epoch repeats the data 3.00 times" in (config.folder / "log.txt").read_text()
+
+
+def test_gradient_checkpointing_and_bf16_run(config):
+    train(config, "cpu")
+    checkpointed = config.replace(name="checkpointed", grad_checkpointing=True)
+    train(checkpointed, "cpu")
+    assert losses(checkpointed) == pytest.approx(losses(config), rel=1e-5)
+    half = config.replace(name="half", precision="amp_bf16")
+    train(half, "cpu")
+    assert losses(half) == pytest.approx(losses(config), rel=0.05)
+
+
+def test_two_processes_from_the_same_command(config, tmp_path):
+    """The launcher starts two gloo processes that train together, and a mistake of theirs is told once."""
+    file = tmp_path / "config.py"
+    two = config.replace(batch_size=8, device="cpu", ngpus=2, name="two", train_num_samples=32)
+    fields = ", ".join(f"{key}={value!r}" for key, value in vars(two).items())
+    file.write_text(f"from llip.configs import Config\ndef run():\n    return Config({fields})\n")
+    command = [sys.executable, "-m", "llip.main", f"{file}:run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(two)) == 6
+    assert json.loads((two.folder / "metrics.jsonl").read_text().splitlines()[-1])["samples_seen"] == 96
+    failed = subprocess.run([*command, "lr=1"], capture_output=True, text=True, timeout=240)
+    assert failed.returncode == 2
+    assert failed.stderr.count("belongs to another experiment") == 1
+    assert "Traceback" not in failed.stderr
