@@ -12,7 +12,7 @@ from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, format
 from llip.clipeval.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
-from llip.clipeval.paths import expand_path, unset_variables
+from llip.paths import expand_path, unset_variables
 from llip.clipeval.processes import Processes
 from llip.configs import search_config
 from llip.errors import UserError

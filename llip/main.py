@@ -5,7 +5,6 @@ the config asks for; under torchrun or srun it joins those that are there.
 """
 
 import sys
-from functools import partial
 
 from llip.cli import parse_command
 from llip.configs import Config
@@ -49,6 +48,7 @@ def train(config: Config, device: str) -> None:
     """Train as one process of the run: join the others, build or restore, fit."""
     from llip.training.distributed import join_processes
     from llip.training.figures import draw_curves
+    from llip.training.online import online_evaluation
     from llip.training.run_log import log
     from llip.training.setup import build_run, check_data, open_folder
     from llip.training.trainer import Trainer
@@ -59,11 +59,7 @@ def train(config: Config, device: str) -> None:
         if run.state.step >= config.total_steps:
             log.info("run %s is finished at step %d: nothing to do", config.folder, run.state.step)
             return
-        evaluate = None
-        if config.eval_steps and config.evals:
-            from llip.training.online import online_evaluation
-
-            evaluate = partial(online_evaluation(config), run.run_log, processes)
+        evaluate = online_evaluation(config, run.run_log, processes)
         Trainer(config, run.task, run.state, processes, run.run_log, evaluate).fit(iter(run.loader))
         run.run_log.close()
         if processes.is_main:

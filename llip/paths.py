@@ -1,12 +1,34 @@
-"""Paths as users write them: `~`, `$VAR`, and `${VAR:-default}`."""
+"""Paths as users write them, in configs, catalogs and evaluation files: `~`, `$VAR`, `${VAR}` and `${VAR:-default}`."""
 
 import os
 import re
+from pathlib import Path
 
-_WITH_DEFAULT = re.compile(r"\$\{(\w+):-([^}]*)\}")
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)(?::-(?P<default>[^}]*))?\}|(?P<plain>\w+))")
 
 
-def expand_path(text: str) -> str:
-    """Expand `~`, `$VAR` and `${VAR:-default}` (the shell's form: the default where VAR is unset or empty)."""
-    text = _WITH_DEFAULT.sub(lambda match: os.environ.get(match[1]) or match[2], text)
-    return os.path.expanduser(os.path.expandvars(text))
+def expand_variables(text: str) -> str:
+    """Replace variables and a leading `~` in `text`; a variable that is not set and has no default stays as written."""
+
+    def value_of(match: re.Match[str]) -> str:
+        value = os.environ.get(match["braced"] or match["plain"], "")
+        return value or (match[0] if match["default"] is None else match["default"])
+
+    return os.path.expanduser(_VARIABLE.sub(value_of, text))
+
+
+def expand_path(text: str, base: Path | None = None) -> Path:
+    """Return the path that `text` means.
+
+    A relative path belongs to `base` (the folder of the file that names it), or to the current folder when it starts
+    with a variable, as a shell would read it; without `base`, always to the current folder.
+    """
+    path = Path(expand_variables(text))
+    if base is None or text.startswith("$"):
+        return Path.cwd() / path
+    return base / path
+
+
+def unset_variables(text: str | Path) -> list[str]:
+    """Return the names of the variables that an expanded path still holds, because nothing sets them."""
+    return [match["braced"] or match["plain"] for match in _VARIABLE.finditer(str(text))]

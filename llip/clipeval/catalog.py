@@ -19,7 +19,7 @@ import jsonschema
 from llip.clipeval.datasets import DATASET_TYPES, DatasetSpec, load_dataset_types
 from llip.clipeval.labels import TextSource
 from llip.clipeval.metrics import CLASSIFICATION, metric_names
-from llip.clipeval.paths import expand_path
+from llip.paths import expand_path
 from llip.errors import UserError, did_you_mean, nearest
 
 CATALOG_FOLDER = Path(__file__).parent

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from llip.clipeval.metrics import CLASSIFICATION
-from llip.clipeval.paths import unset_variables
+from llip.paths import unset_variables
 from llip.errors import UserError, nearest
 
 

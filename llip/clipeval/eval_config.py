@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llip.clipeval.paths import expand_path, unset_variables
+from llip.paths import expand_path, unset_variables
 from llip.errors import UserError, did_you_mean, nearest
 
 

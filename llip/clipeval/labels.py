@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llip.clipeval.paths import expand_path
+from llip.paths import expand_path
 from llip.errors import UserError, did_you_mean
 
 PACKAGE_SOURCES = {

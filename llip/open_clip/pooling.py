@@ -93,8 +93,9 @@ class TextConditionedPooling(nn.Module):
     no extra zero key, no text bias. With K = 1 the feature does not depend on the text.
 
     Our reading, where the paper does not settle the point: the text is a unit vector, so the query is rescaled by
-    sqrt(D) before W_Q; so are the tokens before W_K (keys from token *directions*); values and output projections start
-    as identities, so that the feature starts as a mixture of the tokens themselves.
+    sqrt(D) before W_Q; so are the tokens before W_K (keys from token *directions*). All four matrices start as multiples
+    of the identity: the feature starts as a mixture of the tokens themselves, and a text starts by listening to the
+    tokens that point its own way, head by head. Random W_Q and W_K start behind the text-free poolings instead.
     """
 
     def __init__(self, width: int, heads: int, temperature: float) -> None:
@@ -112,8 +113,10 @@ class TextConditionedPooling(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
-        nn.init.eye_(self.v_proj.weight)
-        nn.init.eye_(self.out_proj.weight)
+        # 1/sqrt(3): the spread of attention logits that PyTorch's default initialisation gives, which tau is meant for
+        gains = {self.q_proj: 3**-0.5, self.k_proj: 3**-0.5, self.v_proj: 1.0, self.out_proj: 1.0}
+        for projection, gain in gains.items():
+            projection.weight.data.copy_(gain * torch.eye(width))
 
     def _split(self, x: Tensor) -> Tensor:
         """[N, D] or [N, K, D] -> [N, M, d] or [N, K, M, d]."""

@@ -49,10 +49,10 @@ def draw_curves(folder: Path) -> Path | None:
     if evals:
         axis = axes.flat[len(_PANELS)]
         for task in dict.fromkeys(record["task"] for record in evals):
-            points = [
-                (record["step"], record["value"]) for record in evals if record["task"] == task and "value" in record
-            ]
-            axis.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", label=task)
+            own = [record for record in evals if record["task"] == task]
+            metric = next(iter(own[0]["values"]))  # the first that the task declares
+            points = [(record["step"], record["values"][metric]) for record in own]
+            axis.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", label=f"{task}, {metric}")
         axis.set_title("zero-shot, %", fontsize=10)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)

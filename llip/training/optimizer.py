@@ -22,8 +22,7 @@ def create_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": config.wd},
         {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
     ]
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, config: Config) -> float:

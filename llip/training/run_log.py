@@ -64,11 +64,11 @@ class RunLog:
         self._append(METRICS, record)
         self._scalars("train", record)
 
-    def evaluation(self, step: int, task: str, values: dict[str, float], **extra: Any) -> None:
+    def evaluation(self, step: int, task: str, values: dict[str, float]) -> None:
         """Record one online evaluation: one line per step and task."""
         if self.folder is None:
             return
-        self._append(EVALS, {"step": step, "task": task, **values, **extra})
+        self._append(EVALS, {"step": step, "task": task, "values": values})
         self._scalars(f"eval/{task}", {"step": step, **values})
 
     def _scalars(self, prefix: str, record: dict[str, Any]) -> None:

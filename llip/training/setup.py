@@ -14,7 +14,7 @@ from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import create_model, get_tokenizer, model_spec
 from llip.open_clip.weights import load_weights, read_checkpoint
-from llip.paths import expand_path
+from llip.paths import expand_variables
 from llip.training.checkpoint import newest_good_checkpoint
 from llip.training.data import IMAGE_KEYS, DataPosition, make_loader
 from llip.training.distributed import Processes
@@ -84,7 +84,7 @@ def check_data(config: Config, processes: Processes) -> None:
             if part.startswith(SCENES_SCHEME):
                 from llip.scenes import ensure_scenes
 
-                ensure_scenes(Path(expand_path(part.removeprefix(SCENES_SCHEME))))
+                ensure_scenes(Path(expand_variables(part.removeprefix(SCENES_SCHEME))))
         sources = parse_train_data(config.train_data)
         check_shards_exist(sources)
         if config.steps_per_epoch < 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from llip.errors import UserError
-from llip.paths import expand_path
+from llip.paths import expand_variables
 
 SCENES_SCHEME = "scenes:"
 _REMOTE = re.compile(r"^(pipe|https?|hf|gs|file|hdfs|ais|s3):")
@@ -37,7 +37,7 @@ def is_local(url: str) -> bool:
 
 def _expand(pattern: str) -> list[str]:
     if pattern.startswith(SCENES_SCHEME):
-        pattern = str(Path(expand_path(pattern.removeprefix(SCENES_SCHEME))) / "train-*.tar")
+        pattern = str(Path(expand_variables(pattern.removeprefix(SCENES_SCHEME))) / "train-*.tar")
     if pattern.startswith("s3:"):
         raise UserError(
             f"train_data {pattern!r}: s3 is read through its own command; write 'pipe:aws s3 cp {pattern} -' "
@@ -45,7 +45,7 @@ def _expand(pattern: str) -> list[str]:
         )
     if not is_local(pattern):
         return list(expand_urls(pattern))
-    pattern = expand_path(pattern)
+    pattern = expand_variables(pattern)
     urls = expand_urls(pattern) if "{" in pattern else [pattern]
     return [path for url in urls for path in (sorted(glob.glob(url)) if glob.has_magic(url) else [url])]
 

@@ -1,0 +1,1 @@
+"""One module per figure that README quotes: `python -m benchmarks.<name> [--json]`."""
