@@ -11,19 +11,19 @@ from llip.configs import Config
 
 
 def llip_quickstart() -> Config:
-    """Llip on the scenes: 16 mixture tokens, text-conditioned pooling; the top of the ladder."""
+    """Llip on the scenes: 8 mixture tokens, text-conditioned pooling; the top of the ladder."""
     return Config(
         train_data="scenes:${LLIP_SCENES:-data/scenes}",
         train_num_samples=12_000,
         caption_keys="json.captions",
         model="ViT-Ti-8-scenes",
-        mixture_tokens=16,
+        mixture_tokens=8,
         pooling="text",
         pool_heads=4,
-        softmax_temperature=5.0,
-        batch_size=128,
-        epochs=3,
-        lr=2e-3,
+        softmax_temperature=2.0,
+        batch_size=32,
+        epochs=2,
+        lr=5e-4,
         beta2=0.98,
         wd=0.1,
         warmup=50,
@@ -34,17 +34,17 @@ def llip_quickstart() -> Config:
 
 
 def quickstart_learned() -> Config:
-    """Ladder: 16 mixture tokens, one learned weighting of them for all captions."""
+    """Ladder: 8 mixture tokens, one learned weighting of them for all captions."""
     return llip_quickstart().replace(pooling="learned")
 
 
 def quickstart_mean() -> Config:
-    """Ladder: 16 mixture tokens, averaged."""
+    """Ladder: 8 mixture tokens, averaged."""
     return llip_quickstart().replace(pooling="mean")
 
 
 def quickstart_registers() -> Config:
-    """Ladder: 16 tokens of which the first is the feature and the others serve as registers."""
+    """Ladder: 8 tokens of which the first is the feature and the others serve as registers."""
     return llip_quickstart().replace(pooling="first")
 
 
