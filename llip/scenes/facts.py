@@ -142,11 +142,18 @@ class Count(Fact):
         return f"{self.color} {plural}" if self.color else plural
 
 
-TRAIN_SHARES = {"place": 0.42, "two_places": 0.2, "relation": 0.14, "presence": 0.1, "background": 0.07, "count": 0.07}
-"""How often a caption is of each kind. Where things are is the majority: it tells pictures apart best."""
+TRAIN_SHARES = {"place": 0.5, "two_places": 0.15, "relation": 0.1, "presence": 0.1, "background": 0.1, "count": 0.05}
+"""How often a caption is asked to be of each kind. Where things are is the majority: it tells pictures apart best.
 
-RETRIEVAL_KINDS = ("place", "two_places", "two_places", "relation", "relation")
-"""The captions of a retrieval picture: only kinds that point at one picture among hundreds."""
+A scene of two things has few places to tell, so over all captions they come less often than this (0.58 of them).
+"""
+
+RETRIEVAL_KINDS = ("place", "place", "two_places")
+"""The captions of a retrieval picture, in order; a scene of two things has just these to tell.
+
+A place is true of about seven pictures in 800, two places most often of one. So with 800 pictures (seed 0) no model
+can expect more than 41 % of text-to-image recall at 1, 82 % at 5 and 99 % at 10.
+"""
 
 _SIZED_SHARE = 0.4  # of the mentions that may or may not tell the size
 _CUMULATIVE = np.cumsum(list(TRAIN_SHARES.values())).tolist()

@@ -29,13 +29,13 @@ from llip.scenes.render import png_bytes, render
 from llip.scenes.tasks import CLASSIFICATION_TASKS, RETRIEVAL_TASK, ClassificationTask
 from llip.scenes.world import Scene, sample_scene
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same arguments would give other files."""
 
 MANIFEST = "scenes.json"
 TRAIN_SHARD_SIZE = 1000
 TEST_SHARD_SIZE = 200  # several shards even of a small set, so that evaluation workers can share it
-CAPTIONS = 6
+CAPTIONS = 6  # the least that can be told of a scene, two things in opposite corners, is seven facts
 SPLITS = ("train", *(task.name for task in CLASSIFICATION_TASKS), RETRIEVAL_TASK)  # the order is part of the seeds
 LIMITS = {"train": (1, 10_000_000), "test": (1, 1_000_000), "seed": (0, 2**63 - 1), "image_size": (32, 512)}
 
@@ -50,7 +50,7 @@ class ScenesArgs:
     train: int = 12_000
     test: int = 800
     seed: int = 0
-    image_size: int = 64
+    image_size: int = 48
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
@@ -95,7 +95,7 @@ def write_scenes(out: Path, train: int, test: int, seed: int, image_size: int) -
     return out
 
 
-def ensure_scenes(out: Path, train: int = 12_000, test: int = 800, seed: int = 0, image_size: int = 64) -> Path:
+def ensure_scenes(out: Path, train: int = 12_000, test: int = 800, seed: int = 0, image_size: int = 48) -> Path:
     """Write the dataset to `out` unless it is there already, and return `out`.
 
     Safe to call from several processes at once: the first to finish wins, the others find its files equal to theirs.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llip.scenes.world import BACKGROUNDS, CENTER, KINDS, SHAPES, Demand
+from llip.scenes.world import BACKGROUNDS, KINDS, PLACES, SHAPES, Demand
 
 RETRIEVAL_TASK = "scenes_retrieval"
 
@@ -19,16 +19,16 @@ class ClassificationTask:
 
 CLASSIFICATION_TASKS = (
     ClassificationTask(
-        "scenes_center",
+        "scenes_top_left",
         classes=tuple(f"{color} {shape}" for shape, color in KINDS),
         templates=(
-            "a {c} in the center",
-            "in the center, a {c}",
-            "there is a {c} in the center",
-            "the center shows a {c}",
-            "center: {c}",
+            "a {c} in the top left",
+            "in the top left, a {c}",
+            "there is a {c} in the top left",
+            "the top left shows a {c}",
+            "top left: {c}",
         ),
-        demands=tuple(Demand(kind=kind, cell=CENTER) for kind in KINDS),
+        demands=tuple(Demand(kind=kind, cell=PLACES.index("top left")) for kind in KINDS),
     ),
     ClassificationTask(
         "scenes_red_shape",

@@ -93,7 +93,7 @@ def test_shipped_catalog(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.chdir(tmp_path)
     catalog = load_catalog()
     assert catalog["imagenet"].data.path == Path("/datasets/imagenet")
-    assert catalog["scenes_center"].data.path == tmp_path / "data/scenes/scenes_center"
+    assert catalog["scenes_top_left"].data.path == tmp_path / "data/scenes/scenes_top_left"
     # METHOD's protocol: these four are measured per class
     per_class = {name for name, entry in catalog.items() if entry.metric == "mean_per_class"}
     assert per_class == {"fgvc_aircraft", "oxford_pets", "caltech101", "flowers102"}
