@@ -98,11 +98,6 @@ def _heart(draw: ImageDraw.ImageDraw, at: Callable) -> None:
     draw.rectangle(at(-0.44, -0.36, 0.44, -0.05), fill=255)
 
 
-def _drop(draw: ImageDraw.ImageDraw, at: Callable) -> None:
-    _disc(draw, at, 0, 0.36, 0.58)
-    draw.polygon(at(0.0, -1.0, 0.53, 0.14, -0.53, 0.14), fill=255)
-
-
 _DRAW: dict[str, Draw] = {
     "circle": _circle,
     "square": _polygon(-0.76, -0.76, 0.76, -0.76, 0.76, 0.76, -0.76, 0.76),
@@ -114,9 +109,5 @@ _DRAW: dict[str, Draw] = {
         *(0.28, 0.92, -0.28, 0.92, -0.28, 0.28, -0.92, 0.28, -0.92, -0.28, -0.28, -0.28),
     ),
     "ring": _ring,
-    "diamond": _polygon(0, -0.98, 0.66, 0, 0, 0.98, -0.66, 0),
     "moon": _moon,
-    "arrow": _polygon(-0.95, -0.24, 0.05, -0.24, 0.05, -0.78, 0.97, 0, 0.05, 0.78, 0.05, 0.24, -0.95, 0.24),
-    "bolt": _polygon(0.55, -0.98, -0.3, -0.98, -0.74, 0.18, -0.08, 0.18, -0.42, 0.98, 0.74, -0.3, 0.12, -0.3),
-    "drop": _drop,
 }

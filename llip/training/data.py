@@ -230,13 +230,15 @@ def make_loader(
     With `workers=0` batches are made in the training process, whose random state is then left as it was.
     """
     dataset = CaptionedImages(config, tokenizer, image_size, rank, processes, position)
+    own = torch.Generator()  # the loader draws a seed when it starts: not from the run's random state
     if config.workers == 0:
-        return DataLoader(_KeepsRandomState(dataset), batch_size=None, pin_memory=pin)
+        return DataLoader(_KeepsRandomState(dataset), batch_size=None, pin_memory=pin, generator=own)
     return DataLoader(
         dataset,
         batch_size=None,  # workers make whole batches
         num_workers=config.workers,
         pin_memory=pin,
+        generator=own,
         prefetch_factor=2,
         timeout=BATCH_DEADLINE,
         multiprocessing_context="fork",  # the parent has imported everything a worker needs

@@ -39,9 +39,7 @@ def draw_curves(folder: Path) -> Path | None:
     panels = len(_PANELS) + bool(evals)
     columns = 3
     rows = -(-panels // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 2.7 * rows), constrained_layout=True, squeeze=False
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
     for axis, (key, title) in zip(axes.flat, _PANELS, strict=False):
         axis.plot(steps, [record[key] for record in records], linewidth=1.5)
         axis.set_title(title, fontsize=10)
@@ -61,6 +59,7 @@ def draw_curves(folder: Path) -> Path | None:
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(folder.name)
+    figure.tight_layout()
     (folder / "figures").mkdir(exist_ok=True)
     target = folder / "figures" / "curves.png"
     figure.savefig(target, dpi=110)

@@ -10,9 +10,7 @@ from llip.open_clip.similarity import gram_is_cheaper, pairwise_scores
 def reference_features(pooling, h, t):
     """z_ij by METHOD's equations, one head and one pair at a time, in float64."""
     h, t = h.double(), t.double()
-    w_q, w_k, w_v, w_o = (
-        getattr(pooling, f"{name}_proj").weight.double() for name in ("q", "k", "v", "out")
-    )
+    w_q, w_k, w_v, w_o = (getattr(pooling, f"{name}_proj").weight.double() for name in ("q", "k", "v", "out"))
     heads, width = pooling.heads, h.shape[-1]
     size = width // heads
     z = torch.empty(len(h), len(t), width, dtype=torch.float64)
@@ -52,7 +50,9 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_contextualize_is_the_method(shape):
     pooling, h, t = make(**shape)
-    torch.testing.assert_close(pooling.contextualize(h, t).double(), reference_features(pooling, h, t), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        pooling.contextualize(h, t).double(), reference_features(pooling, h, t), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

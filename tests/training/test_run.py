@@ -35,8 +35,15 @@ def config(pairs, tiny_model, tmp_path):
     return Config(
         name="run", logs=str(tmp_path), train_data=pairs, train_num_samples=32, model=tiny_model, mixture_tokens=4,
         pool_heads=4, batch_size=16, epochs=3, lr=1e-3, warmup=2, precision="fp32", workers=0, log_steps=1,
-        save_frequency=1, seed=3,
+        save_frequency=1, seed=3, report_to=(),
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """Drawing takes longer than training here; `test_files_of_a_run` draws."""
+    if request.node.name != "test_files_of_a_run":
+        monkeypatch.setattr("llip.training.figures.draw_curves", lambda folder: None)
 
 
 def losses(config):
@@ -64,6 +71,7 @@ def test_overfits_32_pairs(config, loss):
 
 
 def test_files_of_a_run(config):
+    config = config.replace(report_to=("tensorboard",))
     train(config, "cpu")
     folder = config.folder
     records = read_jsonl(folder / "metrics.jsonl")
@@ -110,16 +118,15 @@ def interrupt_after(monkeypatch, steps):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("changes", [{}, {"accum_freq": 2, "batch_size": 8, "patch_dropout": 0.5, "loss": "softmax"}])
 def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, workers, changes, monkeypatch):
-    config = config.replace(workers=workers, batch_size=10, train_num_samples=30, save_steps=1, **changes)
-    if changes:
-        config = config.replace(train_num_samples=32)
+    plain = {"batch_size": 10, "train_num_samples": 30}
+    config = config.replace(workers=workers, save_steps=1, report_to=(), **(changes or plain))
     straight, broken = config.replace(name="straight"), config.replace(name="broken")
     train(straight, "cpu")
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
+        interrupt_after(patch, config.total_steps - 2)
         with pytest.raises(Stop):
             train(broken, "cpu")
-    # lose the newest checkpoint too: steps 4 and 5 are logged, and must be logged once after the restart
+    # lose the newest checkpoint too: its step is logged, and must be logged once after the restart
     list_checkpoints(broken.folder / "checkpoints")[0].unlink()
     train(broken, "cpu")
     assert losses(broken) == losses(straight)
@@ -223,7 +230,7 @@ def test_a_folder_in_use_says_who_holds_it(config):
         ({"model": "ViT-B-61"}, "unknown model 'ViT-B-61'"),
         ({"pretrained": "nowhere.pt"}, "neither a file nor a tag"),
         ({"resume": "nowhere.pt"}, "is not there"),
-        ({"caption_keys": "json.captions"}, "wanted an image .* json field 'captions'.* member names seen: png, txt"),
+        ({"caption_keys": "json.captions"}, "wanted an image .*json field 'captions'.*member names seen: png, txt"),
         ({"nodes": 2}, "found one machine with .* nodes=1 ngpus=1"),
         ({"ngpus": 2, "device": "cuda"}, "asks for 2 GPUs on this machine, found 0.*accum_freq=2 restores it"),
         ({"eval_steps": 2, "evals": ("nowhere.yaml",)}, "nowhere.yaml"),
