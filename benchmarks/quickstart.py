@@ -1,4 +1,4 @@
-"""The ladder of poolings on the embedded scenes, over seeds: `python -m benchmarks.quickstart [--seeds 0 1 2] [--json]`.
+"""The ladder of poolings on the embedded scenes, over seeds: `python -m benchmarks.quickstart [--seeds 0 1] [--json]`.
 
 Each rung trains the same encoder on the same data with the same steps and loss; only the way from mixture tokens to
 the feature differs. Runs that are finished are not repeated; what is half done goes on.

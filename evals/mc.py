@@ -12,10 +12,10 @@ from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, format
 from llip.clipeval.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
-from llip.paths import expand_path, unset_variables
 from llip.clipeval.processes import Processes
 from llip.configs import search_config
 from llip.errors import UserError
+from llip.paths import expand_path, unset_variables
 
 AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 """The run config's `precision` on CUDA; the CPU always computes in float32."""

@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 PATHS = sorted(
     set(re.findall(r"\]\(([^)#:]+)\)", README))
-    | set(re.findall(r"^((?:llip|evals|config_evals|benchmarks|tests|docs)/\S*|submitit_openclip\.py)", README, re.MULTILINE))
+    | set(re.findall(r"^((?:llip|evals|config_evals|benchmarks|tests|docs)/\S*|\w+\.py) ", README, re.MULTILINE))
     | set(re.findall(r"(?:llip|config_evals|benchmarks|docs|tests)/[\w./]*\w\.(?:py|yaml|json|svg|png)", README))
 )  # fmt: skip
 

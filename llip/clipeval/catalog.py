@@ -19,8 +19,8 @@ import jsonschema
 from llip.clipeval.datasets import DATASET_TYPES, DatasetSpec, load_dataset_types
 from llip.clipeval.labels import TextSource
 from llip.clipeval.metrics import CLASSIFICATION, metric_names
-from llip.paths import expand_path
 from llip.errors import UserError, did_you_mean, nearest
+from llip.paths import expand_path
 
 CATALOG_FOLDER = Path(__file__).parent
 DEFAULT_CATALOG = "dataset_catalog.json"

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from llip.clipeval.metrics import CLASSIFICATION
-from llip.paths import unset_variables
 from llip.errors import UserError, nearest
+from llip.paths import unset_variables
 
 
 class ImageSource(ABC):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llip.paths import expand_path
 from llip.errors import UserError, did_you_mean
+from llip.paths import expand_path
 
 PACKAGE_SOURCES = {
     "open_clip:imagenet": "IMAGENET_CLASSNAMES",

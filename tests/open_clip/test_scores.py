@@ -38,12 +38,12 @@ def make(images=3, texts=7, tokens=5, width=24, heads=4, temperature=2.0, seed=0
 
 
 SHAPES = [
-    dict(),
-    dict(tokens=1),
-    dict(images=1),
-    dict(tokens=8, width=64, heads=2),  # MK below D
-    dict(tokens=8, width=16, heads=2),  # MK = D
-    dict(tokens=16, width=16, heads=4),  # MK above D
+    {},
+    {"tokens": 1},
+    {"images": 1},
+    {"tokens": 8, "width": 64, "heads": 2},  # MK below D
+    {"tokens": 8, "width": 16, "heads": 2},  # MK = D
+    {"tokens": 16, "width": 16, "heads": 4},  # MK above D
 ]
 
 
@@ -71,7 +71,7 @@ def test_scores_are_the_reference_whatever_the_tile(shape, use_gram, tile):
 @pytest.mark.parametrize("use_gram", [True, False])
 @pytest.mark.parametrize("budget", [0, 1 << 30])  # recomputed in backward, kept
 def test_gradients_are_the_reference(use_gram, budget):
-    pooling, h, t = make(images=3, texts=9, tokens=4)
+    pooling, h, _t = make(images=3, texts=9, tokens=4)
     raw = torch.randn(9, 24)
     upstream = torch.randn(3, 9)
 

@@ -250,7 +250,7 @@ def test_mistakes_are_one_message(config, changes, message, capsys, tmp_path):
 
 def test_unwritable_logs_folder(config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written.*logs=DIR"):
+    with pytest.raises(UserError, match=r"cannot be written.*logs=DIR"):
         train(config.replace(logs=str(tmp_path / "file")), "cpu")
 
 

@@ -18,7 +18,7 @@ BATCH = 8
 def make_batch():
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    words = "one two three four five six seven eight".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     return images, get_tokenizer(context_length=12)([f"{word} things" for word in words])
 
 
