@@ -94,8 +94,8 @@ class TextConditionedPooling(nn.Module):
 
     Our reading, where the paper does not settle the point: the text is a unit vector, so the query is rescaled by
     sqrt(D) before W_Q; so are the tokens before W_K (keys from token *directions*). All four matrices start as
-    multiples of the identity: the feature starts as a mixture of the tokens themselves, and a text starts by listening to the
-    tokens that point its own way, head by head. Random W_Q and W_K start behind the text-free poolings instead.
+    multiples of the identity: the feature starts as a mixture of the tokens themselves, and a text starts by listening
+    to the tokens that point its own way, head by head. Random W_Q and W_K start behind the text-free poolings instead.
     """
 
     def __init__(self, width: int, heads: int, temperature: float) -> None:
