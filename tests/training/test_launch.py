@@ -1,0 +1,76 @@
+"""Which processes a run gets: never fewer than asked for, and the way out spelled out."""
+
+import pytest
+
+from llip.configs import Config
+from llip.errors import UserError
+from llip.training import launch
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Set how many GPUs this machine seems to have."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda count: monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+
+def test_auto_takes_the_gpus_where_there_are_some(gpus):
+    gpus(2)
+    assert launch.resolve_device(Config(ngpus=2)) == "cuda"
+    assert launch.resolve_device(Config(ngpus=1)) == "cuda"
+    assert launch.resolve_device(Config(ngpus=4, device="cpu")) == "cpu"
+    gpus(0)
+    assert launch.resolve_device(Config(ngpus=1)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("found", "changes", "message"),
+    [
+        (
+            2,
+            {"ngpus": 8, "batch_size": 10},
+            "asks for 8 GPUs on this machine, found 2. Type nodes=1 ngpus=2: global batch 20 in the place of 80; "
+            "accum_freq=4 restores it",
+        ),
+        (0, {"ngpus": 2}, "found 0. Type nodes=1 ngpus=1 device=cpu"),
+        (0, {"device": "cuda"}, "found 0"),
+        (8, {"ngpus": 8, "nodes": 4}, "found one machine with 8 GPUs and no multi-node launch"),
+        (3, {"ngpus": 4, "batch_size": 10}, "accum_freq=1 gives 30"),
+    ],
+)
+def test_more_than_there_is_is_refused(gpus, found, changes, message):
+    gpus(found)
+    with pytest.raises(UserError) as error:
+        launch.resolve_device(Config(**changes))
+    assert message in str(error.value)
+
+
+def test_a_launcher_with_another_number_of_processes_is_refused(gpus, monkeypatch):
+    gpus(8)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert launch.resolve_device(Config(nodes=2, ngpus=8)) == "cuda"
+    with pytest.raises(UserError, match="asks for 1 nodes x 8 = 8 processes, and the launcher started 16"):
+        launch.resolve_device(Config(ngpus=8))
+
+
+def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, monkeypatch, tmp_path):
+    gpus(0)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    slurm = {"PROCID": "3", "NTASKS": "4", "LOCALID": "1", "JOB_NODELIST": "node[7-8]", "JOB_ID": "123", "STEP_ID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    launch.adopt_slurm()
+    import os
+
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("3", "4", "1")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node7", "20123")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
