@@ -29,6 +29,7 @@ def llip_quickstart() -> Config:
         warmup=50,
         precision="fp32",
         workers=1,
+        eval_steps=375,
         evals=("config_evals/scenes_online.yaml",),
     )
 

@@ -284,3 +284,19 @@ def test_two_processes_from_the_same_command(config, tmp_path):
     assert failed.returncode == 2
     assert failed.stderr.count("belongs to another experiment") == 1
     assert "Traceback" not in failed.stderr
+
+
+def test_online_evaluation_is_recorded_and_changes_nothing(config, pairs, tmp_path):
+    folder = pairs.rsplit("/", 1)[0]
+    entry = {"type": "retrieval", "path": folder, "split": "*.tar", "metric": "recall"}
+    (tmp_path / "catalog.json").write_text(json.dumps({"pairs": entry}))
+    (tmp_path / "online.yaml").write_text(
+        f"eval_name: mc\ncatalog_name: {tmp_path}/catalog.json\ntasks: [pairs]\nbatch_size: 8\nworkers: 0\n"
+    )
+    train(config, "cpu")
+    watched = config.replace(name="watched", eval_steps=4, evals=(f"{tmp_path}/online.yaml",))
+    train(watched, "cpu")
+    records = read_jsonl(watched.folder / "evals.jsonl")
+    assert [(record["step"], record["task"]) for record in records] == [(4, "pairs"), (6, "pairs")]
+    assert all(0 <= value <= 1 for record in records for value in record["values"].values())
+    assert losses(watched) == losses(config)
