@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from evals.main_distributed import launch
@@ -15,10 +14,8 @@ from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.processes import Processes
 from llip.configs import search_config
 from llip.errors import UserError
+from llip.open_clip.model import autocast_dtype
 from llip.paths import expand_path, unset_variables
-
-AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-"""The run config's `precision` on CUDA; the CPU always computes in float32."""
 
 LoadModel = Callable[[Path, EvalConfig], nn.Module]
 
@@ -88,7 +85,7 @@ def _work(
         tasks,
         load_catalog(config.catalog_name),
         device=device,
-        autocast_dtype=AUTOCAST[results.model.precision],
+        autocast_dtype=autocast_dtype(results.model.precision),
         batch_size=config.batch_size,
         workers=config.workers,
         prompt_ensemble=config.prompt_ensemble,

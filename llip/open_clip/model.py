@@ -15,6 +15,11 @@ MAX_LOGIT_SCALE = math.log(100)
 """Ceiling of `logit_scale` (Radford et al. 2021)."""
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the dtype of the towers' matrix products under a config's `precision`, None for float32."""
+    return {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[precision]
+
+
 class Llip(nn.Module):
     """An image-text model whose image features may depend on the text they are compared with."""
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from llip.clipeval.online import evaluate_online, load_online_eval
 from llip.configs import Config
 from llip.open_clip.factory import get_tokenizer, image_transforms, model_spec
-from llip.open_clip.model import Llip
+from llip.open_clip.model import Llip, autocast_dtype
 from llip.training.distributed import Processes
 from llip.training.run_log import RunLog, log
-from llip.training.trainer import autocast_dtype
 
 
 def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> Callable[[Llip, int], None] | None:

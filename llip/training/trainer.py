@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llip.configs import Config
 from llip.errors import UserError
-from llip.open_clip.model import Llip
+from llip.open_clip.model import Llip, autocast_dtype
 from llip.training.accumulation import Slice, backward_step
 from llip.training.checkpoint import write_checkpoint
 from llip.training.data import Batch
@@ -22,11 +22,6 @@ from llip.training.optimizer import learning_rate
 from llip.training.run_log import RunLog, log
 from llip.training.state import TrainState
 from llip.training.task import ContrastiveTask
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """Return the dtype that the towers' matrix products run in, None for float32."""
-    return {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[precision]
 
 
 class Trainer:
