@@ -20,7 +20,7 @@ def llip_quickstart() -> Config:
         mixture_tokens=8,
         pooling="text",
         pool_heads=4,
-        softmax_temperature=2.0,
+        softmax_temperature=5.0,
         batch_size=32,
         epochs=2,
         lr=5e-4,
