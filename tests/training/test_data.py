@@ -107,16 +107,15 @@ def test_damaged_samples_are_dropped_and_counted(tmp_path):
         {"txt": b"x"},
     ]
     write_tar(tmp_path / "a.tar", good[:4] + bad + good[4:])
-    batches = take(2, config(str(tmp_path / "*.tar")))
-    assert sorted(captions(batches)) == list(range(8))
-    dropped = batches[0].dropped | batches[1].dropped
-    assert set(dropped) == {
-        "undecodable image (UnidentifiedImageError)",
-        "undecodable image (OSError)",
-        "no caption",
-        "txt is not UTF-8",
-        "no image",
-    } or any("SyntaxError" in reason for reason in dropped)  # PIL's word for a torn png
+    batches = take(
+        5, config(str(tmp_path / "*.tar"), max_bad_fraction=1.0)
+    )  # the fifth reports what two passes dropped
+    assert sorted(captions(batches[:2])) == sorted(captions(batches[2:4])) == list(range(8))
+    reasons = {reason for batch in batches for reason in batch.dropped}
+    assert reasons >= {"no caption", "txt is not UTF-8", "no image"}
+    images = {reason for reason in reasons if reason.startswith("undecodable image")}  # PIL has several words for it
+    assert reasons == images | {"no caption", "txt is not UTF-8", "no image"}
+    assert images
 
 
 def test_a_torn_shard_does_not_stop_the_others(tmp_path):

@@ -1,5 +1,8 @@
 """Which processes a run gets: never fewer than asked for, and the way out spelled out."""
 
+import os
+from unittest import mock
+
 import pytest
 
 from llip.configs import Config
@@ -55,22 +58,22 @@ def test_a_launcher_with_another_number_of_processes_is_refused(gpus, monkeypatc
         launch.resolve_device(Config(ngpus=8))
 
 
-def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, monkeypatch, tmp_path):
+def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
     gpus(0)
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
     scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     slurm = {"PROCID": "3", "NTASKS": "4", "LOCALID": "1", "JOB_NODELIST": "node[7-8]", "JOB_ID": "123", "STEP_ID": "0"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
-    launch.adopt_slurm()
-    import os
-
-    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("3", "4", "1")
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node7", "20123")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name)
+    task = {f"SLURM_{name}": value for name, value in slurm.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with mock.patch.dict(os.environ, task):  # puts back what adopt_slurm sets, too
+        os.environ.pop("SLURM_STEP_NUM_TASKS", None)
+        launch.adopt_slurm()
+        found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    assert found == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "node7",
+        "MASTER_PORT": "20123",
+    }
+    assert "RANK" not in os.environ
