@@ -15,7 +15,7 @@ import numpy as np
 
 from llip.scenes.world import Scene, Thing
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("no", "one", "two", "three", "four")
 RELATIONS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),

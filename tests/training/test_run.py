@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -198,27 +199,25 @@ def test_resume_from_a_path(config, tmp_path):
     assert [record["step"] for record in read_jsonl(other.folder / "metrics.jsonl")] == [7, 8, 9, 10]
 
 
-def _hold(folder, ready, release):
+def _hold(folder, ready):
     with locked_folder(folder):
         ready.set()
-        release.wait(30)
+        time.sleep(60)
 
 
 def test_a_folder_in_use_says_who_holds_it(config):
     context = multiprocessing.get_context("fork")
-    ready, release = context.Event(), context.Event()
-    holder = context.Process(target=_hold, args=(config.folder, ready, release))
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(config.folder, ready), daemon=True)
     holder.start()
     try:
         assert ready.wait(30)
         with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
             train(config, "cpu")
+    finally:
         holder.kill()
         holder.join(10)
-        train(config, "cpu")  # the lock died with its process
-    finally:
-        release.set()
-        holder.join(10)
+    train(config, "cpu")  # the lock died with its process
 
 
 @pytest.mark.parametrize(
