@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -183,7 +183,7 @@ class Trainer:
         content = self.state.save(self.processes)
         if content is not None:
             model = self.task.model
-            content |= {"model": model.config, "state_dict": model.state_dict(), "config": vars(self.config) | {}}
+            content |= {"model": model.config, "state_dict": model.state_dict(), "config": dict(vars(self.config))}
             folder = self.config.folder / "checkpoints"
             seconds = write_checkpoint(folder, self.state.step, content, self.config.keep_checkpoints)
             log.info("checkpoint of step %d written in %.1f s", self.state.step, seconds)
@@ -206,16 +206,9 @@ class _Window:
     def total_seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def waiting(self) -> "_Waiting":
-        return _Waiting(self)
-
-
-class _Waiting:
-    def __init__(self, window: _Window) -> None:
-        self.window = window
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.window.waited += time.perf_counter() - self.start
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
