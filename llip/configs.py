@@ -84,6 +84,9 @@ class Config:
     # Machine
     nodes: int = _operational(1, "machines")
     ngpus: int = _operational(1, "processes per machine: GPUs, or CPU processes with device=cpu")
+    score_memory: float | None = _operational(
+        None, "GiB that text-conditioned scores may take; less is slower, not smaller; none: 0.5 on CPU, 2 on GPU"
+    )
     device: Literal["auto", "cuda", "cpu"] = _operational("auto", "auto: CUDA where there is a GPU")
     grad_checkpointing: bool = _operational(False, "recompute the towers' blocks in the backward pass: memory for time")
     torchcompile: bool = _operational(False, "compile both towers with torch.compile")
@@ -216,7 +219,7 @@ def _check_ranges(config: Config) -> None:
     for name in ("beta1", "beta2", "max_bad_fraction", "patch_dropout"):
         if not 0 <= getattr(config, name) <= 1 or (name != "max_bad_fraction" and getattr(config, name) == 1):
             raise UserError(f"config field {name} = {getattr(config, name)}: expected a number from 0 to 1")
-    for name in ("softmax_temperature", "eps", "grad_clip", "image_size", "context_length"):
+    for name in ("softmax_temperature", "eps", "grad_clip", "image_size", "context_length", "score_memory"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"config field {name} = {value}: expected more than 0")

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from llip.open_clip.gram import full_precision
 from llip.open_clip.pooling import unit_norm
-from llip.open_clip.similarity import full_precision
 
 MAX_LOGIT_SCALE = math.log(100)
 """Ceiling of `logit_scale` (Radford et al. 2021)."""

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.open_clip import similarity
+from llip.open_clip.gram import full_precision
+from llip.open_clip.score_plan import ScorePlan, plan_scores
 
 NORM_EPS = 1e-6
 """Norms below this count as this, so that features of degenerate tokens stay finite."""
@@ -18,7 +20,7 @@ NORM_EPS = 1e-6
 
 def unit_norm(x: Tensor) -> Tensor:
     """Scale the last dimension to unit norm, in float32 (float64 stays)."""
-    return F.normalize(similarity.full_precision(x), dim=-1, eps=NORM_EPS)
+    return F.normalize(full_precision(x), dim=-1, eps=NORM_EPS)
 
 
 class TextFreePooling(nn.Module):
@@ -40,6 +42,9 @@ class TextFreePooling(nn.Module):
         """Return cosines [B, T] of images [B, K, D] and unit-norm texts [T, D], in float32."""
         with torch.autocast(h.device.type, enabled=False):
             return self(h) @ t.to(h.dtype).T
+
+    def score_plan(self, *shape: int, **options: object) -> None:
+        """Return None: a score is a plain inner product."""
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return unit-norm features [B, T, D]; they do not depend on the text."""
@@ -83,7 +88,7 @@ class LearnedWeights(TextFreePooling):
         self.weight_logits = nn.Parameter(torch.zeros(mixture_tokens))
 
     def token_weights(self) -> Tensor:
-        return similarity.full_precision(self.weight_logits).softmax(dim=0)
+        return full_precision(self.weight_logits).softmax(dim=0)
 
 
 class TextConditionedPooling(nn.Module):
@@ -132,16 +137,15 @@ class TextConditionedPooling(nn.Module):
 
     def queries(self, t: Tensor) -> Tensor:
         """Return queries [T, M, d] of unit-norm texts [T, D], divided by the temperature."""
-        return self._split(self.q_proj(t * (t.shape[-1] ** 0.5 / self.temperature)))
+        return self._split(self.q_proj(t * self._query_gain(t)))
 
-    def targets(self, t: Tensor) -> Tensor:
-        """Return W_O^T t_j [T, M, d]: what a value is compared with, so that z_ij need not be formed."""
-        return self._split(F.linear(t, self.out_proj.weight.T))
+    def _query_gain(self, t: Tensor) -> float:
+        return t.shape[-1] ** 0.5 / self.temperature
 
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the attention weights over mixture tokens [B, T, M, K], in float32."""
         logits = torch.einsum("tmd,bmkd->btmk", self.queries(t), self.keys(h))
-        return similarity.full_precision(logits).softmax(dim=-1)
+        return full_precision(logits).softmax(dim=-1)
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the unit-norm features z [B, T, D], formed one by one: the reference, for small B x T."""
@@ -158,13 +162,22 @@ class TextConditionedPooling(nn.Module):
             memory_budget: bytes that the tiles may take; the default of `similarity` when None.
         """
         return similarity.pairwise_scores(
-            self.keys(h),
-            self.values(h),
-            self.queries(t),
-            self.targets(t),
+            self.keys(h).transpose(0, 1),
+            self.values(h).transpose(0, 1),
             t,
+            self.q_proj.weight,
             self.out_proj.weight,
+            self._query_gain(t),
             memory_budget=memory_budget,
+        )
+
+    def score_plan(
+        self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
+    ) -> ScorePlan:
+        """Return how `scores` of such a shape are computed in training, with the memory predicted."""
+        width = self.out_proj.weight.shape[0]
+        return plan_scores(
+            images, texts, mixture_tokens, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget
         )
 
 

@@ -166,7 +166,7 @@ def build_run(config: Config, processes: Processes) -> Run:
     pin = processes.device.type == "cuda"
     loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.count, state.position, pin)
     run_log = RunLog(config.folder if processes.is_main else None, config, state.step)
-    return Run(ContrastiveTask(model, config.loss, processes), state, loader, run_log)
+    return Run(ContrastiveTask(model, config.loss, processes, config.score_memory), state, loader, run_log)
 
 
 def _starting_point(config: Config) -> dict | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llip.open_clip.factory import normalise_images
 from llip.open_clip.loss import sigmoid_loss, softmax_loss
 from llip.open_clip.model import Llip
+from llip.open_clip.score_plan import ScorePlan
 from llip.training.distributed import Processes, combine_logsumexp, gather_texts
 
 
@@ -27,10 +28,26 @@ class ContrastiveTask(nn.Module):
     The share is scaled so that DDP's *average* of the gradients is the gradient of the global loss (METHOD, Objective).
     """
 
-    def __init__(self, model: Llip, loss: str, processes: Processes) -> None:
+    def __init__(self, model: Llip, loss: str, processes: Processes, score_memory: float | None = None) -> None:
+        """Join model and objective.
+
+        Args:
+            model: with a logit bias if and only if the loss is the sigmoid one.
+            loss: sigmoid or softmax.
+            processes: this process's place.
+            score_memory: GiB that the scores of all pairs may take; None: the default of the device.
+        """
         super().__init__()
         assert (loss == "sigmoid") == (model.logit_bias is not None), f"the model was not built for the {loss} loss"
         self.model, self.loss, self.processes = model, loss, processes
+        self.memory_budget = None if score_memory is None else int(score_memory * 2**30)
+
+    def score_plan(self, images: int) -> ScorePlan | None:
+        """Return how the scores of `images` images of this process are computed; None without text conditioning."""
+        return self.model.pooling.score_plan(
+            images, images * self.processes.count, self.model.config["mixture_tokens"],
+            on_cpu=self.processes.device.type == "cpu", memory_budget=self.memory_budget,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -69,7 +86,7 @@ class ContrastiveTask(nn.Module):
 
     def _loss(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         texts = gather_texts(features.t, self.processes)  # [T, D]
-        scores = self.model.similarity(features.h, texts)  # [B, T]
+        scores = self.model.similarity(features.h, texts, self.memory_budget)  # [B, T]
         offset = self.processes.rank * len(features.h)
         scale = self.model.logit_scale.exp()
         report = {"logit_scale": scale.detach()}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.model import Llip, autocast_dtype
+from llip.open_clip.score_plan import ScorePlan
 from llip.training.accumulation import Slice, backward_step
 from llip.training.checkpoint import write_checkpoint
 from llip.training.data import Batch
@@ -69,6 +70,8 @@ class Trainer:
         """Train to the end of the schedule."""
         self.task.train()
         window = _Window()
+        if plan := self._score_plan():
+            log.info("scores of %d images a process: %s", self.config.batch_size * self.config.accum_freq, plan)
         progress = tqdm(
             total=self.config.total_steps,
             initial=self.state.step,
@@ -112,7 +115,8 @@ class Trainer:
         state, scaler = self.state, self.state.scaler
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        loss, report = backward_step(self.wrapped, slices, self.autocast, scaler.scale)
+        with self._explained_shortage():
+            loss, report = backward_step(self.wrapped, slices, self.autocast, scaler.scale)
         scaler.unscale_(state.optimizer)
         largest = math.inf if self.config.grad_clip is None else self.config.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), largest).item()
@@ -123,6 +127,27 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         self.task.model.clamp_logit_scale()
         return loss, norm, report
+
+    @contextmanager
+    def _explained_shortage(self) -> Iterator[None]:
+        """Say what was predicted, and what to change, where a step runs out of memory."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            config, scores = self.config, self._score_plan()
+            first_line = str(error).splitlines()[0]
+            advice = f", or score_memory below {scores.budget / 2**30:.3g}" if scores else ""
+            raise UserError(
+                f"out of memory at step {self.state.step} on process {self.processes.rank}: {first_line} "
+                f"Scores: {scores or 'one feature per image'}. Try a smaller batch_size with a larger accum_freq "
+                f"(now {config.batch_size} and {config.accum_freq}: the global batch can stay the same), "
+                f"grad_checkpointing=true{advice}."
+            ) from error
+
+    def _score_plan(self) -> ScorePlan | None:
+        return self.task.score_plan(self.config.batch_size * self.config.accum_freq)
 
     def _check_overflow(self, loss: Tensor) -> None:
         """Count an overflow of float16; anything else that is not finite ends the run, on every process alike.
