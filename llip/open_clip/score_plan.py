@@ -22,6 +22,7 @@ _FLOAT = 4  # bytes
 _MOST_OF_FEATURES = 1 << 26  # bytes: the features of all pairs are formed at once, which is for few pairs only
 # Measured on CPUs, in multiply-adds of a large product:
 _VISIT = 16  # one elementwise visit of one number
+_SHORT = 128  # texts at which the product with one image's Gram matrix takes twice as long as a large one
 _GRAM_CALL = 20_000_000  # the longer way through Python
 
 
@@ -59,7 +60,7 @@ def cheapest_form(images: int, texts: int, tokens: int, heads: int, width: int, 
     shared = once * width**3  # W_O^T W_O
     grams = once * images * (tokens * width**2 + rows * tokens * width)
     costs = {
-        "image_gram": pairs * (rows**2 * symmetric + visits[0]) + shared + grams + overhead,
+        "image_gram": pairs * (rows**2 * symmetric * (1 + _SHORT / texts) + visits[0]) + shared + grams + overhead,
         "shared_gram": pairs * (width**2 * symmetric + visits[1]) + 2 * shared + overhead,
     }
     if _features_bytes(images, texts, rows, width, training) <= _MOST_OF_FEATURES:

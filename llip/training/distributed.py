@@ -66,6 +66,8 @@ def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if config.precision != "fp32":  # what autocast leaves in float32 may use the tensor cores' 10-bit products
+            torch.set_float32_matmul_precision("high")
     else:  # the launcher pins OMP to one thread; share the cores instead, and leave one to each data worker
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ngpus - config.workers))
     if count > 1:

@@ -1,0 +1,274 @@
+"""Exact tiled scores against dense ones: speed, error and memory. `python -m benchmarks.similarity [--json]`
+
+Shapes: B images, T texts, K mixture tokens, M = 8 heads, D embedding width.
+
+Three things are timed in turn, round by round, in one run: METHOD's equations in einsum over all pairs at once
+("dense"), the same numbers through the fewest and largest matrix products that still form every z ("best dense"), and
+this project's scores, with tiles kept for the backward pass, with tiles computed again, and without gradients.
+"""
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llip.open_clip.pooling import TextConditionedPooling, create_pooling, unit_norm
+from llip.open_clip.score_plan import plan_scores
+
+HEADS, TEMPERATURE = 8, 5.0
+AMPLE, TIGHT = 16 << 30, 1 << 27  # memory budgets: everything is kept, no tile of the large shapes is
+MEMORY_SHAPE = (16, 32, 512)  # B, K, D
+MEMORY_TEXTS = (4_096, 32_768)
+
+
+class Shape(NamedTuple):
+    """B, T, K, D of one comparison."""
+
+    images: int
+    texts: int
+    tokens: int
+    width: int
+
+
+SHAPES = [
+    Shape(64, 1024, 32, 512),
+    Shape(16, 4096, 32, 768),
+    Shape(16, 4096, 64, 1024),
+    Shape(16, 4096, 64, 512),
+    Shape(64, 64, 32, 512),  # a small batch: no Gram matrix pays
+    Shape(256, 256, 32, 512),
+]
+PRECISION_SHAPE = Shape(32, 256, 32, 512)
+
+
+class Inputs(NamedTuple):
+    """Head, mixture tokens [B, K, D], unit-norm texts [T, D], and a gradient of the scores [B, T]."""
+
+    pooling: TextConditionedPooling
+    h: Tensor
+    t: Tensor
+    upstream: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        return [self.h, self.t, *self.pooling.parameters()]
+
+
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Return seeded inputs with a head away from its start."""
+    torch.manual_seed(0)
+    pooling = create_pooling("text", shape.tokens, shape.width, HEADS, TEMPERATURE)
+    for parameter in pooling.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter) * shape.width**-0.5
+    h = torch.randn(shape.images, shape.tokens, shape.width)
+    t = unit_norm(torch.randn(shape.texts, shape.width))
+    upstream = torch.randn(shape.images, shape.texts)
+    tensors = [x.to(device, dtype).requires_grad_() for x in (h, t)]
+    return Inputs(pooling.to(device, dtype), *tensors, upstream.to(device, dtype))
+
+
+def dense(inputs: Inputs) -> Tensor:
+    """METHOD's equations, all pairs at once: scores [B, T]."""
+    pooling, h, t, _ = inputs
+    weights = torch.einsum("tmd,bmkd->btmk", pooling.queries(t), pooling.keys(h)).softmax(dim=-1)
+    mixed = torch.einsum("btmk,bmkd->btmd", weights, pooling.values(h).to(weights.dtype)).flatten(2)
+    z = unit_norm(torch.einsum("btd,ed->bte", mixed, pooling.out_proj.weight.to(mixed.dtype)))
+    return torch.einsum("btd,td->bt", z, t)
+
+
+def best_dense(inputs: Inputs) -> Tensor:
+    """The same, heads first, so that every product is a large one and nothing is copied twice."""
+    pooling, h, t, _ = inputs
+    keys, values = (x.transpose(0, 1).contiguous() for x in (pooling.keys(h), pooling.values(h)))  # [M, B, K, d]
+    queries = pooling.queries(t).permute(1, 2, 0)  # [M, d, T]
+    logits = torch.bmm(keys.flatten(1, 2), queries).unflatten(1, keys.shape[1:3])  # [M, B, K, T]
+    weights = logits.softmax(dim=2).transpose(2, 3)
+    mixed = torch.matmul(weights, values).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
+    z = torch.nn.functional.linear(mixed, pooling.out_proj.weight)
+    return (z * t).sum(dim=-1) / z.square().sum(dim=-1).clamp_min(1e-12).sqrt()
+
+
+def tiled(budget: int | None) -> Callable[[Inputs], Tensor]:
+    """This project's scores with a memory budget in bytes."""
+    return lambda inputs: inputs.pooling.scores(inputs.h, inputs.t, budget)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Time one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def train_step(score: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    """Forward and backward; returns the scores."""
+    for leaf in inputs.leaves():
+        leaf.grad = None
+    scores = score(inputs)
+    scores.backward(inputs.upstream.to(scores.dtype))
+    return scores.detach()
+
+
+@torch.no_grad()
+def evaluate(score: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    """Forward alone."""
+    return score(inputs)
+
+
+FORMS = {
+    "dense": (dense, train_step),
+    "best_dense": (best_dense, train_step),
+    "tiled": (tiled(None), train_step),
+    "ample": (tiled(AMPLE), train_step),
+    "recomputed": (tiled(TIGHT), train_step),
+    "dense_no_grad": (dense, evaluate),
+    "best_dense_no_grad": (best_dense, evaluate),
+    "tiled_no_grad": (tiled(None), evaluate),
+}
+
+
+def time_shape(shape: Shape, rounds: int, device: torch.device, progress: tqdm) -> dict:
+    """Time every form on one shape, in turn; medians, and ratios of medians."""
+    inputs = make_inputs(shape, device)
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    for repeat in range(rounds + 1):
+        for name, (score, run) in FORMS.items():
+            took = seconds(lambda score=score, run=run: run(score, inputs), device)
+            progress.update()
+            if repeat:  # the first round warms up
+                times[name].append(took)
+    found = {name: statistics.median(values) for name, values in times.items()}
+    plan = plan_scores(
+        shape.images, shape.texts, shape.tokens, HEADS, shape.width, training=True, on_cpu=device.type == "cpu"
+    )
+    error = (evaluate(tiled(None), inputs) - evaluate(dense, inputs)).abs().max().item()
+    return {
+        "shape": shape._asdict(),
+        "form": plan.form,
+        **{f"{name}_seconds": round(value, 5) for name, value in found.items()},
+        "ratio": round(found["dense"] / found["tiled"], 3),
+        "ratio_best_dense": round(found["best_dense"] / found["tiled"], 3),
+        "ratio_ample": round(min(found["dense"], found["best_dense"]) / found["ample"], 3),
+        "ratio_recomputed": round(found["dense"] / found["recomputed"], 3),
+        "ratio_no_grad": round(found["dense_no_grad"] / found["tiled_no_grad"], 3),
+        "pairs_per_second_no_grad": round(shape.images * shape.texts / found["tiled_no_grad"]),
+        "peak_bytes": plan.peak_bytes,
+        "max_error": error,
+    }
+
+
+def measure_errors(device: torch.device) -> list[dict]:
+    """Root mean square error of scores and gradients against float64, of the dense form and of the tiled one."""
+    exact_inputs = make_inputs(PRECISION_SHAPE, device, torch.float64)
+    exact = [train_step(dense, exact_inputs), *(leaf.grad for leaf in exact_inputs.leaves())]
+    names = ["scores", "tokens", "texts", "W_Q", "W_K", "W_V", "W_O"]
+    inputs = make_inputs(PRECISION_SHAPE, device)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        errors = []
+        for score in (dense, tiled(None)):
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                scores = score(inputs)
+            for leaf in inputs.leaves():
+                leaf.grad = None
+            scores.backward(inputs.upstream.to(scores.dtype))
+            found = [scores.detach(), *(leaf.grad for leaf in inputs.leaves())]
+            errors.append(
+                [((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(found, exact, strict=True)]
+            )
+        for name, ours, theirs in zip(names, errors[1], errors[0], strict=True):
+            rows.append(
+                {"dtype": str(dtype).removeprefix("torch."), "of": name, "dense": theirs, "tiled": ours,
+                 "ratio": round(ours / theirs, 3)}
+            )  # fmt: skip
+    return rows
+
+
+def memory_of(texts: int) -> int:
+    """Return the peak resident set, in bytes, of this process after forward and backward with that many texts."""
+    images, tokens, width = MEMORY_SHAPE
+    inputs = make_inputs(Shape(images, texts, tokens, width), torch.device("cpu"))
+    train_step(tiled(None), inputs)
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss begins with what the parent had when it forked
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_memory() -> dict:
+    """Peak memory with few and with many texts, each in a process of its own, and the growth that is allowed."""
+    peaks = []
+    for texts in MEMORY_TEXTS:
+        command = [sys.executable, "-m", "benchmarks.similarity", "--memory-of", str(texts)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout))
+    images, _, width = MEMORY_SHAPE
+    added = MEMORY_TEXTS[1] - MEMORY_TEXTS[0]
+    allowed = 1.1 * peaks[0] + 4 * added * width * 4 + 3 * images * added * 4
+    return {"texts": MEMORY_TEXTS, "peak_bytes": peaks, "allowed_bytes": round(allowed), "bounded": peaks[1] <= allowed}
+
+
+def as_tables(results: dict) -> str:
+    """Return the results for people."""
+    lines = ["| B | T | K | D | dense s | best dense s | tiled s | ratio | to best | again | no grad | pairs/s |"]
+    lines.append("|" + "---|" * 12)
+    for row in results["shapes"]:
+        lines.append(
+            "| " + " | ".join(str(value) for value in row["shape"].values())
+            + f" | {row['dense_seconds']:.3f} | {row['best_dense_seconds']:.3f} | {row['tiled_seconds']:.3f} "
+            f"| {row['ratio']:.2f} | {row['ratio_best_dense']:.2f} | {row['ratio_recomputed']:.2f} "
+            f"| {row['ratio_no_grad']:.2f} | {row['pairs_per_second_no_grad']:,} |"
+        )  # fmt: skip
+    lines += ["", "relative error against float64 (root mean square): dense, tiled, ratio"]
+    for row in results["errors"]:
+        lines.append(f"{row['dtype']:>9} {row['of']:>7}  {row['dense']:.1e}  {row['tiled']:.1e}  {row['ratio']:.2f}")
+    if memory := results.get("memory"):
+        small, large = (f"{peak / 2**20:,.0f} MiB" for peak in memory["peak_bytes"])
+        lines += ["", f"peak memory: {small} with {memory['texts'][0]:,} texts, {large} with {memory['texts'][1]:,}"]
+        lines[-1] += f" (allowed: {memory['allowed_bytes'] / 2**20:,.0f} MiB)"
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.similarity")
+    parser.add_argument("--shape", nargs=4, type=int, action="append", metavar=("B", "T", "K", "D"))
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after a warm-up")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
+    parser.add_argument("--memory-of", type=int, metavar="T", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(memory_of(options.memory_of))
+        return 0
+    device = torch.device(options.device)
+    shapes = [Shape(*shape) for shape in options.shape or SHAPES]
+    with tqdm(total=len(shapes) * (options.rounds + 1) * len(FORMS), unit="run", file=sys.stderr) as progress:
+        results = {"device": options.device, "threads": options.threads, "shapes": []}
+        for shape in shapes:
+            progress.set_description("x".join(map(str, shape)))
+            results["shapes"].append(time_shape(shape, options.rounds, device, progress))
+    results["errors"] = measure_errors(device)
+    if device.type == "cpu":
+        results["memory"] = measure_memory()
+    print(json.dumps(results) if options.json else as_tables(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

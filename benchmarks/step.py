@@ -1,0 +1,158 @@
+"""What the head costs: one training step of a config against the same encoder with pooling=first.
+
+    python -m benchmarks.step llip_b16_k32 [field=value ...] [--texts 32768] [--device cuda] [--json]
+
+One process stands for one GPU of the published run: `batch_size` images against `--texts` texts of the global batch,
+of which its own come from its text tower and the others, which would arrive from other GPUs, are drawn at random. The
+steps of the two models are timed in turn; a step is both towers, scores, loss, backward pass and AdamW.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from llip.configs import Config, search_config
+from llip.errors import EXIT_USER, UserError
+from llip.open_clip.factory import create_model, model_spec, normalise_images
+from llip.open_clip.loss import sigmoid_loss, softmax_loss
+from llip.open_clip.model import Llip, autocast_dtype
+from llip.open_clip.pooling import unit_norm
+from llip.training.optimizer import create_optimizer
+
+
+class Stepper:
+    """One model with its optimizer and a fixed batch."""
+
+    def __init__(self, config: Config, texts: int, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        spec = model_spec(config)
+        self.config, self.device = config, device
+        self.model: Llip = create_model(spec).to(device).train()
+        if config.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        if config.torchcompile:
+            self.model.visual.compile()
+            self.model.text.compile()
+        self.optimizer = create_optimizer(self.model, config)
+        size = (config.batch_size, 3, spec.image_size, spec.image_size)
+        self.images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+        self.tokens = torch.randint(1, 1000, (config.batch_size, spec.context_length), device=device)
+        width = spec.architecture["embed_dim"]
+        self.others = unit_norm(torch.randn(texts - config.batch_size, width, device=device))  # [T - B, D]
+        self.budget = None if config.score_memory is None else int(config.score_memory * 2**30)
+        dtype = autocast_dtype(config.precision)
+        self.autocast = contextlib.nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
+
+    def __call__(self) -> None:
+        """Make one step."""
+        model = self.model
+        with self.autocast():
+            h = model.encode_image(normalise_images(self.images))
+            t = torch.cat([model.encode_text(self.tokens), self.others])  # [T, D]
+            scores = model.similarity(h, t.requires_grad_(), self.budget)
+        scale = model.logit_scale.exp()
+        if model.logit_bias is not None:
+            loss = sigmoid_loss(scores, 0, scale, model.logit_bias)
+        else:
+            loss = softmax_loss(scores, 0, scale)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def timed(self) -> float:
+        """Make one step; returns its seconds."""
+        self._wait()
+        start = time.perf_counter()
+        self()
+        self._wait()
+        return time.perf_counter() - start
+
+    def peak_bytes(self) -> int | None:
+        """Return the peak of device memory over one step; None on CPU."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self()
+        return torch.cuda.max_memory_allocated()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(config: Config, texts: int, device: torch.device, steps: int) -> dict:
+    """Time the config's step against that of the same encoder with pooling=first.
+
+    Raises:
+        UserError: the config's own pooling is not text-conditioned, or there are fewer texts than images.
+    """
+    if config.pooling != "text":
+        raise UserError(f"config {config.name!r} has pooling = {config.pooling!r}: expected one with pooling=text")
+    if texts < config.batch_size:
+        raise UserError(f"--texts {texts}: expected at least batch_size = {config.batch_size}")
+    whole, first = Stepper(config, texts, device), Stepper(config.replace(pooling="first"), texts, device)
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in tqdm(range(steps + 2), unit="step pair", desc=config.name):
+        for stepper, into in zip((whole, first), times, strict=True):
+            seconds = stepper.timed()
+            if repeat >= 2:  # the first two warm up
+                into.append(seconds)
+    step, encoder = (statistics.median(values) for values in times)
+    del first
+    peak = whole.peak_bytes()
+    plan = whole.model.pooling.score_plan(
+        config.batch_size, texts, config.mixture_tokens, on_cpu=device.type == "cpu", memory_budget=whole.budget
+    )
+    return {
+        "config": config.name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+        "images": config.batch_size,
+        "texts": texts,
+        "step_seconds": step,
+        "first_seconds": encoder,
+        "ratio": step / encoder,
+        "head_share": (step - encoder) / step,
+        "peak_bytes": peak,
+        "predicted_score_bytes": plan.peak_bytes,
+        "scores": str(plan),
+    }
+
+
+def run(arguments: list[str]) -> None:
+    """Run the benchmark and print its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a config's name, or path/to/file.py:function")
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    parser.add_argument("--texts", type=int, help="texts of the global batch; the config's global batch by default")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
+    options = parser.parse_intermixed_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU was found; give --device cpu")
+    config = search_config(options.config, options.overrides)
+    result = measure(config, options.texts or config.global_batch, torch.device(options.device), options.steps)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{name:>22}  {value}" for name, value in result.items()))
+
+
+def main() -> int:
+    """Return the exit code; a user's mistake is one message."""
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
