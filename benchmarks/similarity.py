@@ -252,6 +252,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
     parser.add_argument("--memory-of", type=int, metavar="T", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for shape in options.shape or []:
+        if min(shape) < 1 or shape[3] % HEADS:
+            parser.error(f"--shape {' '.join(map(str, shape))}: expected counts from 1 on, and D divisible by {HEADS}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU was found; leave it out, or give --device cpu")
     torch.set_num_threads(options.threads)
     if options.memory_of:
         print(memory_of(options.memory_of))

@@ -53,6 +53,7 @@ class Config:
     workers: int = _operational(4, "data-loading processes per training process; 0 loads in the training process")
     shuffle_buffer: int = _field(2000, "undecoded samples per worker among which the next one is drawn")
     max_bad_fraction: float = _operational(0.1, "share of undecodable samples beyond which training stops")
+    log_sample_ids: bool = _operational(False, "write the ids of every step's samples, to audit their order")
 
     # Model
     model: str = _field("ViT-B-16-quickgelu", "name of an OpenCLIP ViT config, or path to a json in its format")
@@ -150,6 +151,7 @@ def _check_field_name(name: str) -> None:
 
 REFUSED_NAMES = {
     "local_loss": "there is one loss, over all images and all texts of the global batch, and it is exact. Drop it.",
+    "weight_scale": "the published configs' weight scale is the softmax temperature: the field is softmax_temperature.",
     "gather_with_grad": "gradients always flow to the texts of every process. Drop it.",
     "grad_clip_norm": "the field is called grad_clip.",
     "zeroshot_steps": "the field is called eval_steps.",

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 
 from llip.errors import UserError
 
+MAX_CAPTION = 100_000
+"""Characters. What is longer is a page, a dump, or a picture under a wrong name."""
+_MAX_MEMBER = 1_000_000  # bytes of a txt or json
+
 
 class BadSample(Exception):
     """A sample that cannot be used. `reason` is a short phrase that such samples are counted under."""
@@ -28,10 +32,13 @@ class CaptionSource:
         """Return the usable captions of this source, none if it is not there.
 
         Raises:
-            BadSample: it is there in a form that would train on junk (not UTF-8, not json, not a string or list).
+            BadSample: it is there in a form that would train on junk (too long, not UTF-8, not json, not a string or
+                list).
         """
         if self.member not in sample:
             return []
+        if len(sample[self.member]) > _MAX_MEMBER:
+            raise BadSample(f"{self.member} is too long")
         try:
             text = sample[self.member].decode("utf-8")
         except UnicodeDecodeError as error:
@@ -40,12 +47,14 @@ class CaptionSource:
             found = [text]
         else:
             found = self._field_captions(text)
+        if any(len(caption) > MAX_CAPTION for caption in found):
+            raise BadSample("caption is too long")
         return [caption.strip() for caption in found if caption.strip()]
 
     def _field_captions(self, text: str) -> list[str]:
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # deep nesting, or a number with thousands of digits
             raise BadSample(f"{self.member} is not json") from error
         if not isinstance(record, dict):
             raise BadSample(f"{self.member} is not an object")

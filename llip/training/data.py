@@ -2,117 +2,80 @@
 
 Shapes: B pairs of a batch, S image size, C context length.
 
-Each data worker is a reader of its own share of the shards (`shards.Reader`): it streams samples, shuffles them in a
-buffer of undecoded ones, decodes, and puts whole batches together. What is drawn for a sample (caption, crop) depends
-on the seed, the pass and the sample's key alone. A batch carries its reader's cursor, the number of raw samples
-consumed so far; a restart skips to it without decoding.
+Each data worker is a reader of its own share of the shards. It streams raw samples (`stream`), decodes them and puts
+whole batches together. What is drawn for a sample (caption, crop) depends on the seed, the pass, the shard's name and
+the sample's key alone. A batch carries its reader's cursor; a restart goes on from there without decoding.
 """
 
-import dataclasses
-import io
-import itertools
 import random
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import webdataset
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import CROP_SCALE
 from llip.training.captions import BadSample, choose_caption, parse_caption_keys
-from llip.training.shards import Reader, ShardSource, parse_train_data
+from llip.training.images import RandomCrops
+from llip.training.lifeline import end_with_parent
+from llip.training.order import Reader
+from llip.training.position import Cursor, DataPosition, Layout, ReaderPosition, StreamPosition
+from llip.training.read_ahead import READ_DEADLINE
+from llip.training.samples import RawSample
+from llip.training.shards import IMAGE_KEYS, by_name, parse_train_data, shard_name
+from llip.training.stream import DatasetStream, Mixture
+from llip.training.tally import Tally, WorkerReport
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 BATCH_DEADLINE = 300.0
 """Seconds without a batch after which a run ends with a message: nothing waits for ever."""
-_ENOUGH_TO_JUDGE = 200  # samples seen before the share of bad ones means something
+STAGES = ("read", "decode", "tokenize", "idle")
+"""Where a worker's time goes: waiting for bytes, decoding and cropping, tokenizing, and having batches in stock."""
+_CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for ever
 
 
 class Batch(NamedTuple):
     """What a data worker hands over."""
 
-    images: Tensor  # [B, 3, S, S] uint8
+    images: Tensor  # [B, 3, S, S] uint8, channels last
     tokens: Tensor  # [B, C] int64
-    cursor: int  # raw samples that this reader has consumed
+    cursor: Cursor  # where this reader stands
     passes: int  # whole passes over its share that this reader has finished
-    dropped: dict[str, int]  # reason -> samples dropped by this reader since its last batch
+    report: WorkerReport  # since its last batch
+    ids: list[str]  # `shard/key` of each sample, where the log of them is on
     error: str  # not empty: the reader gives up, with this message
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (images, tokens) on `device`."""
-        return self.images.to(device, non_blocking=True), self.tokens.to(device, non_blocking=True)
-
-
-@dataclasses.dataclass
-class DataPosition:
-    """Where one process stands in its stream of batches: plain numbers, stored in checkpoints."""
-
-    workers: int
-    batches: int = 0
-    cursors: list[int] = dataclasses.field(default_factory=list)  # per logical worker
-
-    def advance(self, batch: Batch) -> None:
-        """Note that the trainer has used `batch`: batches come from the workers in turn."""
-        if not self.cursors:
-            self.cursors = [0] * max(1, self.workers)
-        self.cursors[self.batches % max(1, self.workers)] = batch.cursor
-        self.batches += 1
-
-
-class _Tally:
-    """Counts what a reader saw and dropped, and says so in words."""
-
-    def __init__(self, max_bad_fraction: float) -> None:
-        self.max_bad_fraction = max_bad_fraction
-        self.seen, self.used = 0, 0
-        self.dropped: Counter[str] = Counter()  # over the reader's life
-        self.unreported: Counter[str] = Counter()
-        self.worst_shards: Counter[str] = Counter()
-        self.members: Counter[str] = Counter()  # member names of dropped samples
-
-    def drop(self, reason: str, shard: str) -> None:
-        self.dropped[reason] += 1
-        self.unreported[reason] += 1
-        self.worst_shards[shard] += 1
-
-    def report(self) -> dict[str, int]:
-        reported, self.unreported = dict(self.unreported), Counter()
-        return reported
-
-    def too_many(self) -> bool:
-        bad = sum(self.dropped.values())
-        return bad >= 1 and self.seen >= _ENOUGH_TO_JUDGE and bad > self.max_bad_fraction * self.seen
-
-    def words(self) -> str:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common(8))
-        shards = ", ".join(f"{shard} ({count})" for shard, count in self.worst_shards.most_common(3))
-        members = ", ".join(sorted(self.members)[:12]) or "none"
-        return f"dropped {reasons or 'none'}; worst shards: {shards or 'none'}; member names seen: {members}"
+        """Return (images, tokens) on `device`, the images in the layout [B, 3, S, S]."""
+        images = self.images.to(device, non_blocking=True).contiguous()  # cheaper there than in a worker
+        return images, self.tokens.to(device, non_blocking=True)
 
 
 class CaptionedImages(IterableDataset):
     """An endless stream of `Batch`es for one training process."""
 
     def __init__(
-        self, config: Config, tokenizer: Any, image_size: int, rank: int, processes: int, position: DataPosition
+        self,
+        config: Config,
+        tokenizer: Any,
+        image_size: int,
+        rank: int,
+        processes: int,
+        position: DataPosition,
+        deadline: float,
     ) -> None:
         super().__init__()
-        self.sources = parse_train_data(config.train_data)
+        self.sources = [by_name(source) for source in parse_train_data(config.train_data)]
+        self.layout = Layout(config.seed, config.shuffle_buffer, [len(source.urls) for source in self.sources])
         self.caption_sources = parse_caption_keys(config.caption_keys)
-        self.seed, self.batch_size, self.shuffle_buffer = config.seed, config.batch_size, config.shuffle_buffer
-        self.max_bad_fraction = config.max_bad_fraction
-        self.tokenizer = tokenizer
-        self.crop = RandomResizedCrop(image_size, scale=CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
+        self.batch_size, self.max_bad_fraction = config.batch_size, config.max_bad_fraction
+        self.with_ids = config.log_sample_ids
+        self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
         self.rank, self.processes, self.position = rank, processes, position
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,118 +84,163 @@ class CaptionedImages(IterableDataset):
         # The loader asks its workers in turn, from 0 on: after a restart worker 0 must be the one whose turn it is.
         logical = ((info.id if info else 0) + self.position.batches) % workers
         reader = Reader(self.rank * workers + logical, self.processes * workers)
-        cursor = self.position.cursors[logical] if self.position.cursors else 0
-        if info:
-            torch.set_num_threads(1)
-        tally = _Tally(self.max_bad_fraction)
+        captions = " or ".join(
+            source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
+        )
+        wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({captions})"
+        tally = Tally(self.max_bad_fraction, len(self.sources), wanted)
+        maker = _BatchMaker(self, tally, self._mixture(reader, self._start(logical), tally))
+        if info:  # torch has given each worker one thread
+            end_with_parent([stream.watch for stream in maker.mixture.streams])
         try:
-            yield from self._batches(reader, cursor, tally)
+            yield from maker.batches()
         except UserError as error:
             # An exception would reach the trainer wrapped in a traceback; a user's mistake is one message.
             nothing = torch.empty(0)
-            yield Batch(nothing, nothing, 0, 0, {}, str(error))
+            yield Batch(nothing, nothing, Cursor(0, []), 0, tally.report(), [], str(error))
 
-    def _batches(self, reader: Reader, skip: int, tally: _Tally) -> Iterator[Batch]:
-        images: list[Tensor] = []
-        captions: list[str] = []
-        for cursor, (pass_index, sample) in enumerate(self._raw_samples(reader, tally), start=1):
-            if cursor <= skip:
-                tally.used += 1  # it was used before the restart: the pass is not empty
-                continue
-            tally.seen += 1
-            try:
-                image, caption = self._decode(sample, pass_index)
-            except BadSample as error:
-                tally.members.update(key for key in sample if not key.startswith("__"))
-                tally.drop(error.reason, sample["__url__"])
-                if tally.too_many():
-                    raise UserError(
-                        f"data: more than max_bad_fraction = {self.max_bad_fraction} of the samples cannot be used: "
-                        f"{sum(tally.dropped.values())} of {tally.seen}; {tally.words()}"
-                    ) from error
-                continue
-            tally.used += 1
-            images.append(image)
-            captions.append(caption)
-            if len(images) == self.batch_size:
-                tokens = self.tokenizer(captions)
-                yield Batch(torch.stack(images), tokens, cursor, pass_index, tally.report(), "")
-                images, captions = [], []
+    def _start(self, logical: int) -> ReaderPosition:
+        if self.position.readers:
+            return self.position.readers[logical]
+        return ReaderPosition(0, [StreamPosition() for _ in self.sources])
 
-    def _raw_samples(self, reader: Reader, tally: _Tally) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (pass, undecoded sample) for ever, from the datasets by their weights."""
-        streams = [self._source_samples(source, reader, tally) for source in self.sources]
-        if len(streams) == 1:
-            yield from streams[0]
-        weights = [source.weight for source in self.sources]
-        rng = random.Random(f"{self.seed}/mixture/{reader.index}")
-        while True:
-            yield next(rng.choices(streams, weights)[0])
+    def _mixture(self, reader: Reader, position: ReaderPosition, tally: Tally) -> Mixture:
+        check = _Check(self, tally)
+        streams = [
+            DatasetStream(source, number, reader, self.layout, start, tally, check.usable, self.deadline)
+            for number, (source, start) in enumerate(zip(self.sources, position.streams, strict=True))
+        ]
+        return Mixture(streams, [source.weight for source in self.sources], self.layout.seed, position)
 
-    def _source_samples(
-        self, source: ShardSource, reader: Reader, tally: _Tally
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for pass_index in itertools.count():
-            used, count = tally.used, 0
-            rng = random.Random(f"{self.seed}/shuffle/{pass_index}/{reader.index}/{source.pattern}")
-            samples = self._pass_samples(source, reader, pass_index, tally)
-            for sample in webdataset.filters._shuffle(samples, bufsize=self.shuffle_buffer, initial=1000, rng=rng):
-                count += 1
-                yield pass_index, sample
-            if tally.used == used and len(self.sources) == 1:
-                wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({self._caption_words()})"
-                raise UserError(
-                    f"data: a pass over {source.pattern!r} gave reader {reader.index} of {reader.count} no usable "
-                    f"sample ({count} read); wanted {wanted}; {tally.words()}"
-                )
-            if count == 0:
-                raise UserError(f"data: {source.pattern!r} holds no sample for reader {reader.index} of {reader.count}")
+    def decode(self, sample: RawSample, pass_index: int, crops: RandomCrops) -> tuple[Tensor, str]:
+        """Return an augmented image [3, S, S] uint8 and one caption.
 
-    def _caption_words(self) -> str:
-        return " or ".join(
-            source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
-        )
-
-    def _pass_samples(
-        self, source: ShardSource, reader: Reader, pass_index: int, tally: _Tally
-    ) -> Iterator[dict[str, Any]]:
-        for url, first, stride in reader.shards(source, self.seed, pass_index):
-
-            def count_error(error: Exception, url: str = url) -> bool:
-                tally.seen += 1
-                tally.drop(f"unreadable shard ({type(error).__name__})", url)
-                return True  # leave this shard, go on with the next
-
-            samples = webdataset.tariterators.tarfile_samples([{"url": url}], handler=count_error)
-            yield from itertools.islice(samples, first, None, stride)
-
-    def _decode(self, sample: Mapping[str, Any], pass_index: int) -> tuple[Tensor, str]:
-        """Return an augmented image [3, S, S] uint8 and one caption; both depend on seed, pass and key alone."""
-        draw = zlib.crc32(f"{self.seed}/{pass_index}/{sample['__key__']}".encode())
+        Raises:
+            BadSample: one of them cannot be used.
+        """
+        visit = f"{self.layout.seed}/{pass_index}/{shard_name(sample['__url__'])}/{sample['__key__']}"
+        draw = zlib.crc32(visit.encode(errors="surrogateescape"))
         caption = choose_caption(sample, self.caption_sources, random.Random(draw))
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
             raise BadSample("no image")
+        return crops.read(sample[key], random.Random(draw + 2**32)), caption  # draws of its own, whatever captions take
+
+
+class _Check:
+    """Looks at the first samples of a reader as they come, until one can be used."""
+
+    def __init__(self, dataset: CaptionedImages, tally: Tally) -> None:
+        self.dataset, self.tally = dataset, tally
+        self.bad: Counter[tuple[str, str]] = Counter()
+        self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
+
+    def usable(self, sample: RawSample) -> bool:
         try:
-            with Image.open(io.BytesIO(sample[key])) as image:
-                pixels = image.convert("RGB")
-        except Exception as error:  # PIL raises many kinds for damaged bytes; each is one dropped sample
-            raise BadSample(f"undecodable image ({type(error).__name__})") from error
-        torch.manual_seed(draw)  # the crop draws from torch's generator, which belongs to this worker
-        return pil_to_tensor(self.crop(pixels)), caption
+            self.dataset.decode(sample, 0, self.crops)
+        except BadSample as error:
+            self.bad[sample["__url__"], error.reason] += 1
+            self.tally.check_start(self.bad, sample)
+            return False
+        return True
+
+
+class _Filled(NamedTuple):
+    images: Tensor  # [B, 3, S, S]
+    captions: list[str]
+    ids: list[str]
+    passes: int  # of the last sample
+
+
+class _BatchMaker:
+    """Fills one batch after another from a reader's samples."""
+
+    def __init__(self, dataset: CaptionedImages, tally: Tally, mixture: Mixture) -> None:
+        self.dataset, self.tally, self.mixture = dataset, tally, mixture
+        self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
+        self.known_words = dict(dataset.tokenizer.cache)
+
+    def batches(self) -> Iterator[Batch]:
+        samples = self.mixture.samples()
+        while True:
+            images, captions, ids, passes = self._fill(samples)
+            start = time.perf_counter()
+            tokens = self._tokenize(captions)
+            self.tally.seconds["tokenize"] += time.perf_counter() - start
+            cursor, report = self.mixture.cursor(), self.tally.report()
+            start = time.perf_counter()
+            yield Batch(images, tokens, cursor, passes, report, ids, "")
+            self.tally.seconds["idle"] += time.perf_counter() - start
+
+    def _fill(
+        self, samples: Iterator[tuple[DatasetStream, RawSample | None]]
+    ) -> tuple[Tensor, list[str], list[str], int]:
+        count, size = self.dataset.batch_size, self.dataset.image_size
+        images = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as the crops lie
+        captions: list[str] = []
+        ids: list[str] = []
+        clock, seconds = time.perf_counter, self.tally.seconds
+        self.tally.batch_began = time.monotonic()
+        while True:
+            start = clock()
+            stream, sample = next(samples)
+            read = clock()
+            seconds["read"] += read - start
+            if sample is None:  # counted where it was missed
+                continue
+            try:
+                image, caption = self.dataset.decode(sample, stream.pass_index, self.crops)
+            except BadSample as error:
+                self.tally.drop(error.reason, sample["__url__"], sample)
+                continue
+            images[len(captions)] = image
+            captions.append(caption)
+            self.tally.use(stream.dataset)
+            if self.dataset.with_ids:
+                ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
+            seconds["decode"] += clock() - read
+            if len(captions) == count:
+                return _Filled(images, captions, ids, stream.pass_index)
+
+    def _tokenize(self, captions: list[str]) -> Tensor:
+        tokenizer = self.dataset.tokenizer
+        tokens = tokenizer(captions)
+        if len(tokenizer.cache) > _CACHED_WORDS:
+            tokenizer.cache = dict(self.known_words)
+        return tokens
 
 
 def make_loader(
-    config: Config, tokenizer: Any, image_size: int, rank: int, processes: int, position: DataPosition, pin: bool
+    config: Config,
+    tokenizer: Any,
+    image_size: int,
+    rank: int,
+    processes: int,
+    position: DataPosition,
+    pin: bool,
+    deadline: float = READ_DEADLINE,
 ) -> DataLoader:
     """Return a loader of this process's `Batch`es from `position` on.
 
-    With `workers=0` batches are made in the training process, whose random state is then left as it was.
+    With `workers=0` batches are made in the training process, whose random state is left as it was.
+
+    Args:
+        config: the run.
+        tokenizer: of the model's texts.
+        image_size: pixels a side.
+        rank: of this process.
+        processes: of the run.
+        position: where to start; not changed by reading.
+        pin: hand over pinned memory, for CUDA.
+        deadline: seconds without a byte after which a shard counts as stalled.
+
+    Raises:
+        UserError: `train_data` or `caption_keys` cannot be read.
     """
-    dataset = CaptionedImages(config, tokenizer, image_size, rank, processes, position)
+    dataset = CaptionedImages(config, tokenizer, image_size, rank, processes, position, deadline)
     own = torch.Generator()  # the loader draws a seed when it starts: not from the run's random state
     if config.workers == 0:
-        return DataLoader(_KeepsRandomState(dataset), batch_size=None, pin_memory=pin, generator=own)
+        return DataLoader(dataset, batch_size=None, pin_memory=pin, generator=own)
     return DataLoader(
         dataset,
         batch_size=None,  # workers make whole batches
@@ -243,23 +251,3 @@ def make_loader(
         timeout=BATCH_DEADLINE,
         multiprocessing_context="fork",  # the parent has imported everything a worker needs
     )
-
-
-class _KeepsRandomState(IterableDataset):
-    """Draws batches in the training process without touching its random state."""
-
-    def __init__(self, dataset: CaptionedImages) -> None:
-        super().__init__()
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.dataset)
-        while True:
-            state = torch.get_rng_state()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            finally:
-                torch.set_rng_state(state)
-            yield batch

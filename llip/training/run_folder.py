@@ -6,9 +6,10 @@ import fcntl
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -16,6 +17,8 @@ from llip.configs import DERIVED, OPERATIONAL, Config, config_fields
 from llip.errors import UserError
 
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
+LOCK_PATIENCE = 3.0
+"""Seconds that a start waits for a folder to become free."""
 
 
 @contextlib.contextmanager
@@ -33,19 +36,30 @@ def locked_folder(folder: Path) -> Iterator[None]:
             f"run folder {str(folder)!r} cannot be written: {error}; choose another with logs=DIR"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _try_lock(lock):
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise UserError(
                 f"run folder {str(folder)!r} is in use by {holder}; wait for it, or choose another with name=NAME"
-            ) from None
+            )
         lock.seek(0)
         lock.truncate()
         lock.write(f"process {os.getpid()} on {platform.node()}\n")
         lock.flush()
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Take the lock, waiting a moment: the data workers of a killed run hold it too until they notice."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
 
 
 def config_yaml(config: Config) -> str:

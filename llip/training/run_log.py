@@ -3,14 +3,16 @@
 import json
 import logging
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llip.configs import Config
+from llip.training.data import Batch
+from llip.training.data_report import DataReport
 from llip.training.run_folder import EVALS, METRICS, cut_back
+from llip.training.sample_log import SampleLog
 
 log = logging.getLogger("llip")
 
@@ -36,12 +38,21 @@ def start_logging(folder: Path | None) -> None:
 
 
 class RunLog:
-    """Writes a run's records. On processes other than the main one it does nothing."""
+    """Writes a run's records. On processes other than the main one it writes nothing but ids of samples."""
 
-    def __init__(self, folder: Path | None, config: Config, step: int) -> None:
-        """Open the record files of `folder`, cut back to `step`; no folder, no records."""
-        self.folder = folder
-        self.dropped: Counter[str] = Counter()
+    def __init__(
+        self, folder: Path | None, config: Config, step: int, data: DataReport, samples: SampleLog | None = None
+    ) -> None:
+        """Open the record files of `folder`, cut back to `step`; no folder, no records.
+
+        Args:
+            folder: the run's, None on processes other than the main one.
+            config: the run.
+            step: where it starts.
+            data: what this process's workers report.
+            samples: takes the ids of this process's samples, where they are wanted.
+        """
+        self.folder, self.data, self.samples = folder, data, samples
         self._board = None
         if folder is None:
             return
@@ -51,6 +62,12 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def batch(self, batch: Batch, number: int, step: int) -> None:
+        """Note what came with this process's batch number `number`, which `step` uses."""
+        self.data.add(batch.report, number)
+        if self.samples is not None:
+            self.samples.add(step, batch.ids)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         assert self.folder is not None
@@ -77,13 +94,6 @@ class RunLog:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
-
-    def count_dropped(self, dropped: dict[str, int]) -> None:
-        """Count samples that this process's readers could not use; the first of each kind is said aloud."""
-        for reason, count in dropped.items():
-            if reason not in self.dropped:
-                log.warning("data: dropping samples: %s (counted from here on)", reason)
-            self.dropped[reason] += count
 
     def close(self) -> None:
         """Flush what is buffered."""

@@ -16,12 +16,25 @@ from llip.open_clip.factory import create_model, get_tokenizer, model_spec
 from llip.open_clip.weights import load_weights, read_checkpoint
 from llip.paths import expand_variables
 from llip.training.checkpoint import newest_good_checkpoint
-from llip.training.data import IMAGE_KEYS, DataPosition, make_loader
+from llip.training.data import make_loader
+from llip.training.data_report import DataCounts, DataReport
 from llip.training.distributed import Processes
 from llip.training.optimizer import create_optimizer
+from llip.training.position import DataPosition, Layout, shards_digest
 from llip.training.run_folder import claim_folder, locked_folder
 from llip.training.run_log import RunLog, log, start_logging
-from llip.training.shards import SCENES_SCHEME, check_shards_exist, is_local, parse_train_data
+from llip.training.sample_log import SampleLog, cut_back_ids
+from llip.training.shard_index import load_index
+from llip.training.shards import (
+    IMAGE_KEYS,
+    SCENES_SCHEME,
+    ShardSource,
+    by_name,
+    check_shards_exist,
+    is_local,
+    parse_train_data,
+    shard_name,
+)
 from llip.training.state import TrainState
 from llip.training.task import ContrastiveTask
 
@@ -92,15 +105,50 @@ def check_data(config: Config, processes: Processes) -> None:
                 f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
                 f"{config.global_batch:,} pairs; give the number of pairs in train_data, or a smaller batch_size"
             )
-        urls = [url for source in sources for url in source.urls]
-        log.info("data: %d shards in %d datasets", len(urls), len(sources))
-        local = all(is_local(url) and Path(url).is_file() for url in urls)
-        if local and sum(os.path.getsize(url) for url in urls) <= _COUNTED_BYTES:
-            _compare_counts(config, urls)
+        counts = _known_counts(sources)
+        for source in sources:
+            _check_readers(config, source, counts)
+        _compare_counts(config, sources, counts)
 
 
-def _compare_counts(config: Config, urls: list[str]) -> None:
-    samples = sum(_count_samples(url) for url in urls)
+def _known_counts(sources: tuple[ShardSource, ...]) -> dict[str, int]:
+    """Return the samples by URL, as far as an index tells or counting is quick."""
+    urls = [url for source in sources for url in source.urls]
+    counts = load_index(urls)
+    unknown = [url for url in urls if url not in counts]
+    log.info("data: %d shards in %d datasets", len(urls), len(sources))
+    quick = all(is_local(url) and Path(url).is_file() for url in unknown)
+    if quick and sum(os.path.getsize(url) for url in unknown) <= _COUNTED_BYTES:
+        counts |= {url: _count_samples(url) for url in unknown}
+    elif unknown:
+        log.info(
+            "data: the samples of %d shards are not counted; python -m llip.training.doctor PATTERN --index does that",
+            len(unknown),
+        )
+    return counts
+
+
+def _check_readers(config: Config, source: ShardSource, counts: dict[str, int]) -> None:
+    """Refuse more data workers than there are samples: some would have nothing to read."""
+    readers = config.processes * max(1, config.workers)
+    if len(source.urls) >= readers or any(url not in counts for url in source.urls):
+        return
+    largest = max(counts[url] for url in source.urls)
+    if 0 < largest < readers:
+        fix = (
+            f"workers={largest // config.processes}" if largest >= config.processes else f"at most {largest} processes"
+        )
+        raise UserError(
+            f"train_data {source.pattern!r}: {len(source.urls)} shards of at most {largest} samples cannot be shared "
+            f"by {config.processes} processes x {max(1, config.workers)} workers; the most that goes is {fix}"
+        )
+
+
+def _compare_counts(config: Config, sources: tuple[ShardSource, ...], counts: dict[str, int]) -> None:
+    urls = [url for source in sources for url in source.urls]
+    if any(url not in counts for url in urls):
+        return
+    samples = sum(counts[url] for url in urls)
     seen = config.total_steps * config.global_batch
     log.info(
         "data: %s samples; the schedule sees %s pairs: %.2f passes", f"{samples:,}", f"{seen:,}", seen / max(1, samples)
@@ -155,18 +203,46 @@ def build_run(config: Config, processes: Processes) -> Run:
     )
 
     scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "amp_fp16")
-    state = TrainState(create_optimizer(model, config), scaler, DataPosition(config.workers))
+    data = _data_start(config)
+    counts = DataCounts([0] * len(data.names))
+    state = TrainState(create_optimizer(model, config), scaler, data.position, counts)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
     if found:
-        note = state.restore(found, processes)
+        note = state.restore(found, processes, data.layout)
         log.info("resumed at step %d of %d", state.step, config.total_steps)
         if note:
             log.warning(note)
     tokenizer = get_tokenizer(context_length=spec.context_length)
     pin = processes.device.type == "cuda"
     loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.count, state.position, pin)
-    run_log = RunLog(config.folder if processes.is_main else None, config, state.step)
+    run_log = _open_log(config, processes, state, data.names)
     return Run(ContrastiveTask(model, config.loss, processes, config.score_memory), state, loader, run_log)
+
+
+class _DataStart(NamedTuple):
+    """What is known of the data before they are read."""
+
+    names: list[str]  # of the datasets, for people
+    layout: Layout
+    position: DataPosition
+
+
+def _data_start(config: Config) -> _DataStart:
+    sources = [by_name(source) for source in parse_train_data(config.train_data)]
+    digests = [shards_digest(shard_name(url) for url in source.urls) for source in sources]
+    layout = Layout(config.seed, config.shuffle_buffer, [len(source.urls) for source in sources])
+    return _DataStart([source.pattern for source in sources], layout, DataPosition(config.workers, shards=digests))
+
+
+def _open_log(config: Config, processes: Processes, state: TrainState, names: list[str]) -> RunLog:
+    samples = None
+    if config.log_sample_ids:
+        if processes.is_main:
+            cut_back_ids(config.folder, state.step)
+        processes.from_main(None)  # nobody writes before that
+        samples = SampleLog(config.folder, processes.rank)
+    data = DataReport(names, state.counts, config.workers)
+    return RunLog(config.folder if processes.is_main else None, config, state.step, data, samples)
 
 
 def _starting_point(config: Config) -> dict | None:

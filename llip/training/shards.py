@@ -1,14 +1,8 @@
-"""From the `train_data` string to the shards that one reader reads in one pass.
-
-A *reader* is one data worker of one training process; there are processes x workers of them. A *pass* is one visit to
-every sample. Nothing here opens a shard.
-"""
+"""From the `train_data` string to its datasets and their shards. Nothing here opens a shard."""
 
 import dataclasses
 import glob
-import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
@@ -16,6 +10,7 @@ from webdataset.shardlists import expand_urls
 from llip.errors import UserError
 from llip.paths import expand_variables
 
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 SCENES_SCHEME = "scenes:"
 _REMOTE = re.compile(r"^(pipe|https?|hf|gs|file|hdfs|ais|s3):")
 _WEIGHT = re.compile(r"@(\d*\.?\d+(?:[eE][-+]?\d+)?)$")
@@ -97,24 +92,14 @@ def check_shards_exist(sources: tuple[ShardSource, ...]) -> None:
         raise UserError(f"train_data: {len(empty)} of {len(local)} shards are empty files, the first is {empty[0]!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Which share of the data one data worker reads: number `index` of `count`."""
+def shard_name(url: str) -> str:
+    """Return what a shard is called wherever it lies: its file's name, for a command the last word with a slash."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
 
-    index: int
-    count: int
 
-    def shards(self, source: ShardSource, seed: int, pass_index: int) -> Iterator[tuple[str, int, int]]:
-        """Yield (url, first, stride): the shards of this reader in one pass, and which of each one's samples are its.
+def by_name(source: ShardSource) -> ShardSource:
+    """Return the dataset with its shards ordered by name, so that the order of samples has nothing to do with folders.
 
-        Each pass visits the shards in another seeded order. With at least one shard per reader whole shards are dealt
-        out; with fewer, every reader goes through all of them and takes each `count`-th sample.
-        """
-        order = list(source.urls)
-        random.Random(f"{seed}/{pass_index}/{source.pattern}").shuffle(order)
-        if len(order) >= self.count:
-            for url in order[self.index :: self.count]:
-                yield url, 0, 1
-        else:
-            for url in order:
-                yield url, self.index, self.count
+    Shards of one name stay in the order in which they are given.
+    """
+    return dataclasses.replace(source, urls=tuple(sorted(source.urls, key=shard_name)))

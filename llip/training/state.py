@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from llip.training.data import DataPosition
+from llip.errors import UserError
+from llip.training.data_report import DataCounts
 from llip.training.distributed import Processes
+from llip.training.position import DataPosition, Layout, continue_data
 
 
 @dataclasses.dataclass
@@ -16,6 +18,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     position: DataPosition
+    counts: DataCounts
     step: int = 0
     samples_seen: int = 0
     skipped_steps: int = 0  # steps without an update, because float16 gradients overflowed
@@ -26,7 +29,8 @@ class TrainState:
         own = {
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "position": dataclasses.asdict(self.position),
+            "position": self.position.plain(),
+            "counts": self.counts.plain(),
         }
         everyone = processes.gather_to_main(own)
         if everyone is None:
@@ -40,33 +44,34 @@ class TrainState:
             "processes": everyone,
         }
 
-    def restore(self, saved: dict[str, Any], processes: Processes) -> str | None:
-        """Continue from `saved`.
+    def restore(self, saved: dict[str, Any], processes: Processes, layout: Layout) -> str | None:
+        """Continue from `saved`, with the data of `layout`.
 
         Returns:
             None when the data go on exactly where they stopped; otherwise a sentence that says how they go on, because
-            the number of processes or workers is another one.
+            the number of processes or workers is another one, or the shards are others.
+
+        Raises:
+            UserError: another version of llip has written it.
         """
+        everyone = saved["processes"]
+        try:
+            positions = [DataPosition.from_plain(one["position"]) for one in everyone]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                "the checkpoint tells where its data stood in the form of another version of llip, which cannot be "
+                "continued; start from its weights instead: name=NEW pretrained=PATH/TO/step_<N>.pt"
+            ) from error
         self.step, self.samples_seen = saved["step"], saved["samples_seen"]
         self.skipped_steps = saved["skipped_steps"]
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        everyone = saved["processes"]
         if len(everyone) == processes.count:
             own = everyone[processes.rank]
             torch.set_rng_state(own["rng"])
             if own["cuda_rng"] is not None and processes.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_rng"], processes.device)
-            if own["position"]["workers"] == self.position.workers:
-                self.position = DataPosition(**own["position"])
-                return None
-        # Another topology deals the shards differently: go on at the same depth of everybody's new share.
-        workers = max(1, self.position.workers)
-        used = sum(sum(one["position"]["cursors"]) for one in everyone)
-        self.position.cursors = [used // (processes.count * workers)] * workers
-        self.position.batches = 0
-        return (
-            f"the data go on about {used:,} samples into the stream, dealt anew to {processes.count} processes x "
-            f"{workers} workers (before: {len(everyone)} x {max(1, everyone[0]['position']['workers'])}); some samples "
-            "of the current pass may repeat or be left out once"
-        )
+        if processes.is_main:  # only the sum over the processes is ever shown
+            self.counts.restore(one["counts"] for one in everyone)
+        self.position, note = continue_data(positions, self.position, layout, processes.rank, processes.count)
+        return note

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ class Trainer:
         )
         self.saved_time = time.monotonic()
         self.passes = 0  # over the data, as far as the batches of this process tell
+        self.first_step = state.step
 
     def fit(self, batches: Iterator[Batch]) -> None:
         """Train to the end of the schedule."""
@@ -100,14 +102,19 @@ class Trainer:
                 raise UserError(
                     f"data: no batch came at step {self.state.step} within the deadline: {error}"
                 ) from error
+            if "worker" in str(error) and ("unexpectedly" in str(error) or "killed by signal" in str(error)):
+                raise UserError(
+                    f"data: a worker died at step {self.state.step}, often because memory ran out; try fewer workers "
+                    f"or a smaller shuffle_buffer: {error}"
+                ) from error
             raise
         if batch.error:
             raise UserError(batch.error)
-        self.run_log.count_dropped(batch.dropped)
+        self.run_log.batch(batch, self.state.position.batches, self.state.step + 1)
         if batch.passes > self.passes:
             self.passes = batch.passes
             log.info("data: pass %d begins at step %d", batch.passes + 1, self.state.step)
-        self.state.position.advance(batch)
+        self.state.position.advance(batch.cursor)
         return batch.to(self.processes.device)
 
     def _step(self, slices: list[Slice], lr: float) -> tuple[Tensor, float, dict[str, Tensor]]:
@@ -183,16 +190,29 @@ class Trainer:
                     "samples_per_second": rate,
                     "data_wait_fraction": window.waited / window.seconds(),
                     "seconds": window.total_seconds(),
-                    "dropped_samples": sum(self.run_log.dropped.values()),
+                    **self._data_record(window),
                 }
             )
             progress.set_postfix_str(f"loss {loss_value:.3f}, {rate:,.0f} samples/s")
             window.restart()
+        if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_to_main(self.state.counts.plain())):
+            self.run_log.data.log_epoch(counts)
         if self._save_is_due(done):
             self.save()
         if self.evaluate is not None and config.eval_steps and (step % config.eval_steps == 0 or done):
             self.evaluate(self.task.model, step)
             window.restart()
+
+    def _data_record(self, window: "_Window") -> dict[str, Any]:
+        """Return what the workers of this process did in the window; the counts are those of all processes."""
+        counts = self.processes.gather_to_main(self.state.counts.plain())
+        if counts is None:
+            return {}
+        waited = window.waited / window.seconds()
+        record = self.run_log.data.record(counts, waited)
+        if window.steps < self.state.step - self.first_step:  # not the first window, in which the workers start
+            self.run_log.data.explain(record, waited)
+        return record
 
     def _save_is_due(self, done: bool) -> bool:
         config, step = self.config, self.state.step

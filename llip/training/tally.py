@@ -1,0 +1,131 @@
+"""What one reader saw, used and dropped, in counts and in words; and when that is too much to go on."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from llip.errors import UserError
+
+FIRST_DEADLINE = 45.0
+"""Seconds after which a reader gives up that has met no usable sample."""
+SLOW_DEADLINE = 150.0
+"""Seconds of one batch after which a reader gives up although data flow: earlier than the process that waits for it."""
+_ENOUGH_TO_JUDGE = 200  # samples seen before the share of bad ones means something
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class WorkerReport(NamedTuple):
+    """What a reader tells with each batch, counted since its last one."""
+
+    dropped: list[tuple[str, str, int]]  # shard, reason, samples
+    used: list[int]  # samples, per dataset
+    seconds: dict[str, float]  # by stage
+    memory: int  # resident bytes of the reader's process, now
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds, 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except OSError:
+        return 0
+
+
+class Tally:
+    """Counts what a reader saw and dropped, and ends the run when too little can be used."""
+
+    def __init__(self, max_bad_fraction: float, datasets: int, wanted: str) -> None:
+        """Start to count.
+
+        Args:
+            max_bad_fraction: share of bad samples beyond which the run ends.
+            datasets: how many.
+            wanted: what a usable sample has, in words.
+        """
+        self.max_bad_fraction, self.wanted = max_bad_fraction, wanted
+        self.began = self.batch_began = time.monotonic()
+        self.seen, self.found_usable = 0, False
+        self.used = [0] * datasets
+        self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the reader's life
+        self.members: Counter[str] = Counter()  # member names of samples that cannot be used
+        self.seconds: Counter[str] = Counter()  # by stage, since the last report
+        self._reported: Counter[tuple[str, str]] = Counter()
+        self._reported_used = [0] * datasets
+
+    def use(self, dataset: int) -> None:
+        """Count a good sample."""
+        self.seen += 1
+        self.used[dataset] += 1
+        self.found_usable = True
+
+    def drop(self, reason: str, shard: str, sample: Iterable[str] = ()) -> None:
+        """Count a sample that cannot be used, with its members' names, or damage of a shard outside samples.
+
+        Raises:
+            UserError: too large a share of what was seen is bad, or nothing good has come for too long.
+        """
+        self.seen += 1
+        self.dropped[shard, reason] += 1
+        self._note_members(sample)
+        bad = self.dropped.total()
+        if self.seen >= _ENOUGH_TO_JUDGE and bad > self.max_bad_fraction * self.seen:
+            raise UserError(
+                f"data: more than max_bad_fraction = {self.max_bad_fraction} of the samples cannot be used: "
+                f"{bad} of {self.seen}; {self.words()}"
+            )
+        self.check_start(self.dropped)
+
+    def check_start(self, bad: Counter[tuple[str, str]], sample: Iterable[str] = ()) -> None:
+        """Give up where nothing usable has come: not among the first samples, or not in time.
+
+        Raises:
+            UserError: what was wanted, and what came.
+        """
+        self._note_members(sample)
+        seconds = time.monotonic() - self.began
+        if not self.found_usable and (bad.total() >= _ENOUGH_TO_JUDGE or seconds > FIRST_DEADLINE):
+            raise UserError(
+                f"data: the first {bad.total()} samples, read in {seconds:.0f} s, cannot be used; wanted "
+                f"{self.wanted}; {self.words(bad)}"
+            )
+
+    def check_pace(self, shard: str) -> None:
+        """Give up where the present batch takes too long.
+
+        Raises:
+            UserError: the shard that is read, and what came so far.
+        """
+        seconds = time.monotonic() - self.batch_began
+        if seconds > SLOW_DEADLINE:
+            raise UserError(
+                f"data: no batch in {seconds:.0f} s, though bytes arrive; {shard!r} is being read and {self.seen} "
+                "samples were seen so far; check the storage or the network, or set a smaller shuffle_buffer"
+            )
+
+    def report(self) -> WorkerReport:
+        """Return what happened since the last report."""
+        new = self.dropped - self._reported
+        used = [now - before for now, before in zip(self.used, self._reported_used, strict=True)]
+        self._reported, self._reported_used = self.dropped.copy(), list(self.used)
+        seconds, self.seconds = dict(self.seconds), Counter()
+        dropped = [(shard, reason, count) for (shard, reason), count in new.items()]
+        return WorkerReport(dropped, used, seconds, resident_bytes())
+
+    def words(self, dropped: Counter[tuple[str, str]] | None = None) -> str:
+        """Return what was dropped, from where, and what else there was."""
+        dropped = self.dropped if dropped is None else dropped
+        reasons, shards = Counter[str](), Counter[str]()
+        for (shard, reason), count in dropped.items():
+            reasons[reason] += count
+            shards[shard] += count
+        by_reason = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common(8))
+        by_shard = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(3))
+        members = ", ".join(sorted(self.members)[:12]) or "none"
+        return f"dropped {by_reason or 'none'}; worst shards: {by_shard or 'none'}; member names seen: {members}"
+
+    def _note_members(self, sample: Iterable[str]) -> None:
+        if len(self.members) < 100:  # where names are data, a list of all says nothing
+            self.members.update(name for name in sample if not name.startswith("__"))

@@ -1,0 +1,68 @@
+"""Whole runs in this process: what they tell about the data they train on."""
+
+import pytest
+
+from llip.configs import Config
+from llip.errors import UserError
+from llip.main import train
+from llip.training.figures import read_jsonl
+from tests.helpers import image_bytes, write_pairs, write_tar
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("llip.training.figures.draw_curves", lambda folder: None)
+    return Config(
+        name="run", logs=str(tmp_path / "logs"), train_data=write_pairs(tmp_path / "pairs", 16, 8),
+        train_num_samples=16, model=tiny_model, mixture_tokens=2, pool_heads=4, batch_size=4, epochs=4,
+        lr=1e-4, warmup=2, precision="fp32", workers=0, log_steps=2, save_frequency=2, report_to=(),
+    )  # fmt: skip
+
+
+def test_records_and_log_tell_what_was_used_and_dropped(config, tmp_path):
+    bad = [{"png": b"x", "txt": b"x"}, {"png": image_bytes(1), "txt": b""}]
+    fine = [{"png": image_bytes(i), "txt": b"a picture"} for i in range(6)]
+    write_tar(tmp_path / "more" / "bad.tar", fine + bad)
+    train_data = f"{config.train_data}@0.5::{tmp_path}/more/bad.tar@0.5"
+    train(config.replace(train_data=train_data, max_bad_fraction=1.0), "cpu")
+    records = read_jsonl(config.folder / "metrics.jsonl")
+    assert [sum(record["dataset_samples"]) for record in records] == [8 * i for i in range(1, 9)]
+    last = records[-1]
+    assert set(last["dropped"]) == {"not an image", "no caption"}
+    assert sum(last["dropped"].values()) == last["dropped_samples"] > 4
+    assert last["data_decode_seconds"] > 0
+    assert last["worker_memory_mb"] > 10
+    text = (config.folder / "log.txt").read_text()
+    assert f"dropping from {tmp_path}/more/bad.tar: not an image" in text
+    assert "samples dropped so far" in text
+    assert "samples so far by dataset" in text
+
+
+def test_the_slow_stage_is_logged(config, monkeypatch):
+    monkeypatch.setattr("llip.training.data_report.WAIT_WORTH_A_LINE", 0.0)
+    train(config, "cpu")
+    records = read_jsonl(config.folder / "metrics.jsonl")
+    named = [record["data_bottleneck"] for record in records]
+    for record, stage in zip(records, named, strict=True):
+        assert record[f"data_{stage}_seconds"] == max(
+            record[f"data_{s}_seconds"] for s in ("read", "decode", "tokenize")
+        )
+    assert f"the slowest stage is {named[-1]}" in (config.folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "a worker died at step 0.*fewer workers"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "a worker died at step 0.*fewer workers"),
+        ("DataLoader timed out after 300 seconds", "no batch came at step 0 within the deadline"),
+    ],
+)
+def test_a_loader_that_fails_is_one_message(config, monkeypatch, said, told):
+    def fail(*_):
+        raise RuntimeError(said)
+        yield
+
+    monkeypatch.setattr("llip.training.setup.make_loader", fail)
+    with pytest.raises(UserError, match=told):
+        train(config, "cpu")
