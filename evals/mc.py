@@ -1,13 +1,14 @@
 """The program `mc`: evaluate one checkpoint zero-shot on the tasks of a catalog, task by task, on every device."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
+from evals.chart import bar_chart
 from evals.main_distributed import launch
-from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, format_table
+from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, format_table, read_results
 from llip.clipeval.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
@@ -42,7 +43,8 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         load: gives the model, carrying `.preprocess_val` and `.tokenizer`; importable, for it travels to the processes.
 
     Raises:
-        UserError: unknown run config, catalog or task, missing checkpoint, unwritable output folder.
+        UserError: unknown run config, catalog or task, missing checkpoint or earlier results, unwritable output
+            folder.
     """
     precision = _precision(config, devices)
     checkpoint = _find_checkpoint(config)
@@ -54,10 +56,11 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         prompt_ensemble=config.prompt_ensemble,
         precision=precision,
     )
+    earlier = [read_results(path) for path in config.compare_with]
     results = ResultsFile(expand_path(config.output_dir), model)
     if results.set_aside is not None:
         print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
-    tasks = [entry.name for entry in wanted if not results.is_done(entry)]
+    tasks = [entry.name for entry in wanted if not results.is_done(entry, config.shortlist)]
     if kept := len(wanted) - len(tasks):
         print(f"{kept} of {len(wanted)} tasks are done already: {results.folder / 'results.json'}")
     if tasks:
@@ -65,11 +68,36 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         launch(_work, devices, config, tasks, results, checkpoint, load)
         results = ResultsFile(results.folder, model)
     print(format_table(results.tasks(entry.name for entry in wanted)))
-    print(f"results: {results.folder / 'results.json'}, {results.folder / 'results.md'}")
+    chart = draw(results, [entry.name for entry in wanted], earlier, config.references)
+    files = [results.folder / "results.json", results.folder / "results.md", *([chart] if chart else [])]
+    print(f"results: {', '.join(map(str, files))}")
     failed = [result for result in results.tasks(entry.name for entry in wanted) if result.error]
     for result in failed:
         print(f"error: {result.task}: {result.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def draw(
+    results: ResultsFile, tasks: Sequence[str], earlier: Sequence[StoredResults], references: Mapping[str, float]
+) -> Path | None:
+    """Write results.png: the classification tasks and their mean, beside earlier results and reference averages.
+
+    The mean of a side is over all tasks shown, and missing where the side lacks one. Return None when no task gave a
+    value.
+    """
+    found = {result.task: result for result in results.tasks(tasks) if result.value is not None}
+    if not found:
+        return None
+    sides = {}
+    for name, stored in [("this evaluation", found), *((side.name, side.tasks) for side in earlier)]:
+        same = [stored.get(task) for task in found]
+        same = [one if one is not None and one.metric == found[one.task].metric else None for one in same]
+        values = [None if one is None or one.value is None else 100 * one.value for one in same]
+        sides[name] = [*values, None if None in values else sum(values) / len(values)]
+    chart = results.folder / "results.png"
+    title = f"Zero-shot results of {results.model.config}"
+    bar_chart(chart, title, [*found, f"mean of these {len(found)}"], sides, references)
+    return chart
 
 
 def _work(
@@ -89,6 +117,8 @@ def _work(
         batch_size=config.batch_size,
         workers=config.workers,
         prompt_ensemble=config.prompt_ensemble,
+        shortlist=config.shortlist,
+        cache_dir=config.cache_folder,
         on_result=results.add if first else None,
     )
 

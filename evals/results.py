@@ -1,5 +1,7 @@
 """results.json and results.md of an evaluation, written after each task; and the same as a table on the screen.
 
+`per_sample/<task>.npz` beside them says of each image how it came out (see `llip.clipeval.outcomes`).
+
     {"model": {...}, "tasks": {name: {"metric": ..., "value": ..., "n": ..., "seconds": ..., ...}}, "mean": ...}
 
 Values are fractions in [0, 1] in the json and percentages in the tables. `mean` is over the classification tasks.
@@ -7,14 +9,18 @@ Values are fractions in [0, 1] in the json and percentages in the tables. `mean`
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llip.clipeval.catalog import Entry
-from llip.clipeval.evaluate import TaskResult, classification_mean
+from llip.clipeval.metrics import RETRIEVAL
+from llip.clipeval.outcomes import outcomes_file, save_outcomes
+from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import UserError
+from llip.paths import expand_path
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,47 @@ class ModelIdentity:
     precision: str
 
 
+@dataclass(frozen=True)
+class StoredResults:
+    """A results.json as it was found: `name` is what the user calls it."""
+
+    name: str
+    path: Path
+    tasks: dict[str, TaskResult]
+
+
+def read_results(given: str | Path) -> StoredResults:
+    """Read a results.json, or the one in a folder.
+
+    Raises:
+        UserError: no such file, or not a results file.
+    """
+    path = expand_path(str(given))
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"results {given} are not there; expected a results.json of evals.main_mc, or its folder")
+    return StoredResults(str(given), path, _tasks(path, _parse(path)))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {"model": stored["model"], "tasks": dict(stored["tasks"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_results(path, error) from error
+
+
+def _tasks(path: Path, stored: dict[str, Any]) -> dict[str, TaskResult]:
+    try:
+        return {name: TaskResult.from_json(name, task) for name, task in stored["tasks"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _not_results(path, error) from error
+
+
+def _not_results(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away")
+
+
 class ResultsFile:
     """The results of one model in one folder; earlier results of another model are set aside, not lost."""
 
@@ -65,37 +112,54 @@ class ResultsFile:
     def _read(self, path: Path) -> None:
         if not path.is_file():
             return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["model"] == asdict(self.model):
-                self._results = {name: TaskResult.from_json(name, task) for name, task in stored["tasks"].items()}
-                return
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away") from error
+        stored = _parse(path)
+        if stored["model"] == asdict(self.model):
+            self._results = _tasks(path, stored)
+            return
         self.set_aside = path.with_name("results.previous.json")
 
-    def is_done(self, entry: Entry) -> bool:
-        """Tell whether the task was evaluated without error, for the entry as it is written now."""
+    def is_done(self, entry: Entry, shortlist: int | None) -> bool:
+        """Tell whether the task was evaluated without error, for the entry as it is written now.
+
+        Args:
+            shortlist: that of the evaluation; it concerns retrieval alone.
+        """
         result = self._results.get(entry.name)
-        return result is not None and result.error is None and result.fingerprint == entry.fingerprint
+        wanted = shortlist if entry.kind == RETRIEVAL else None
+        return (
+            result is not None
+            and result.error is None
+            and result.fingerprint == entry.fingerprint
+            and result.shortlist == wanted
+        )
 
     def tasks(self, names: Iterable[str]) -> list[TaskResult]:
         """Return the results there are of the named tasks, in that order."""
         return [self._results[name] for name in names if name in self._results]
 
     def add(self, result: TaskResult) -> None:
-        """Take in one task's result and write both files, each in one atomic step."""
+        """Take in one task's result and write the files, each in one atomic step."""
         if self.set_aside is not None and not self._results:  # not before there is something to put in its place
-            (self.folder / "results.json").replace(self.set_aside)
+            self._set_aside(self.folder / "results.json", self.set_aside)
         self._results[result.task] = result
+        if result.outcomes is not None:  # first: a result without its outcomes would stay so for good
+            save_outcomes(outcomes_file(self.folder / "results.json", result.task), result.outcomes)
         results = list(self._results.values())
         stored: dict[str, Any] = {
             "model": asdict(self.model),
             "tasks": {result.task: result.to_json() for result in results},
             "mean": classification_mean(results),
         }
-        _write(self.folder / "results.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
-        _write(self.folder / "results.md", self._markdown(results))
+        write_atomically(self.folder / "results.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.folder / "results.md", self._markdown(results))
+
+    @staticmethod
+    def _set_aside(current: Path, previous: Path) -> None:
+        current.replace(previous)
+        samples, old = (outcomes_file(path, "any").parent for path in (current, previous))
+        shutil.rmtree(old, ignore_errors=True)
+        if samples.is_dir():
+            samples.replace(old)
 
     def _markdown(self, results: list[TaskResult]) -> str:
         checkpoint = self.model.checkpoint
@@ -106,10 +170,16 @@ class ResultsFile:
         return f"# Zero-shot evaluation\n\n{about}\n\n{format_table(results, markdown=True)}\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def value_name(result: TaskResult, name: str) -> str:
+    """Return what tables call a value: one that comes from a shortlist says so."""
+    return name if result.shortlist is None else f"{name} (shortlist {result.shortlist})"
 
 
 def format_table(results: Iterable[TaskResult], markdown: bool = False) -> str:
@@ -122,13 +192,23 @@ def format_table(results: Iterable[TaskResult], markdown: bool = False) -> str:
         if result.error:
             rows.append([result.task, result.metric, "failed", *counts, *speed])
         for name, value in result.values.items():
-            rows.append([result.task, name, f"{100 * value:.1f}", *counts, *speed])
+            rows.append([result.task, value_name(result, name), f"{100 * value:.1f}", *counts, *speed])
     if (mean := classification_mean(results)) is not None:
         rows.append(["mean", "of classification tasks", f"{100 * mean:.1f}", "", "", "", ""])
-    if markdown:
-        failures = [f"\n- {result.task}: {result.error}" for result in results if result.error]
-        rows.insert(1, ["---", "---", *["---:"] * 5])
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "".join(failures and ["\n", *failures])
+    if not markdown:
+        return aligned_table(rows)
+    failures = [f"\n- {result.task}: {result.error}" for result in results if result.error]
+    return markdown_table(rows) + "".join(failures and ["\n", *failures])
+
+
+def markdown_table(rows: Sequence[list[str]]) -> str:
+    """Return rows, the first one the heading, as a Markdown table: two columns of words, then numbers."""
+    rule = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def aligned_table(rows: Sequence[list[str]]) -> str:
+    """Return rows, the first one the heading, aligned for a screen: two columns of words, then numbers."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

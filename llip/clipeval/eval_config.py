@@ -1,7 +1,8 @@
 """The YAML file of an evaluation, read by `evals/` and by training. Imports no torch."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ class EvalConfig:
         tasks: names in the catalog; None: all of them.
         batch_size, workers: images per batch and decoding processes, per device.
         prompt_ensemble: feature (CLIP's protocol) or score.
+        shortlist: retrieval scores exactly only this many candidates per image and per caption; None: every pair.
+        cache_dir: folder of class text features; $LLIP_CACHE when left out, else <output_dir>/cache.
+        compare_with: earlier results (results.json or folder) that the bar chart shows beside this evaluation's.
+        references: name -> percent, averages that the bar chart shows as lines.
     """
 
     eval_name: str = "mc"
@@ -34,6 +39,15 @@ class EvalConfig:
     batch_size: int = 64
     workers: int = 4
     prompt_ensemble: str = "feature"
+    shortlist: int | None = None
+    cache_dir: str | None = None
+    compare_with: tuple[str, ...] = ()
+    references: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where class text features are kept; needs `output_dir`."""
+        return expand_path(self.cache_dir or os.environ.get("LLIP_CACHE") or f"{self.output_dir}/cache")
 
 
 def load_eval_config(fname: str | Path, required: Sequence[str] = ()) -> EvalConfig:
@@ -60,25 +74,53 @@ def load_eval_config(fname: str | Path, required: Sequence[str] = ()) -> EvalCon
     for key in required:
         if raw.get(key) is None:
             raise UserError(f"{path}: key {key!r} is missing; this program needs it")
-    return EvalConfig(**{key: _checked(path, key, fields[key].type, value) for key, value in raw.items()})
+    values = {key: _checked(path, key, fields[key].type, value) for key, value in raw.items()}
+    return EvalConfig(**{key: value for key, value in values.items() if value is not dataclasses.MISSING})
 
 
 def _checked(path: Path, key: str, kind: Any, value: Any) -> Any:
-    optional = value is None and kind not in (str, int)
-    if key == "tasks" and isinstance(value, list) and value and all(isinstance(task, str) for task in value):
-        if twice := next((task for task in value if value.count(task) > 1), None):
-            raise UserError(f"{path}: tasks names {twice!r} twice")
+    """Return a key's value as its field has it."""
+    if value is None and kind not in (str, int):
+        return dataclasses.MISSING
+    accepts, expected = _RULES.get(key) or _RULES[kind]
+    if not accepts(value):
+        raise UserError(f"{path}: {key} = {value!r}; expected {expected}")
+    if isinstance(value, list):
+        if twice := next((item for item in value if value.count(item) > 1), None):
+            raise UserError(f"{path}: {key} names {twice!r} twice")
         return tuple(value)
-    if kind is int:
-        smallest = 0 if key == "workers" else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value >= smallest:
-            return value
-        raise UserError(f"{path}: {key} = {value!r}; expected an integer, at least {smallest}")
-    if key == "prompt_ensemble" and value not in ("feature", "score"):
-        raise UserError(f"{path}: prompt_ensemble = {value!r}; expected feature or score")
-    if optional or (key != "tasks" and isinstance(value, str) and value):
-        return value
-    raise UserError(f"{path}: {key} = {value!r}; expected {'a list of task names' if key == 'tasks' else 'a string'}")
+    return value
+
+
+def _integer(smallest: int) -> tuple[Callable[[Any], bool], str]:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+    return accepts, f"an integer, at least {smallest}"
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+def _percentages(value: Any) -> bool:
+    numbers = isinstance(value, dict) and all(type(item) in (int, float) for item in value.values())
+    return numbers and all(isinstance(name, str) and 0 <= item <= 100 for name, item in value.items())
+
+
+_STRING = (lambda value: isinstance(value, str) and bool(value), "a string")
+_RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: _STRING,
+    str | None: _STRING,
+    "tasks": (_strings, "a list of task names"),
+    "compare_with": (_strings, "a list of results.json files or their folders"),
+    "references": (_percentages, "lines of `name: percent`, between 0 and 100"),
+    "prompt_ensemble": (lambda value: value in ("feature", "score"), "feature or score"),
+    "batch_size": _integer(1),
+    "workers": _integer(0),
+    "shortlist": _integer(10),  # R@10 is measured
+}
+"""Key, or type of a field without a rule of its own -> what it accepts, in code and in words."""
 
 
 def find_eval_file(fname: str) -> Path:

@@ -6,9 +6,11 @@ Each image is scored once, on one process; results are gathered exactly and are 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,71 +21,16 @@ from llip.clipeval.datasets import ImageSource
 from llip.clipeval.labels import Labels, hash_texts, resolve_labels
 from llip.clipeval.loading import Batch, Preprocess, Unreadable, image_batches
 from llip.clipeval.metrics import CLASSIFICATION, METRICS, RETRIEVAL, Predictions
+from llip.clipeval.outcomes import Outcomes, hash_samples
 from llip.clipeval.processes import Processes, TaskError
+from llip.clipeval.shortlist import Shortlist, text_free_features
+from llip.clipeval.task_result import TaskResult
+from llip.clipeval.text_cache import TextCache
 from llip.clipeval.zero_shot import PROMPT_ENSEMBLES, Scorer
 from llip.errors import UserError, did_you_mean
 
 NAMED_UNREADABLE = 20
 """Unreadable images that a result names; the count is always complete."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What one task gave.
-
-    Attributes:
-        task, metric: the entry's name and metric.
-        values: fractions in [0, 1]: {metric: value}, or six recalls in retrieval; empty after an error.
-        n: images scored. texts: captions scored (retrieval).
-        seconds: wall time of the slowest process; images_per_second: n over that, all processes together.
-        skipped: images that could not be read; skipped_images: the first of them, by name and reason.
-        error: why the task could not be evaluated, or None.
-        classnames_hash, prompts_hash: SHA-256 beginnings; in retrieval prompts_hash is that of the captions.
-        fingerprint: the catalog entry's.
-    """
-
-    task: str
-    metric: str
-    values: dict[str, float] = field(default_factory=dict)
-    n: int = 0
-    texts: int | None = None
-    seconds: float = 0.0
-    images_per_second: float = 0.0
-    skipped: int = 0
-    skipped_images: tuple[str, ...] = ()
-    error: str | None = None
-    classnames_hash: str | None = None
-    prompts_hash: str | None = None
-    fingerprint: str | None = None
-
-    @property
-    def value(self) -> float | None:
-        """The metric's value, None for retrieval (see `values`) and after an error."""
-        return self.values.get(self.metric)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the task's object in results.json and evals.jsonl: metric, value (or the recalls), n, seconds, ..."""
-        fields = asdict(self)
-        task, values = fields.pop("task"), fields.pop("values")
-        del task
-        values = {"value": values[self.metric]} if self.metric in values else values
-        return {"metric": fields.pop("metric"), **values, **{k: v for k, v in fields.items() if v is not None}}
-
-    @classmethod
-    def from_json(cls, task: str, fields: dict[str, Any]) -> "TaskResult":
-        """Read back what `to_json` wrote."""
-        fields = dict(fields)
-        values = {key: fields.pop(key) for key in list(fields) if "_R@" in key}
-        if "value" in fields:
-            values[fields["metric"]] = fields.pop("value")
-        fields["skipped_images"] = tuple(fields.get("skipped_images", ()))
-        return cls(task=task, values=values, **fields)
-
-
-def classification_mean(results: Sequence[TaskResult]) -> float | None:
-    """Return the mean of the classification tasks' values, None without any."""
-    values = [result.value for result in results if result.value is not None]
-    return sum(values) / len(values) if values else None
 
 
 def evaluate_tasks(
@@ -98,6 +45,8 @@ def evaluate_tasks(
     batch_size: int = 64,
     workers: int = 4,
     prompt_ensemble: str = "feature",
+    shortlist: int | None = None,
+    cache_dir: Path | None = None,
     on_result: Callable[[TaskResult], None] | None = None,
     progress: bool = True,
 ) -> list[TaskResult]:
@@ -113,17 +62,22 @@ def evaluate_tasks(
         tasks: names, None for the whole catalog.
         batch_size, workers: images per batch and decoding processes, per process of the group.
         prompt_ensemble: `feature` (mean of text features, CLIP's protocol) or `score` (mean of scores over prompts).
+        shortlist: retrieval scores exactly only this many candidates per image and per caption; None: every pair.
+        cache_dir: folder of class text features, for weights that are evaluated again; None: none are kept.
         on_result: called on every process after each task.
         progress: show progress bars (on the first process).
 
     Raises:
-        UserError: an unknown task or prompt ensemble.
+        UserError: an unknown task or prompt ensemble, or a shortlist too short for the recalls.
     """
+    if shortlist is not None and shortlist < retrieval.DEPTH:
+        raise UserError(f"shortlist = {shortlist}; expected at least {retrieval.DEPTH}, for R@{retrieval.DEPTH}")
     if prompt_ensemble not in PROMPT_ENSEMBLES:
         raise UserError(f"prompt_ensemble = {prompt_ensemble!r}.{did_you_mean(prompt_ensemble, PROMPT_ENSEMBLES)}")
     device = torch.device(device)
     scorer = Scorer(model, preprocess, tokenizer, device, autocast_dtype)
-    run = _Run(scorer, Processes(), batch_size, workers, prompt_ensemble, progress)
+    cache = TextCache.open(cache_dir, model) if cache_dir is not None else None
+    run = _Run(scorer, Processes(), batch_size, workers, prompt_ensemble, shortlist, cache, progress)
     results = []
     with _evaluating(model, device):
         for entry in catalog.select(tasks):
@@ -157,13 +111,19 @@ class _Run:
     batch_size: int
     workers: int
     prompt_ensemble: str
+    shortlist: int | None
+    cache: TextCache | None
     progress: bool
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress bars."""
+        return self.progress and self.processes.is_first
 
     def batches(self, source: ImageSource, task: str) -> Iterator[Batch]:
         """Yield this process's share of the images, with a progress bar on the first process."""
         share = self.processes.share(len(source))
-        shown = self.progress and self.processes.is_first
-        with tqdm(total=len(share), desc=task, unit="img", disable=not shown, leave=False) as bar:
+        with tqdm(total=len(share), desc=task, unit="img", disable=not self.shows, leave=False) as bar:
             for batch in image_batches(source, self.scorer.preprocess, share, self.batch_size, self.workers):
                 yield batch
                 bar.update(len(batch.indices) + len(batch.unreadable))
@@ -206,10 +166,6 @@ def _classify(entry: Entry, run: _Run) -> dict[str, Any]:
         own = source.classnames, source.templates
         return source, resolve_labels(entry.classnames, entry.prompts, *own, entry.num_classes)
 
-    def encode_classes() -> Tensor | None:  # [C of this process, Q, D]
-        classes = processes.share(len(labels.classnames))
-        return zero_shot.class_features(scorer, labels, classes, run.prompt_ensemble).cpu() if classes else None
-
     def predict() -> tuple[list[zero_shot.BatchPredictions], list[Unreadable]]:
         predictions, unreadable = [], []
         for batch in run.batches(source, entry.name):
@@ -220,24 +176,48 @@ def _classify(entry: Entry, run: _Run) -> dict[str, Any]:
         return predictions, unreadable
 
     source, labels = processes.locally(prepare)
-    parts = processes.together(encode_classes)
-    features = torch.empty(len(labels.classnames), *parts[0].shape[1:])
-    for rank, part in enumerate(parts):
-        features[rank :: processes.count] = part if part is not None else 0
-    features = features.to(scorer.device)
+    features = _class_features(labels, entry.name, run).to(scorer.device)
     shares = processes.together(predict)
     batches = [batch for predictions, _ in shares for batch in predictions]
     unreadable = [item for _, items in shares for item in items]
     return {
-        **processes.locally(lambda: _scored(entry, batches, unreadable, len(labels.classnames))),
+        **processes.locally(lambda: _scored(entry, source, batches, unreadable, len(labels.classnames))),
         **_skipped(unreadable),
         "classnames_hash": labels.classnames_hash,
         "prompts_hash": labels.prompts_hash,
     }
 
 
+def _class_features(labels: Labels, task: str, run: _Run) -> Tensor:
+    """Return the features [C, Q, D] of all classes, on the CPU: from the cache, else each process encodes its share."""
+    processes, count = run.processes, len(labels.classnames)
+
+    def encode() -> Tensor | None:  # [C of this process, Q, D]
+        share = processes.share(count)
+        title = f"{task}: class names" if run.shows else None
+        return zero_shot.class_features(run.scorer, labels, share, run.prompt_ensemble, title).cpu() if share else None
+
+    if run.cache is not None:
+        prompts = [prompt for label in range(count) for prompt in labels.prompts_of(label)]
+        path = processes.locally(lambda: run.cache.path(run.scorer, prompts, run.prompt_ensemble))
+        cached = processes.locally(lambda: run.cache.load(path, count))
+        if all(processes.together(lambda: cached is not None)):  # a folder need not be the same on every machine
+            return cached
+    parts = processes.together(encode)
+    features = torch.empty(count, *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        features[rank :: processes.count] = part if part is not None else 0
+    if run.cache is not None and processes.is_first:
+        run.cache.store(path, features)
+    return features
+
+
 def _scored(
-    entry: Entry, batches: list[zero_shot.BatchPredictions], unreadable: list[Unreadable], classes: int
+    entry: Entry,
+    source: ImageSource,
+    batches: list[zero_shot.BatchPredictions],
+    unreadable: list[Unreadable],
+    classes: int,
 ) -> dict[str, Any]:
     """Compute the metric from everyone's predictions."""
     if not batches:
@@ -249,7 +229,15 @@ def _scored(
         torch.cat([getattr(batch, name) for batch in batches])[order] for name in ("labels", "top", "margin")
     )
     value = METRICS[entry.metric](Predictions(labels, top, margin, classes))
-    return {"values": {entry.metric: value}, "n": len(indices)}
+    hits = top == labels[:, None]
+    ranks = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), zero_shot.TOP)
+    names = [source.name(index) for index in indices[order].tolist()]
+    outcomes = Outcomes(hash_samples(names, labels.tolist()), _bytes(ranks), labels.to(torch.int32).numpy())
+    return {"values": {entry.metric: value}, "n": len(indices), "samples": outcomes.samples, "outcomes": outcomes}
+
+
+def _bytes(ranks: Tensor) -> np.ndarray:
+    return ranks.to(torch.uint8).numpy()
 
 
 def _retrieve(entry: Entry, run: _Run) -> dict[str, Any]:
@@ -284,14 +272,51 @@ def _retrieve(entry: Entry, run: _Run) -> dict[str, Any]:
     strings = [text for _, _, part in parts for text in part]
     owners, strings = owners[order], [strings[position] for position in order.tolist()]
     images = torch.tensor(indices, dtype=torch.int64)
-    shares = processes.together(lambda: retrieval.score_share(scorer, h, images, texts.to(scorer.device), owners))
+    texts = texts.to(scorer.device)
+    shortlist = _shortlist(h, images, texts, len(source), run) if run.shortlist is not None else None
+    title = f"{entry.name}: scores" if run.shows else None
+    shares = processes.together(lambda: retrieval.score_share(scorer, h, images, texts, owners, shortlist, title))
+    ranks = retrieval.join(shares, owners)
+    outcomes = processes.locally(lambda: _retrieval_outcomes(source, ranks, owners, strings))
     return {
-        "values": retrieval.recalls(shares, owners),
-        "n": sum(len(share.first_hits) for share in shares),
+        "values": retrieval.recalls(ranks),
+        "n": len(ranks.images),
         "texts": len(owners),
+        "shortlist": run.shortlist,
+        "samples": outcomes.samples,
+        "outcomes": outcomes,
         **_skipped(unreadable),
         "prompts_hash": hash_texts(strings),
     }
+
+
+def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: _Run) -> Shortlist:
+    """Gather the text-independent features of all images, by index, and find the candidates; `h` [N, K, D]."""
+
+    def features() -> tuple[Tensor, Tensor]:
+        mine = text_free_features(run.scorer, h).cpu() if len(images) else torch.empty(0, texts.shape[1])
+        return images, mine
+
+    parts = run.processes.together(features)
+    everything = torch.zeros(count, texts.shape[1])
+    for indices, part in parts:
+        everything[indices] = part
+    scored = torch.cat([indices for indices, _ in parts]).sort().values
+    return run.processes.locally(
+        lambda: Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.shortlist)
+    )
+
+
+def _retrieval_outcomes(source: ImageSource, ranks: retrieval.Ranks, owners: Tensor, captions: list[str]) -> Outcomes:
+    names = [source.name(index) for index in ranks.images.tolist()]
+    positions = torch.searchsorted(ranks.images, owners)
+    samples = hash_samples([*names, *captions], [*[None] * len(names), *positions.tolist()])
+    return Outcomes(
+        samples,
+        _bytes(ranks.image_to_text),
+        text_ranks=_bytes(ranks.text_to_image),
+        owners=positions.to(torch.int32).numpy(),
+    )
 
 
 def _check_labels(batch: Batch, source: ImageSource, classes: int) -> None:

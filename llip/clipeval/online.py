@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from llip.clipeval.catalog import Catalog, load_catalog
 from llip.clipeval.eval_config import load_eval_config
-from llip.clipeval.evaluate import TaskResult, evaluate_tasks
+from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.loading import Preprocess
+from llip.clipeval.task_result import TaskResult
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class OnlineEval:
     batch_size: int
     workers: int
     prompt_ensemble: str
+    shortlist: int | None = None
 
 
 def load_online_eval(path: str | Path) -> OnlineEval:
-    """Read an evaluation file for training; its checkpoint, run config and output folder are not used here.
+    """Read an evaluation file for training; its checkpoint, run config, output and cache folders are not used here.
 
     Raises:
         UserError: as `load_eval_config` and `load_catalog`, and for a task that the catalog does not have.
@@ -33,7 +35,7 @@ def load_online_eval(path: str | Path) -> OnlineEval:
     config = load_eval_config(path)
     catalog = load_catalog(config.catalog_name)
     tasks = tuple(entry.name for entry in catalog.select(config.tasks))
-    return OnlineEval(catalog, tasks, config.batch_size, config.workers, config.prompt_ensemble)
+    return OnlineEval(catalog, tasks, config.batch_size, config.workers, config.prompt_ensemble, config.shortlist)
 
 
 def evaluate_online(
@@ -56,4 +58,5 @@ def evaluate_online(
         batch_size=online.batch_size,
         workers=online.workers,
         prompt_ensemble=online.prompt_ensemble,
+        shortlist=online.shortlist,
     )

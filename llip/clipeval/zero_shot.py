@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llip.clipeval.labels import Labels
 from llip.clipeval.loading import Batch, Preprocess
@@ -25,8 +26,9 @@ TEXT_BATCH = 512
 class Scorer:
     """A model and what goes with it: everything that turns images and texts into scores.
 
-    The model answers `encode_image`, `encode_text` and `similarity` as `llip.open_clip.model.Llip` does. Towers run
-    under autocast when `autocast_dtype` is given; scores are always float32.
+    The model answers `encode_image`, `encode_text`, `similarity` and (for shortlists) `contextualize` as
+    `llip.open_clip.model.Llip` does. Towers run under autocast when `autocast_dtype` is given; scores are always
+    float32.
     """
 
     model: nn.Module
@@ -58,17 +60,34 @@ class Scorer:
         """Return the cosines [B, T], float32, of mixture tokens [B, K, D] and text features [T, D]."""
         return self.model.similarity(h, t).float()
 
+    def features(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return unit-norm features [B, T, D], float32, of mixture tokens [B, K, D] conditioned on texts [T, D]."""
+        return self.model.contextualize(h, t).float()
 
-def class_features(scorer: Scorer, labels: Labels, classes: Sequence[int], ensemble: str) -> Tensor:
+
+def class_features(
+    scorer: Scorer, labels: Labels, classes: Sequence[int], ensemble: str, progress: str | None = None
+) -> Tensor:
     """Return the text features [C, Q, D] of some classes: Q = 1 with ensemble `feature`, Q = P with `score`.
 
     `feature` is CLIP's protocol: the mean over prompts of unit-norm features, re-normalised.
+
+    Args:
+        progress: title of a progress bar; None shows none.
     """
-    prompts = [prompt for label in classes for prompt in labels.prompts_of(label)]
-    features = scorer.encode_texts(prompts).unflatten(0, (len(classes), len(labels.templates)))  # [C, P, D]
-    if ensemble == "score":
-        return features
-    return F.normalize(features.mean(dim=1, keepdim=True), dim=-1)
+    prompts = len(labels.templates)
+    at_once = max(1, TEXT_BATCH // prompts)  # classes: the features of single prompts need not all stay
+    parts = []
+    with tqdm(total=len(classes) * prompts, desc=progress, unit="text", disable=progress is None, leave=False) as bar:
+        for start in range(0, len(classes), at_once):
+            some = classes[start : start + at_once]
+            texts = [prompt for label in some for prompt in labels.prompts_of(label)]
+            features = scorer.encode_texts(texts).unflatten(0, (len(some), prompts))  # [c, P, D]
+            if ensemble == "feature":
+                features = F.normalize(features.mean(dim=1, keepdim=True), dim=-1)
+            parts.append(features)
+            bar.update(len(texts))
+    return torch.cat(parts)
 
 
 def class_scores(scorer: Scorer, h: Tensor, features: Tensor) -> Tensor:

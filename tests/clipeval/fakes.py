@@ -33,10 +33,12 @@ class FakeModel(nn.Module):
         places = torch.arange(1, CONTEXT + 1)[:, None]
         return F.normalize((self.words(tokens) * places.to(tokens.device)).sum(dim=1), dim=-1)  # [T, D]
 
-    def similarity(self, h: Tensor, t: Tensor) -> Tensor:
+    def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         weights = torch.einsum("bkd,td->btk", h, t).softmax(dim=-1)
-        z = F.normalize(torch.einsum("btk,bkd->btd", weights, h), dim=-1)
-        return torch.einsum("btd,td->bt", z, t)
+        return F.normalize(torch.einsum("btk,bkd->btd", weights, h), dim=-1)
+
+    def similarity(self, h: Tensor, t: Tensor) -> Tensor:
+        return torch.einsum("btd,td->bt", self.contextualize(h, t), t)
 
 
 def preprocess(image: Image.Image) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from evals.main_distributed import launch
 from llip.clipeval.catalog import load_catalog
-from llip.clipeval.evaluate import TaskResult, classification_mean, evaluate_tasks
+from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.labels import Labels
 from llip.clipeval.online import evaluate_online, load_online_eval
+from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.clipeval.zero_shot import Scorer, class_features, class_scores
 from llip.errors import UserError
 from tests.clipeval.fakes import (

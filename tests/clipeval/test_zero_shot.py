@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llip.clipeval import zero_shot
 from llip.clipeval.labels import Labels, TextSource
 from llip.clipeval.zero_shot import Scorer, class_features, class_scores
 
@@ -59,3 +60,18 @@ def test_named_sources_are_open_clips() -> None:
     assert (len(names), len(prompts)) == (1000, 80)
     assert "a bad photo of a {c}." in prompts
     assert len(TextSource.parse("open_clip:simple", Path()).read(None, "prompts")) == 7
+
+
+@torch.no_grad()
+def test_features_do_not_depend_on_how_many_texts_go_at_once(clip: open_clip.CLIP, monkeypatch) -> None:
+    labels = Labels(tuple(f"class {word}" for word in "abcdefg"), ("a {c}", "the {c}", "{c} outside"))
+    tokenizer = open_clip.SimpleTokenizer(context_length=24)
+    scorer = Scorer(PlainClip(clip), lambda image: image, tokenizer, torch.device("cpu"))
+    for ensemble, queries in (("feature", 1), ("score", 3)):
+        monkeypatch.setattr(zero_shot, "TEXT_BATCH", 512)
+        expected = zero_shot.class_features(scorer, labels, range(7), ensemble)
+        assert expected.shape == (7, queries, 32)
+        for at_once in (1, 2, 7):  # also fewer than one class has prompts, and not a divisor
+            monkeypatch.setattr(zero_shot, "TEXT_BATCH", at_once)
+            found = zero_shot.class_features(scorer, labels, range(7), ensemble)
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -150,3 +151,43 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     for pid in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.name), 0)
+
+
+def test_outcomes_chart_and_shortlist(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    folder = Path(config.output_dir)
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    first = results_of(config)["tasks"]
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(folder / "per_sample/wds.npz", allow_pickle=False) as stored:
+        assert stored["samples"] == first["wds"]["samples"]
+        assert (stored["ranks"] == 0).mean() == pytest.approx(first["wds"]["value"])
+        assert stored["labels"].tolist() == [i % 3 for i in range(30)]
+    with np.load(folder / "per_sample/pairs.npz", allow_pickle=False) as stored:
+        assert stored["owners"].tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5]
+        assert (stored["text_ranks"] < 1).mean() == pytest.approx(first["pairs"]["text_to_image_R@1"])
+    assert list((folder / "cache").glob("text_*.npz"))
+    capsys.readouterr()
+    shorter = replace(config, shortlist=10, compare_with=(str(folder),), references={"a paper": 69.6})
+    assert mc.run(shorter, ["cpu"], load_fake) == 0
+    assert "1 of 2 tasks are done already" in capsys.readouterr().out  # a shortlist concerns retrieval alone
+    assert results_of(config)["tasks"]["wds"] == first["wds"]
+    assert results_of(config)["tasks"]["pairs"]["shortlist"] == 10
+    assert "| pairs | text_to_image_R@1 (shortlist 10) |" in (folder / "results.md").read_text()
+    with pytest.raises(UserError, match="results gone are not there"):
+        mc.run(replace(config, compare_with=("gone",)), ["cpu"], load_fake)
+
+
+def test_the_chart_shows_what_it_was_given(config: EvalConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    mc.run(replace(config, output_dir=str(earlier)), ["cpu"], load_fake)
+    wds = json.loads((earlier / "results.json").read_text())["tasks"]["wds"]
+    shown = []
+    monkeypatch.setattr(mc, "bar_chart", lambda *arguments: shown.extend(arguments))
+    Path(config.checkpoint_path).write_text("3")
+    Path(config.catalog_name).write_text(Path(config.catalog_name).read_text().replace("pairs", "couples", 1))
+    assert mc.run(replace(config, compare_with=(str(earlier),), references={"a": 1.5}), ["cpu"], load_fake) == 0
+    _, _, tasks, sides, lines = shown
+    assert tasks == ["wds", "mean of these 1"]
+    now = 100 * results_of(config)["tasks"]["wds"]["value"]
+    assert sides == {"this evaluation": [now, now], str(earlier): [100 * wds["value"]] * 2}
+    assert lines == {"a": 1.5}

@@ -37,6 +37,9 @@ def test_reads_every_key(tmp_path: Path) -> None:
         ({"tasks": "[]"}, r"tasks = \[\]"),
         ({"tasks": "[a, a]"}, r"names 'a' twice"),
         ({"prompt_ensemble": "mean"}, r"'mean'; expected feature or score"),
+        ({"shortlist": 9}, r"shortlist = 9; expected an integer, at least 10"),
+        ({"compare_with": "a"}, r"compare_with = 'a'; expected a list of results.json"),
+        ({"references": "{a: 101}"}, r"references = .*; expected lines of `name: percent`"),
         ({"catalog_name": 3}, r"catalog_name = 3; expected a string"),
         ({"eval_name": "mcc"}, r"eval_name = 'mcc'.*'mc'"),
         ({"checkpoint_path": ""}, r"'checkpoint_path' is missing"),
@@ -62,6 +65,7 @@ def test_shipped_files_load(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("llip_quickstart", "llip_b16_k32", "llip_G14_k64"):
         config = scaffold.load(f"config_evals/{name}.yaml")
         assert config.mc_config_name == name
+        assert sorted(config.references.values()) == ([] if name == "llip_quickstart" else [69.6, 79.3])
         assert config.checkpoint_path == f"logs/{name}/checkpoints/latest.pt"
 
 
@@ -81,3 +85,16 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--devices" in done.stdout
+
+
+def test_optional_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLIP_CACHE", raising=False)
+    path = write(tmp_path / "x.yaml", **GOOD, shortlist=64, compare_with="[a, b]", references="{paper: 69.6}")
+    config = scaffold.load(path)
+    assert (config.shortlist, config.compare_with, config.references) == (64, ("a", "b"), {"paper": 69.6})
+    assert config.cache_folder == Path.cwd() / "out/cache"
+    monkeypatch.setenv("LLIP_CACHE", str(tmp_path))
+    assert config.cache_folder == tmp_path
+    assert scaffold.load(write(tmp_path / "x.yaml", **GOOD, cache_dir="c")).cache_folder == Path.cwd() / "c"
+    empty = scaffold.load(write(tmp_path / "x.yaml", **GOOD, references="", compare_with="", shortlist=""))
+    assert (empty.references, empty.compare_with, empty.shortlist) == ({}, (), None)

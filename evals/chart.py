@@ -1,0 +1,52 @@
+"""Bar charts of results: one bar per task and side, and lines for averages to hold them against."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+MOST_LABEL = 48  # characters of a name in the legend
+
+
+def bar_chart(
+    path: Path,
+    title: str,
+    tasks: Sequence[str],
+    sides: Mapping[str, Sequence[float | None]],
+    lines: Mapping[str, float],
+) -> None:
+    """Write a png.
+
+    Args:
+        tasks: the groups of bars, top to bottom.
+        sides: name -> a percentage per task, None where there is none.
+        lines: name -> percentage, drawn across all tasks.
+    """
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 0.8 / len(sides)
+    figure, axes = plt.subplots(figsize=(9, 1.8 + len(tasks) * max(0.3, 0.16 * len(sides))), layout="constrained")
+    for place, (name, values) in enumerate(sides.items()):
+        where = np.arange(len(tasks)) + height * (place - (len(sides) - 1) / 2)
+        bars = axes.barh(where, [value or 0.0 for value in values], height, label=_short(name))
+        axes.bar_label(bars, ["-" if value is None else f"{value:.1f}" for value in values], padding=2, fontsize=7)
+    for place, (name, value) in enumerate(lines.items()):
+        label = f"{name}: {value:.1f}"
+        axes.axvline(value, linestyle=("--", ":", "-.")[place % 3], color="black", linewidth=1, label=label)
+    axes.set_yticks(np.arange(len(tasks)), tasks)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("%")
+    axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", fontsize=8)
+    partial = path.with_suffix(".tmp.png")
+    figure.savefig(partial, dpi=120)
+    plt.close(figure)
+    partial.replace(path)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LABEL else "..." + name[-MOST_LABEL:]

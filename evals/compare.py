@@ -1,0 +1,212 @@
+"""Compare results: `python -m evals.compare A B ... [--json] [--out DIR]`.
+
+A, B, ... are results.json files or their folders; each of the others is held against A, value by value. A difference
+has a 95 % bootstrap interval over images where both sides kept per-sample outcomes: paired when they scored the same
+images in the same order, independent otherwise. The interval says how far the choice of test images may move the
+difference; it knows nothing of training seeds. In the interval of the mean, tasks are drawn independently: tasks that
+share images make it too narrow or too wide.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evals.bootstrap import Interval, difference_draws, interval
+from evals.chart import bar_chart
+from evals.results import StoredResults, aligned_table, markdown_table, read_results, write_atomically
+from llip.clipeval.outcomes import Parts, load_outcomes, outcomes_file, parts_of
+from llip.clipeval.task_result import TaskResult, classification_mean
+from llip.errors import EXIT_USER, UserError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value of one side against the first side's, in fractions.
+
+    Attributes:
+        difference: this side's minus the first side's.
+        interval: of the difference; None where `note` says why there is none.
+        paired: both sides scored the same images in the same order; None without an interval.
+        note: what to know of this difference, or None.
+    """
+
+    value: float
+    difference: float
+    interval: Interval | None = None
+    paired: bool | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of one task (`mean`: over the common classification tasks): the first side's, and the others'."""
+
+    task: str
+    metric: str
+    first: float
+    others: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences, and for each side the tasks that not every side has."""
+
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+    left_out: dict[str, tuple[str, ...]]
+
+    def to_json(self) -> dict:
+        """Return plain objects; values are fractions."""
+        return asdict(self)
+
+
+def compare(sides: Sequence[StoredResults], seed: int = 0) -> Comparison:
+    """Hold every other side against the first; values are fractions.
+
+    Raises:
+        UserError: the sides have no task in common.
+    """
+    good = [{task: result for task, result in side.tasks.items() if not result.error} for side in sides]
+    common = [task for task in good[0] if all(task in tasks for tasks in good)]
+    common = [task for task in common if len({tasks[task].metric for tasks in good}) == 1]
+    if not common:
+        raise UserError(f"{' and '.join(side.name for side in sides)} have no task in common (same name and metric)")
+    rows, draws = [], []
+    for task in common:
+        for name in good[0][task].values:
+            pairs = [_difference(sides[0], side, task, name, seed) for side in sides[1:]]
+            rows.append(Row(task, name, good[0][task].values[name], tuple(pair[0] for pair in pairs)))
+            if name == good[0][task].metric:
+                draws.append([pair[1] for pair in pairs])
+    means = [classification_mean([tasks[task] for task in common]) for tasks in good]
+    if means[0] is not None:
+        rows.append(_mean_row(means, draws))
+    left_out = {
+        side.name: tuple(task for task in side.tasks if task not in common)
+        for side in sides
+        if set(side.tasks) - set(common)
+    }
+    return Comparison(tuple(side.name for side in sides), tuple(rows), left_out)
+
+
+def _mean_row(means: list[float], draws: list[list[np.ndarray | None]]) -> Row:
+    """Return the means over tasks, given the resampled differences [tasks][others]."""
+    others = []
+    for mean, drawn in zip(means[1:], zip(*draws, strict=True), strict=True):
+        known = [one for one in drawn if one is not None]
+        complete = len(known) == len(drawn)
+        bounds = interval(np.mean(known, axis=0)) if complete else None
+        note = None if complete else f"{len(drawn) - len(known)} of {len(drawn)} tasks have no interval"
+        others.append(Difference(mean, mean - means[0], bounds, None, note))
+    return Row("mean", f"of {len(draws)} classification tasks", means[0], tuple(others))
+
+
+def _difference(
+    first: StoredResults, side: StoredResults, task: str, name: str, seed: int
+) -> tuple[Difference, np.ndarray | None]:
+    """Return the difference of one value, and its resampled values."""
+    before, after = first.tasks[task], side.tasks[task]
+    value, notes = after.values[name], []
+    if (before.classnames_hash, before.prompts_hash) != (after.classnames_hash, after.prompts_hash):
+        notes.append("other class names, prompts or captions")
+    if before.shortlist != after.shortlist:
+        notes.append(
+            "one of them is by shortlist"
+            if None in (before.shortlist, after.shortlist)
+            else "shortlists of other lengths"
+        )
+    found = [_parts(one, result, name) for one, result in ((first, before), (side, after))]
+    reasons = [f"{reason} ({one.name})" for one, (_, reason) in zip((first, side), found, strict=True) if reason]
+    if reasons:
+        note = "; ".join([*notes, "no interval: " + ", ".join(reasons)])
+        return Difference(value, value - before.values[name], note=note), None
+    paired = before.samples == after.samples
+    if not paired:
+        notes.append("not the same images")
+    draws = difference_draws(found[0][0], found[1][0], paired=paired, seed=seed, name=task)
+    note = "; ".join(notes) or None
+    return Difference(value, value - before.values[name], interval(draws), paired, note), draws
+
+
+def _parts(side: StoredResults, result: TaskResult, name: str) -> tuple[Parts | None, str | None]:
+    """Return the value as a sum over images, or why that cannot be."""
+    outcomes = load_outcomes(outcomes_file(side.path, result.task))
+    if result.samples is None or outcomes is None:
+        return None, "no per-sample outcomes"
+    parts = parts_of(outcomes, name)
+    if parts is None:
+        return None, f"{name} is no mean over images"
+    if outcomes.samples != result.samples or abs(parts.value() - result.values[name]) > 1e-9:
+        return None, "its per-sample outcomes are of another run"
+    return parts, None
+
+
+def as_table(comparison: Comparison, markdown: bool = False) -> str:
+    """Return the comparison in percent, with its notes and what was left out."""
+    letters = [chr(ord("A") + index) for index in range(len(comparison.names))]
+    head, body, notes = ["task", "value", "A"], [], []
+    for letter in letters[1:]:
+        head += [letter, f"{letter} - A", "95 % interval"]
+    for row in comparison.rows:
+        cells = [row.task, row.metric, f"{100 * row.first:.1f}"]
+        for letter, other in zip(letters[1:], row.others, strict=True):
+            bounds = other.interval
+            shown = f"{100 * bounds.low:+.1f} .. {100 * bounds.high:+.1f}" if bounds else "-"
+            cells += [f"{100 * other.value:.1f}", f"{100 * other.difference:+.1f}", shown]
+            if other.note:
+                notes.append(f"{letter}, {row.task}, {row.metric}: {other.note}")
+        body.append(cells)
+    legend = [f"{letter}: {name}" for letter, name in zip(letters, comparison.names, strict=True)]
+    notes += [f"{name}: not compared: {', '.join(tasks)}" for name, tasks in comparison.left_out.items()]
+    if markdown:
+        lists = ["\n".join(f"- {line}" for line in lines) for lines in (legend, notes) if lines]
+        return "\n\n".join([lists[0], markdown_table([head, *body]), *lists[1:]])
+    return "\n".join([*legend, "", aligned_table([head, *body]), *notes])
+
+
+def write_files(comparison: Comparison, folder: Path) -> None:
+    """Write compare.json, compare.md and compare.png into `folder` (made when it is not there)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "compare.json", json.dumps(comparison.to_json(), indent=2) + "\n")
+        text = f"# Comparison of zero-shot results, in percent\n\n{as_table(comparison, markdown=True)}\n"
+        write_atomically(folder / "compare.md", text)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+    labels = [row.task if row.metric in ("top1", "mean") else f"{row.task} {row.metric}" for row in comparison.rows]
+    sides = {f"A: {comparison.names[0]}": [100 * row.first for row in comparison.rows]}
+    for place, name in enumerate(comparison.names[1:]):
+        sides[f"{chr(ord('B') + place)}: {name}"] = [100 * row.others[place].value for row in comparison.rows]
+    bar_chart(folder / "compare.png", "Zero-shot results", labels, sides, {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m evals.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.json files or their folders; first: A")
+    parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
+    parser.add_argument("--out", metavar="DIR", help="write compare.json, compare.md and compare.png there")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
+    arguments = parser.parse_args(argv)
+    try:
+        if not 2 <= len(arguments.results) <= 26:
+            raise UserError(f"{len(arguments.results)} results to compare; expected 2 to 26 files or folders")
+        if arguments.seed < 0:
+            raise UserError(f"--seed {arguments.seed}; expected an integer, at least 0")
+        comparison = compare([read_results(path) for path in arguments.results], arguments.seed)
+        if arguments.out:
+            write_files(comparison, Path(arguments.out))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    print(json.dumps(comparison.to_json()) if arguments.json else as_table(comparison))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Class text features on disk: a checkpoint's 1,000 classes x 80 prompts are encoded once, not once per evaluation.
+
+A file's name is the hash of everything that decides its numbers: the weights and layout of the text tower, prompts and
+their token ids, how they are averaged, precision and kind of device. So a file is never out of date, only no longer
+asked for: deleting the folder costs time and nothing else. Files are plain arrays in a zip, whose checksums tell a
+damaged one; they are read without unpickling.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llip.clipeval.zero_shot import Scorer
+
+FORMAT = 1
+"""Part of the name: another meaning of the files gets another number."""
+
+_PROBE = 8  # prompts whose token ids go into the name: they tell one tokenizer from another
+logger = logging.getLogger(__name__)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of layout, parameters and buffers of what encodes text: `model.text`, else the whole model."""
+    module = getattr(model, "text", model)
+    digest = hashlib.sha256(repr(module).encode())  # activations and epsilons are in the layout
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Text features of one model's classes in one folder; several processes and programs may share the folder."""
+
+    folder: Path
+    weights: str
+
+    @classmethod
+    def open(cls, folder: Path, model: nn.Module) -> "TextCache":
+        """Return the cache of a model as it is now; the folder is made when something is stored."""
+        return cls(folder, hash_weights(model))
+
+    def path(self, scorer: Scorer, prompts: Sequence[str], ensemble: str) -> Path:
+        """Return the file of the features of `prompts` (all classes after each other), averaged by `ensemble`."""
+        probe = scorer.tokenizer(list(prompts[:_PROBE])).tolist()
+        where = [scorer.device.type, str(scorer.autocast_dtype)]
+        identity = json.dumps([FORMAT, self.weights, ensemble, *where, probe, list(prompts)])
+        return self.folder / f"text_{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+
+    @staticmethod
+    def load(path: Path, classes: int) -> Tensor | None:
+        """Return features [C, Q, D], or None when the file is not there; warn when it cannot be used."""
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                features = torch.from_numpy(stored["features"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+            logger.warning("cached text features %s are damaged (%s); encoding the texts again", path, error)
+            return None
+        if features.dtype != torch.float32 or features.dim() != 3 or len(features) != classes:
+            logger.warning("cached text features %s are not of %d classes; encoding the texts again", path, classes)
+            return None
+        return features
+
+    @staticmethod
+    def store(path: Path, features: Tensor) -> None:
+        """Write features [C, Q, D] in one atomic step; a folder that cannot be written costs a warning, not a task."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, features=features.cpu().numpy())
+            os.replace(temporary, path)
+        except OSError as error:
+            logger.warning("text features cannot be cached in %s: %s", path.parent, error.strerror)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
