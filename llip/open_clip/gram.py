@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_TRIANGLE_BLOCK = 64  # rows of one block of the upper block triangle
+_TRIANGLE_BLOCK = 128  # rows of one block of the upper block triangle
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def doubled_above_diagonal(matrix: Tensor) -> Tensor:
 
 
 def quadratic_form(doubled: Tensor, x: Tensor) -> Tensor:
-    """Return x^T S x [n, t] of x [n, R, t], from `doubled_above_diagonal(S)`: 56 % of the products at R = 512."""
+    """Return x^T S x [n, t] of x [n, R, t], from `doubled_above_diagonal(S)`: 62 % of the products at R = 512."""
     total = x.new_zeros(x.shape[0], x.shape[2])
     for block, rest in upper_blocks(x.shape[1]):
         total += (x[:, block] * (doubled[..., block, rest] @ x[:, rest])).sum(dim=1)

@@ -108,7 +108,8 @@ def plan_scores(
         per_image = _FLOAT * rows * (2 * rows + width // heads)
         block = max(1, min(images, budget // 2 // per_image))
         fixed += block * per_image
-    array = min(_CACHED_ARRAY, budget) if on_cpu else max(budget - fixed, budget // 4) // 8
+    cached = _CACHED_ARRAY if training else 2 * _CACHED_ARRAY  # fewer arrays are alive
+    array = min(cached, budget) if on_cpu else max(budget - fixed, budget // 4) // 8
     tile = tile or _tile(block, texts, array // (_FLOAT * widest))
     working = _FLOAT * (tile[0] * tile[1] * _ARRAYS * widest + 4 * tile[1] * width)
     kept = _FLOAT * images * texts * (2 * rows if form == "image_gram" else rows + 2 * width)
