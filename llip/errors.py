@@ -11,9 +11,23 @@ from collections.abc import Iterable
 EXIT_USER = 2
 """Exit code of every program when the user's input (config, command, data, folder) is at fault."""
 
+EXIT_RUN = 3
+"""Exit code of a training run that went wrong by itself: numbers that are not finite, a process that died or is stuck."""
+
+EXIT_STOPPED = 75
+"""Exit code of a training run that was asked to stop and has saved: the same command continues it (EX_TEMPFAIL)."""
+
 
 class UserError(Exception):
     """A mistake in what the user asked for. The message stands on its own: no traceback is shown."""
+
+    exit_code = EXIT_USER
+
+
+class RunError(UserError):
+    """A run that cannot go on through nobody's typing mistake. Told like a `UserError`, with an exit code of its own."""
+
+    exit_code = EXIT_RUN
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
