@@ -64,7 +64,10 @@ class Config:
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling")
     softmax_temperature: float = _field(5.0, "tau: divides the pooling's attention logits, in the place of sqrt(d)")
     patch_dropout: float = _field(0.0, "share of patches dropped in training")
-    pretrained: str | None = _field(None, "weights to start from: a checkpoint file, or an OpenCLIP tag")
+    pretrained: str | None = _field(None, "weights to start from: a checkpoint file or folder, or an OpenCLIP tag")
+    tokenizer: str | None = _operational(
+        None, "folder of the tokenizer's files, for models whose tokenizer does not ship with OpenCLIP"
+    )
 
     # Objective and optimisation
     loss: Literal["sigmoid", "softmax"] = _field("sigmoid", "objective over all images x all texts of the global batch")
@@ -80,6 +83,9 @@ class Config:
     )
     warmup: int = _field(2000, "steps of linear warm-up before the cosine")
     grad_clip: float | None = _field(1.0, "largest gradient norm; none: no clipping")
+    max_bad_steps: int = _operational(
+        10, "steps in a row that may be skipped because loss or gradient is not finite, before the run ends"
+    )
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = _field("amp_bf16", "arithmetic of the towers")
 
     # Machine
@@ -89,6 +95,9 @@ class Config:
         None, "GiB that text-conditioned scores may take; less is slower, not smaller; none: 0.5 on CPU, 2 on GPU"
     )
     device: Literal["auto", "cuda", "cpu"] = _operational("auto", "auto: CUDA where there is a GPU")
+    timeout_minutes: float = _operational(
+        10.0, "minutes that a process may stay at one point, or wait for the others, before the run ends"
+    )
     grad_checkpointing: bool = _operational(False, "recompute the towers' blocks in the backward pass: memory for time")
     torchcompile: bool = _operational(False, "compile both towers with torch.compile")
 
@@ -98,6 +107,7 @@ class Config:
     save_steps: int = _operational(0, "steps between checkpoints")
     save_minutes: float = _operational(0.0, "minutes between checkpoints")
     keep_checkpoints: int = _operational(3, "newest step_<N>.pt files kept; 0 keeps all")
+    keep_every: int = _operational(0, "epochs between checkpoints that are kept for good, beside the newest")
     eval_steps: int = _operational(0, "steps between online zero-shot evaluations")
     evals: tuple[str, ...] = _operational((), "evaluation YAMLs for the online evaluations")
     report_to: tuple[str, ...] = _operational(("tensorboard",), "loggers beside metrics.jsonl: tensorboard, or none")
@@ -201,6 +211,7 @@ def _check_ranges(config: Config) -> None:
         "mixture_tokens",
         "pool_heads",
         "shuffle_buffer",
+        "max_bad_steps",
     )
     for name in positive:
         if getattr(config, name) < 1:
@@ -212,6 +223,7 @@ def _check_ranges(config: Config) -> None:
         "save_steps",
         "save_minutes",
         "keep_checkpoints",
+        "keep_every",
         "eval_steps",
     )
     for name in (*switches, "warmup", "wd", "train_num_samples", "lr"):
@@ -221,7 +233,15 @@ def _check_ranges(config: Config) -> None:
     for name in ("beta1", "beta2", "max_bad_fraction", "patch_dropout"):
         if not 0 <= getattr(config, name) <= 1 or (name != "max_bad_fraction" and getattr(config, name) == 1):
             raise UserError(f"config field {name} = {getattr(config, name)}: expected a number from 0 to 1")
-    for name in ("softmax_temperature", "eps", "grad_clip", "image_size", "context_length", "score_memory"):
+    for name in (
+        "softmax_temperature",
+        "eps",
+        "grad_clip",
+        "image_size",
+        "context_length",
+        "score_memory",
+        "timeout_minutes",
+    ):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"config field {name} = {value}: expected more than 0")

@@ -12,7 +12,7 @@ EXIT_USER = 2
 """Exit code of every program when the user's input (config, command, data, folder) is at fault."""
 
 EXIT_RUN = 3
-"""Exit code of a training run that went wrong by itself: numbers that are not finite, a process that died or is stuck."""
+"""Exit code of a run that went wrong by itself: numbers that are not finite, a process that died or is stuck."""
 
 EXIT_STOPPED = 75
 """Exit code of a training run that was asked to stop and has saved: the same command continues it (EX_TEMPFAIL)."""
@@ -24,8 +24,12 @@ class UserError(Exception):
     exit_code = EXIT_USER
 
 
+class AgreedError(UserError):
+    """A mistake that every process of a run knows of: the main one alone tells it."""
+
+
 class RunError(UserError):
-    """A run that cannot go on through nobody's typing mistake. Told like a `UserError`, with an exit code of its own."""
+    """A run that cannot go on, by nobody's typing mistake. Told like a `UserError`, with an exit code of its own."""
 
     exit_code = EXIT_RUN
 

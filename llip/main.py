@@ -37,33 +37,44 @@ def launch(config: Config, arguments: list[str]) -> int:
         launch.adopt_slurm()
         device = launch.resolve_device(config)
         if launch.joins_environment() or config.ngpus == 1:
-            train(config, device)
-            return 0
-        return launch.start_processes(arguments, config.ngpus)
+            return launch.exit_code(train(config, device))
+        return launch.start_processes(arguments, config)
     except UserError as error:
         return launch.tell_user(error)
 
 
-def train(config: Config, device: str) -> None:
-    """Train as one process of the run: join the others, build or restore, fit."""
+def train(config: Config, device: str) -> bool:
+    """Train as one process of the run: join the others, build or restore, fit. Returns whether the run is finished."""
     from llip.training.distributed import join_processes
     from llip.training.figures import draw_curves
+    from llip.training.launch import watched
     from llip.training.online import online_evaluation
     from llip.training.run_log import log
+    from llip.training.saving import Saver
     from llip.training.setup import build_run, check_data, open_folder
+    from llip.training.signals import stop_on_signals
     from llip.training.trainer import Trainer
 
-    with join_processes(config, device) as processes, open_folder(config, processes):
+    with (
+        stop_on_signals() as stop,
+        join_processes(config, device) as processes,
+        watched(config, processes) as watch,
+        open_folder(config, processes),
+    ):
         check_data(config, processes)
         run = build_run(config, processes)
         if run.state.step >= config.total_steps:
             log.info("run %s is finished at step %d: nothing to do", config.folder, run.state.step)
-            return
+            return True
         evaluate = online_evaluation(config, run.run_log, processes)
-        Trainer(config, run.task, run.state, processes, run.run_log, evaluate).fit(iter(run.loader))
+        saver = Saver(config, run.task.model, run.state, processes, run.passport)
+        trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate)
+        finished = trainer.fit(iter(run.loader))
         run.run_log.close()
-        if processes.is_main:
+        if processes.is_main and finished:
             log.info("finished: %s; curves in %s", config.folder, draw_curves(config.folder))
+        processes.wait()  # nobody leaves before the checkpoint is written
+        return finished
 
 
 if __name__ == "__main__":

@@ -14,17 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llip.training.task import ContrastiveTask, Features
 
+RandomState = tuple[Tensor, Tensor | None]
+"""Of the CPU's generator, and of the device's where that is CUDA."""
 Slice = tuple[Tensor, Tensor]
 """Images [B, 3, S, S] uint8 and token ids [B, C] of one slice, on the device."""
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def random_state(device: torch.device) -> RandomState:
+    """Return what `set_random_state` goes back to."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Go back to `state`; what it knows of another kind of device is left out."""
     torch.set_rng_state(state[0])
-    if state[1] is not None:
+    if state[1] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
 
 
@@ -57,9 +61,9 @@ def backward_step(
     states, cached = [], []
     with torch.no_grad(), autocast():
         for images, tokens in slices:
-            states.append(_random_state(device))
+            states.append(random_state(device))
             cached.append(task.encode(images, tokens))
-    after = _random_state(device)
+    after = random_state(device)
     features = Features(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
     with no_sync():  # head, scale and bias: their gradients wait in .grad for the last slice's synchronisation
         with autocast():
@@ -69,11 +73,11 @@ def backward_step(
     sizes = [len(images) for images, _ in slices]
     parts = zip(slices, states, features.h.grad.split(sizes), features.t.grad.split(sizes), strict=True)
     for index, ((images, tokens), state, h_grad, t_grad) in enumerate(parts):
-        _set_random_state(state, device)
+        set_random_state(state, device)
         last = index == len(slices) - 1
         with nullcontext() if last else no_sync():
             with autocast():
                 surrogate, _ = wrapped(images, tokens, feature_gradients=Features(h_grad, t_grad))
             surrogate.backward()  # the gradients carry the loss scale already
-    _set_random_state(after, device)
+    set_random_state(after, device)
     return loss.detach(), report

@@ -1,9 +1,11 @@
 """Checkpoints on disk: never torn, loadable without executing anything, and found again after a crash."""
 
+import contextlib
 import os
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,32 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int) -> float:
-    """Write `step_<N>.pt`, point `latest.pt` at it, and remove all but the newest `keep` (0 keeps all).
+def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int, forever: int = 0) -> float:
+    """Write `step_<N>.pt`, read it back, point `latest.pt` at it, and only then remove older ones.
 
-    The file is written beside its place, flushed and renamed, so neither name ever shows half a checkpoint.
+    The file is written beside its place, flushed, verified and renamed: neither name ever shows half a checkpoint, and
+    the one before stays until this one is known to be good.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: that it belongs to.
+        content: plain tensors and containers.
+        keep: how many of the newest are kept; 0 keeps all.
+        forever: steps of which every multiple is kept beside them; 0: none.
 
     Returns:
         Seconds taken.
 
     Raises:
-        UserError: the disk does not take it.
+        UserError: the disk does not take it, or does not give back what was written.
     """
     started = time.perf_counter()
-    target, temporary = folder / f"step_{step}.pt", folder / "writing.tmp"
+    target, temporary, link = folder / f"step_{step}.pt", folder / "writing.tmp", folder / "latest.tmp"
     try:
         torch.save({"format": FORMAT, **content}, temporary)
         _flush(temporary)
+        verify(temporary)
         os.replace(temporary, target)
-        link = folder / "latest.tmp"
         link.unlink(missing_ok=True)
         try:
             os.link(target, link)  # a second name for the same bytes
@@ -50,11 +60,30 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
         os.replace(link, folder / "latest.pt")
         _flush(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        for path in (temporary, link):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         raise UserError(f"checkpoint {target} cannot be written: {error}") from error
     if keep:
         for path in list_checkpoints(folder)[keep:]:
-            path.unlink(missing_ok=True)
+            if not forever or int(path.stem.removeprefix("step_")) % forever:
+                path.unlink(missing_ok=True)
     return time.perf_counter() - started
+
+
+def verify(path: Path) -> None:
+    """Compare every part of a checkpoint file with its checksum, which loading does not do.
+
+    Raises:
+        UserError: the file is cut off, or some of its bits are not those that were written.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f"checkpoint {str(path)!r} is damaged: {error}") from error
+    if damaged is not None:
+        raise UserError(f"checkpoint {str(path)!r} is damaged: the checksum of its part {damaged!r} does not fit")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -77,6 +106,7 @@ def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str
         candidates = [folder / "latest.pt"]
     for path in candidates:
         try:
+            verify(path)
             content = read_checkpoint(path)
             if content.get("format") != FORMAT:
                 raise UserError(f"checkpoint {str(path)!r} has format {content.get('format')!r}, expected {FORMAT}")

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     cursor: Cursor  # where this reader stands
     passes: int  # whole passes over its share that this reader has finished
     report: WorkerReport  # since its last batch
-    ids: list[str]  # `shard/key` of each sample, where the log of them is on
+    ids: list[str]  # `shard/key` of each sample
     error: str  # not empty: the reader gives up, with this message
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,6 @@ class CaptionedImages(IterableDataset):
         self.layout = Layout(config.seed, config.shuffle_buffer, [len(source.urls) for source in self.sources])
         self.caption_sources = parse_caption_keys(config.caption_keys)
         self.batch_size, self.max_bad_fraction = config.batch_size, config.max_bad_fraction
-        self.with_ids = config.log_sample_ids
         self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
         self.rank, self.processes, self.position = rank, processes, position
 
@@ -196,8 +195,7 @@ class _BatchMaker:
             images[len(captions)] = image
             captions.append(caption)
             self.tally.use(stream.dataset)
-            if self.dataset.with_ids:
-                ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
+            ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
             seconds["decode"] += clock() - read
             if len(captions) == count:
                 return _Filled(images, captions, ids, stream.pass_index)

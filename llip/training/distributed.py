@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llip.configs import Config
+from llip.errors import RunError
 
-COLLECTIVE_DEADLINE = datetime.timedelta(minutes=10)
-"""A process that waits longer for the others ends with an error."""
+_LATER = 60.0  # seconds by which a collective's own deadline comes after the watch's, which says more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Processes:
     rank: int
     count: int
     device: torch.device
+    store: dist.Store | None = None  # that the processes share, beside the collectives
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +50,18 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def largest(self, values: list[float]) -> list[float]:
+        """Return the largest of each of `values` over the processes, on every process."""
+        if self.count == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.largest([0.0])
+
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of a tensor over the processes."""
         if self.count == 1:
@@ -60,7 +73,11 @@ class Processes:
 
 @contextmanager
 def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
-    """Join the run's processes as the environment describes them (RANK, WORLD_SIZE, ...), and leave them at the end."""
+    """Join the run's processes as the environment describes them (RANK, WORLD_SIZE, ...), and leave them at the end.
+
+    Raises:
+        RunError: not all of them came within `timeout_minutes`.
+    """
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
@@ -70,15 +87,29 @@ def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
             torch.set_float32_matmul_precision("high")
     else:  # the launcher pins OMP to one thread; share the cores instead, and leave one to each data worker
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ngpus - config.workers))
-    if count > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(backend, timeout=COLLECTIVE_DEADLINE, **options)
+    store = _join_group(rank, count, device, 60 * config.timeout_minutes) if count > 1 else None
+    yield Processes(rank, count, device, store)
+    if dist.is_initialized():  # not after an error, with which the process ends: what died cannot take part
+        dist.destroy_process_group()
+
+
+def _join_group(rank: int, count: int, device: torch.device, deadline: float) -> dist.Store:
+    options = {"device_id": device} if device.type == "cuda" else {}
+    wait = datetime.timedelta(seconds=deadline + _LATER)
     try:
-        yield Processes(rank, count, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=datetime.timedelta(seconds=deadline)))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store), rank=rank, world_size=count, timeout=wait, **options,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RunError(
+            f"process {rank} of {count} could not join the others at {place} within {deadline:.0f} s "
+            f"(timeout_minutes): {first_line[:200]}"
+        ) from error
+    return dist.PrefixStore("llip", store.clone() if hasattr(store, "clone") else store)
 
 
 class _GatherTexts(torch.autograd.Function):

@@ -1,18 +1,28 @@
 """Which processes a run has, and how they start: the same command on a laptop, a GPU box, torchrun and srun."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llip.configs import Config
-from llip.errors import EXIT_USER, UserError
+from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, AgreedError, UserError
+from llip.training.distributed import Processes
+from llip.training.signals import STOP_SIGNALS
+from llip.training.watch import Watch, name_of_exit
 
-ERROR_FOLDER = "LLIP_ERROR_FOLDER"
-"""Where the processes that this module starts leave a user's mistake, so that it is told once."""
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+NOTES_FOLDER = "LLIP_NOTES_FOLDER"
+"""Where the processes that this module starts leave what they have to tell, so that it is told once."""
 
 
 def joins_environment() -> bool:
@@ -89,16 +99,18 @@ def _restored(config: Config, nodes: int, ngpus: int, on_cpu: bool = False) -> s
     return text
 
 
-def start_processes(arguments: list[str], count: int) -> int:
-    """Start `count` processes of `python -m llip.main` on this machine with PyTorch's elastic launcher and wait.
+def start_processes(arguments: list[str], config: Config) -> int:
+    """Start the config's processes of `python -m llip.main` on this machine with PyTorch's elastic launcher and wait.
 
-    No process is restarted: the first failure ends all. A user's mistake is printed once.
+    No process is restarted: the first failure ends all. What goes wrong is told once. A signal is passed on, and the
+    processes get as long as a step and a checkpoint may take to end in good order; Ctrl-C a second time ends them.
 
     Returns:
         The exit code.
     """
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -106,35 +118,100 @@ def start_processes(arguments: list[str], count: int) -> int:
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=count,
+        nproc_per_node=config.ngpus,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle=",".join(signal.name for signal in STOP_SIGNALS),
+        shutdown_timeout=int(60 * config.timeout_minutes) + 60,
     )
-    with tempfile.TemporaryDirectory(prefix="llip-") as errors:
-        os.environ[ERROR_FOLDER] = errors
+    with tempfile.TemporaryDirectory(prefix="llip-") as notes:
+        os.environ[NOTES_FOLDER] = notes
         try:
             elastic_launch(launch, sys.executable)("-m", "llip.main", *arguments)
         except ChildFailedError as failure:
-            told = [json.loads(path.read_text()) for path in sorted(Path(errors).glob("*.json"))]
-            if told:
-                print(f"error: {told[0]}", file=sys.stderr)
-                return EXIT_USER
-            rank, first = failure.get_first_failure()
-            print(f"error: process {rank} failed with exit code {first.exitcode}; see above", file=sys.stderr)
-            return 1
+            return _tell_failure(Path(notes), failure)
+        except SignalException as asked:
+            return _tell_stop(Path(notes), asked.sigval)
         finally:
-            del os.environ[ERROR_FOLDER]
+            del os.environ[NOTES_FOLDER]
+        return EXIT_STOPPED if _stopped(Path(notes)) else 0
+
+
+def _tell_failure(notes: Path, failure: "ChildFailedError") -> int:
+    """Say once why the run ended; what processes say of others is only news if nobody speaks for himself."""
+    told = [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+    mistakes = [one for one in told if one["code"] == EXIT_USER]
+    if mistakes:
+        print(f"error: {mistakes[0]['message']}", file=sys.stderr)
+        return EXIT_USER
+    rank, first = failure.get_first_failure()
+    speaks = {one["rank"] for one in told}
+    ends = {rank: one for rank, one in sorted(failure.failures.items()) if rank not in speaks}
+    died = {rank: one for rank, one in ends.items() if one.exitcode != -signal.SIGTERM} or {rank: first}
+    if rank in speaks:
+        died = {}
+    lines = [f"process {rank} ended: {name_of_exit(one.exitcode)}" for rank, one in died.items()]
+    lines += [one["message"] for one in told[:1]]
+    print(f"error: {'. '.join(lines) or 'see above'}", file=sys.stderr)
+    return EXIT_RUN if told or any(one.exitcode < 0 for one in died.values()) else 1
+
+
+def _tell_stop(notes: Path, number: signal.Signals) -> int:
+    told = [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+    if told:
+        print(f"error: {told[0]['message']}", file=sys.stderr)
+        return told[0]["code"]
+    return EXIT_STOPPED if _stopped(notes) else 128 + number
+
+
+def _stopped(notes: Path) -> bool:
+    return any(notes.glob("*.stopped"))
+
+
+def exit_code(finished: bool) -> int:
+    """Return the exit code of a process whose part of the run has ended in good order."""
+    if finished:
+        return 0
+    notes = os.environ.get(NOTES_FOLDER)
+    if not notes:
+        return EXIT_STOPPED
+    (Path(notes) / f"{_rank():06}.stopped").touch()  # another code than 0 would make the launcher end the others
     return 0
 
 
 def tell_user(error: UserError) -> int:
-    """Tell a user's mistake once, however many processes make it, and return the exit code."""
-    folder = os.environ.get(ERROR_FOLDER)
-    if folder:  # the launcher tells
-        (Path(folder) / f"{os.environ.get('RANK', 0):0>6}.json").write_text(json.dumps(str(error)))
-    else:
+    """Tell an error once, however many processes make it, and return the exit code."""
+    notes = os.environ.get(NOTES_FOLDER)
+    if notes:  # the launcher tells
+        path = Path(notes) / f"{_rank():06}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"rank": _rank(), "message": str(error), "code": error.exit_code}))
+        partial.replace(path)
+    elif _rank() == 0 or not isinstance(error, AgreedError):
         print(f"error: {error}", file=sys.stderr)
-    return EXIT_USER
+    return error.exit_code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def watched(config: Config, processes: Processes) -> Iterator[Watch]:
+    """Watch this process inside: it ends with its launcher, or when it does not move on within `timeout_minutes`.
+
+    Raises:
+        RunError: another process died or does not answer; names it.
+    """
+    launched = NOTES_FOLDER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    parent = os.getppid() if launched else None
+    deadline = 60 * config.timeout_minutes
+    watch = Watch(processes.rank, processes.count, processes.store, deadline, parent, tell_user)
+    try:
+        with watch.explained():
+            yield watch
+    finally:
+        watch.stop()

@@ -88,6 +88,12 @@ class RunLog:
         self._append(EVALS, {"step": step, "task": task, "values": values})
         self._scalars(f"eval/{task}", {"step": step, **values})
 
+    def has_evaluation(self, step: int) -> bool:
+        """Tell whether a model of `step` has been evaluated already."""
+        if self.folder is None or not (self.folder / EVALS).is_file():
+            return False
+        return any(json.loads(line)["step"] == step for line in (self.folder / EVALS).read_text().splitlines())
+
     def _scalars(self, prefix: str, record: dict[str, Any]) -> None:
         if self._board is None:
             return

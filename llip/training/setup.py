@@ -3,15 +3,16 @@
 import contextlib
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from llip.configs import Config
-from llip.errors import UserError
+from llip.errors import AgreedError, UserError
 from llip.open_clip.factory import create_model, get_tokenizer, model_spec
 from llip.open_clip.weights import load_weights, read_checkpoint
 from llip.paths import expand_variables
@@ -20,6 +21,7 @@ from llip.training.data import make_loader
 from llip.training.data_report import DataCounts, DataReport
 from llip.training.distributed import Processes
 from llip.training.optimizer import create_optimizer
+from llip.training.passport import differences, make_passport
 from llip.training.position import DataPosition, Layout, shards_digest
 from llip.training.run_folder import claim_folder, locked_folder
 from llip.training.run_log import RunLog, log, start_logging
@@ -48,6 +50,7 @@ class Run(NamedTuple):
     state: TrainState
     loader: DataLoader
     run_log: RunLog
+    passport: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -61,7 +64,7 @@ def _agreed(processes: Processes) -> Iterator[list[str]]:
         error = mistake
     message = processes.from_main(str(error) if error else None)
     if message is not None:
-        raise UserError(message) from error
+        raise AgreedError(message) from error
 
 
 @contextlib.contextmanager
@@ -183,7 +186,7 @@ def build_run(config: Config, processes: Processes) -> Run:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
     spec = model_spec(config)
-    found = _starting_point(config)
+    found = _starting_point(config, processes)
     model = create_model(spec, None if found else config.pretrained, config.model)
     if found:
         load_weights(model, found, "the run's checkpoint")
@@ -207,16 +210,20 @@ def build_run(config: Config, processes: Processes) -> Run:
     counts = DataCounts([0] * len(data.names))
     state = TrainState(create_optimizer(model, config), scaler, data.position, counts)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
+    passport = make_passport(processes, _data_digest(config)) if processes.is_main else {}
     if found:
         note = state.restore(found, processes, data.layout)
         log.info("resumed at step %d of %d", state.step, config.total_steps)
         if note:
             log.warning(note)
+        for difference in differences(found.get("passport", {}), passport) if processes.is_main else ():
+            log.info("not as at the checkpoint: %s", difference)
     tokenizer = get_tokenizer(context_length=spec.context_length)
     pin = processes.device.type == "cuda"
     loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.count, state.position, pin)
     run_log = _open_log(config, processes, state, data.names)
-    return Run(ContrastiveTask(model, config.loss, processes, config.score_memory), state, loader, run_log)
+    task = ContrastiveTask(model, config.loss, processes, config.score_memory)
+    return Run(task, state, loader, run_log, passport)
 
 
 class _DataStart(NamedTuple):
@@ -234,6 +241,13 @@ def _data_start(config: Config) -> _DataStart:
     return _DataStart([source.pattern for source in sources], layout, DataPosition(config.workers, shards=digests))
 
 
+def _data_digest(config: Config) -> int:
+    """Return a number that stands for the shards' names, and for the samples that an index counts in them."""
+    urls = [url for source in parse_train_data(config.train_data) for url in source.urls]
+    counts = load_index(urls)
+    return zlib.crc32(repr([(shard_name(url), counts.get(url)) for url in urls]).encode(errors="surrogateescape"))
+
+
 def _open_log(config: Config, processes: Processes, state: TrainState, names: list[str]) -> RunLog:
     samples = None
     if config.log_sample_ids:
@@ -245,14 +259,20 @@ def _open_log(config: Config, processes: Processes, state: TrainState, names: li
     return RunLog(config.folder if processes.is_main else None, config, state.step, data, samples)
 
 
-def _starting_point(config: Config) -> dict | None:
-    """Return the checkpoint that the run goes on from: its own newest good one, else the one that `resume` names."""
-    own = newest_good_checkpoint(config.folder / "checkpoints")
-    if own is not None:
-        path, content, warnings = own
-        for warning in warnings:
-            log.warning("%s; %s is used instead", warning, path)
-        return content
+def _starting_point(config: Config, processes: Processes) -> dict | None:
+    """Return the checkpoint that the run goes on from: its own newest good one, else the one that `resume` names.
+
+    The main process chooses, and the others read the same file.
+    """
+    path, content = None, None
+    with _agreed(processes):
+        if processes.is_main and (own := newest_good_checkpoint(config.folder / "checkpoints")):
+            path, content, warnings = own
+            for warning in warnings:
+                log.warning("%s; %s is used instead", warning, path)
+    path = processes.from_main(path)
+    if path is not None:
+        return content or read_checkpoint(path)
     if config.resume not in (None, "latest"):
         return read_checkpoint(Path(config.resume))
     return None

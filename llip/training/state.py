@@ -21,7 +21,8 @@ class TrainState:
     counts: DataCounts
     step: int = 0
     samples_seen: int = 0
-    skipped_steps: int = 0  # steps without an update, because float16 gradients overflowed
+    skipped_steps: int = 0  # steps without an update, because loss or gradient was not finite
+    skipped_in_a_row: int = 0  # of them, up to the present step
 
     def save(self, processes: Processes) -> dict[str, Any] | None:
         """Return plain containers on the main process, None elsewhere. Every process must call it."""
@@ -39,6 +40,7 @@ class TrainState:
             "step": self.step,
             "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "processes": everyone,
@@ -63,7 +65,7 @@ class TrainState:
                 "continued; start from its weights instead: name=NEW pretrained=PATH/TO/step_<N>.pt"
             ) from error
         self.step, self.samples_seen = saved["step"], saved["samples_seen"]
-        self.skipped_steps = saved["skipped_steps"]
+        self.skipped_steps, self.skipped_in_a_row = saved["skipped_steps"], saved.get("skipped_in_a_row", 0)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if len(everyone) == processes.count:

@@ -13,17 +13,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from llip.configs import Config
-from llip.errors import UserError
+from llip.errors import RunError, UserError
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.score_plan import ScorePlan
-from llip.training.accumulation import Slice, backward_step
-from llip.training.checkpoint import write_checkpoint
+from llip.training.accumulation import Slice, backward_step, random_state
 from llip.training.data import Batch
 from llip.training.distributed import Processes
+from llip.training.flight_record import BadStep, summary, write_flight_record
 from llip.training.optimizer import learning_rate
 from llip.training.run_log import RunLog, log
+from llip.training.saving import Saver
+from llip.training.signals import StopRequest
 from llip.training.state import TrainState
 from llip.training.task import ContrastiveTask
+from llip.training.watch import Watch
 
 
 class Trainer:
@@ -36,6 +39,9 @@ class Trainer:
         state: TrainState,
         processes: Processes,
         run_log: RunLog,
+        saver: Saver,
+        watch: Watch,
+        stop: StopRequest,
         evaluate: Callable[[Llip, int], None] | None = None,
     ) -> None:
         """Wrap the task.
@@ -46,15 +52,13 @@ class Trainer:
             state: where to start; advanced in place.
             processes: this process's place.
             run_log: where records go.
+            saver: writes checkpoints.
+            watch: is told what this process does.
+            stop: whether this process has been asked to stop.
             evaluate: called with the model and the step every `eval_steps`, on every process.
         """
-        self.config, self.state, self.processes, self.run_log, self.evaluate = (
-            config,
-            state,
-            processes,
-            run_log,
-            evaluate,
-        )
+        self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
+        self.saver, self.watch, self.stop, self.evaluate = saver, watch, stop, evaluate
         self.task = task
         self.wrapped: nn.Module = task
         if processes.count > 1:
@@ -64,12 +68,20 @@ class Trainer:
         self.autocast: Callable[[], AbstractContextManager] = (
             nullcontext if dtype is None else partial(torch.autocast, processes.device.type, dtype=dtype)
         )
-        self.saved_time = time.monotonic()
         self.passes = 0  # over the data, as far as the batches of this process tell
         self.first_step = state.step
+        self.stopping = False  # whether any process has been asked to stop, as all know
 
-    def fit(self, batches: Iterator[Batch]) -> None:
-        """Train to the end of the schedule."""
+    def fit(self, batches: Iterator[Batch]) -> bool:
+        """Train to the end of the schedule, or until a process is asked to stop.
+
+        Returns:
+            Whether the schedule is at its end; the newest checkpoint is of the last step either way.
+
+        Raises:
+            UserError: the data, the memory or the settings do not allow to go on.
+            RunError: numbers are not finite for too long, or the last checkpoint cannot be written.
+        """
         self.task.train()
         window = _Window()
         if plan := self._score_plan():
@@ -83,18 +95,27 @@ class Trainer:
             dynamic_ncols=True,
         )
         with progress:
-            while self.state.step < self.config.total_steps:
+            self._evaluate_if_missed()
+            while self.state.step < self.config.total_steps and not self.stopping:
+                self.watch.enter("data", self.state.step + 1)
                 with window.waiting():
-                    slices = [self._next_slice(batches) for _ in range(self.config.accum_freq)]
+                    parts = [self._next_slice(batches) for _ in range(self.config.accum_freq)]
+                if self.state.step == self.first_step:
+                    log.info("data: the first batch came after %.1f s", window.waited)
+                self.watch.enter("forward and backward", self.state.step + 1)
                 lr = learning_rate(self.state.step, self.config)
-                loss, norm, report = self._step(slices, lr)
+                loss, norm, report = self._step([part for part, _ in parts], lr, [ids for _, ids in parts])
                 self.state.step += 1
                 self.state.samples_seen += self.config.global_batch
                 window.steps += 1
                 progress.update()
                 self._after_step(window, progress, loss, norm, lr, report)
+        done = self.state.step == self.config.total_steps
+        if not done:
+            log.info("asked to stop: saved after step %d of %d", self.state.step, self.config.total_steps)
+        return done
 
-    def _next_slice(self, batches: Iterator[Batch]) -> Slice:
+    def _next_slice(self, batches: Iterator[Batch]) -> tuple[Slice, list[str]]:
         try:
             batch = next(batches)
         except RuntimeError as error:
@@ -115,25 +136,65 @@ class Trainer:
             self.passes = batch.passes
             log.info("data: pass %d begins at step %d", batch.passes + 1, self.state.step)
         self.state.position.advance(batch.cursor)
-        return batch.to(self.processes.device)
+        return batch.to(self.processes.device), batch.ids
 
-    def _step(self, slices: list[Slice], lr: float) -> tuple[Tensor, float, dict[str, Tensor]]:
+    def _step(self, slices: list[Slice], lr: float, ids: list[list[str]]) -> tuple[Tensor, float, dict[str, Tensor]]:
         """One optimizer step; returns (this process's loss, gradient norm over all parameters, report)."""
         state, scaler = self.state, self.state.scaler
         for group in state.optimizer.param_groups:
             group["lr"] = lr
+        before = random_state(self.processes.device)
         with self._explained_shortage():
             loss, report = backward_step(self.wrapped, slices, self.autocast, scaler.scale)
         scaler.unscale_(state.optimizer)
-        largest = math.inf if self.config.grad_clip is None else self.config.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), largest).item()
-        if not math.isfinite(norm):
-            self._check_overflow(loss)
-        scaler.step(state.optimizer)
+        parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
+        total = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = total.item()
+        bad_loss, bad_norm, stopping = self.processes.largest(
+            [not math.isfinite(loss.item()), not math.isfinite(norm), bool(self.stop)]
+        )
+        self.stopping = bool(stopping)
+        if bad_loss or bad_norm:
+            bad = BadStep(state.step + 1, slices, ids, before, loss.item(), norm)
+            self._skip(bad, overflow=self.config.precision == "amp_fp16" and not bad_loss)
+        else:
+            state.skipped_in_a_row = 0
+            if self.config.grad_clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, total)
+            scaler.step(state.optimizer)
         scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         self.task.model.clamp_logit_scale()
         return loss, norm, report
+
+    def _skip(self, bad: BadStep, overflow: bool) -> None:
+        """Count a step whose numbers are not finite; too many in a row end the run, on every process alike.
+
+        Args:
+            bad: this process's part of the step.
+            overflow: float16 gradients alone overflowed, which a smaller loss scale mends.
+        """
+        state, config = self.state, self.config
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        what = "float16 gradients overflowed" if overflow else "loss or gradient is not finite"
+        if state.skipped_in_a_row < config.max_bad_steps:
+            tell = log.info if overflow else log.warning
+            if self.processes.is_main:
+                tell("step %d is skipped: %s (%d in a row)", bad.step, what, state.skipped_in_a_row)
+            return
+        scale = state.scaler.get_scale()
+        folder, report = write_flight_record(bad, config, self.task.model, scale, self.processes)
+        message = None
+        if report is not None:
+            record = f"flight record: {folder}; compute the step again with: python -m llip.training.replay {folder}"
+            if "unwritten" in report:
+                record = f"the flight record could not be written whole: {report['unwritten']}"
+            message = (
+                f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); {summary(report)}; {record}. "
+                "A smaller lr or a longer warmup often helps"
+            )
+        raise RunError(self.processes.from_main(message))
 
     @contextmanager
     def _explained_shortage(self) -> Iterator[None]:
@@ -156,19 +217,6 @@ class Trainer:
     def _score_plan(self) -> ScorePlan | None:
         return self.task.score_plan(self.config.batch_size * self.config.accum_freq)
 
-    def _check_overflow(self, loss: Tensor) -> None:
-        """Count an overflow of float16; anything else that is not finite ends the run, on every process alike.
-
-        Gradients are averaged over processes before their norm is taken, so that all see the same.
-        """
-        self.state.skipped_steps += 1
-        if self.config.precision != "amp_fp16":
-            scale = self.task.model.logit_scale.exp().item()
-            raise UserError(
-                f"the gradient is not finite at step {self.state.step} (loss of this process {loss.item():.4g}, "
-                f"logit scale {scale:.4g}, precision {self.config.precision}); try a smaller lr or a longer warmup"
-            )
-
     def _after_step(
         self, window: "_Window", progress: tqdm, loss: Tensor, norm: float, lr: float, report: dict[str, Tensor]
     ) -> None:
@@ -190,6 +238,7 @@ class Trainer:
                     "samples_per_second": rate,
                     "data_wait_fraction": window.waited / window.seconds(),
                     "seconds": window.total_seconds(),
+                    "skipped_steps": self.state.skipped_steps,
                     **self._data_record(window),
                 }
             )
@@ -197,11 +246,27 @@ class Trainer:
             window.restart()
         if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_to_main(self.state.counts.plain())):
             self.run_log.data.log_epoch(counts)
-        if self._save_is_due(done):
-            self.save()
-        if self.evaluate is not None and config.eval_steps and (step % config.eval_steps == 0 or done):
-            self.evaluate(self.task.model, step)
+        if self.saver.is_due(done) or self.stopping:
+            self.watch.enter("checkpoint", step, limited=False)
+            self.saver.save(last=done or self.stopping)
+        if self._evaluation_is_due(step) and (done or not self.stopping):
+            self._evaluate()
             window.restart()
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every, done = self.config.eval_steps, step == self.config.total_steps
+        return bool(self.evaluate and every and step and (step % every == 0 or done))
+
+    def _evaluate_if_missed(self) -> None:
+        """Evaluate the model that the run goes on from, where it was stopped between saving and evaluating it."""
+        step = self.state.step
+        if self._evaluation_is_due(step) and not self.processes.from_main(self.run_log.has_evaluation(step)):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        self.watch.enter("evaluation", self.state.step, limited=False)
+        self.evaluate(self.task.model, self.state.step)
 
     def _data_record(self, window: "_Window") -> dict[str, Any]:
         """Return what the workers of this process did in the window; the counts are those of all processes."""
@@ -213,26 +278,6 @@ class Trainer:
         if window.steps < self.state.step - self.first_step:  # not the first window, in which the workers start
             self.run_log.data.explain(record, waited)
         return record
-
-    def _save_is_due(self, done: bool) -> bool:
-        config, step = self.config, self.state.step
-        by_epoch = config.save_frequency and step % (config.save_frequency * config.steps_per_epoch) == 0
-        by_step = config.save_steps and step % config.save_steps == 0
-        by_time = False
-        if config.save_minutes:  # the main process's clock decides for all
-            by_time = self.processes.from_main(time.monotonic() - self.saved_time >= 60 * config.save_minutes)
-        return bool(done or by_epoch or by_step or by_time)
-
-    def save(self) -> None:
-        """Write a checkpoint; every process takes part, the main one writes."""
-        content = self.state.save(self.processes)
-        if content is not None:
-            model = self.task.model
-            content |= {"model": model.config, "state_dict": model.state_dict(), "config": dict(vars(self.config))}
-            folder = self.config.folder / "checkpoints"
-            seconds = write_checkpoint(folder, self.state.step, content, self.config.keep_checkpoints)
-            log.info("checkpoint of step %d written in %.1f s", self.state.step, seconds)
-        self.saved_time = time.monotonic()
 
 
 class _Window:

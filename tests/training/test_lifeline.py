@@ -20,6 +20,8 @@ config = Config(train_data=sys.argv[1], workers=1, batch_size=4)
 batches = iter(make_loader(config, get_tokenizer(context_length=12), 32, 0, 1, DataPosition(1), False))
 worker = batches._workers[0]
 print(worker.pid, flush=True)
+if sys.stdin.readline():
+    worker.terminate()
 time.sleep(60)
 """
 
@@ -45,15 +47,22 @@ def test_a_worker_takes_its_command_along(tmp_path, victim):
     pattern = write_pairs(tmp_path, 8, 8)
     note = tmp_path / "pid"
     command = f"pipe:cat {pattern.replace('{00000..00000}', '00000')}; sleep 300 & echo $! > {note}; wait"
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, command], stdout=subprocess.PIPE, text=True) as parent:
+    program = [sys.executable, "-c", PROGRAM, command]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         try:
             worker = int(parent.stdout.readline())
             wait_for(lambda: note.exists() and note.read_text().strip())
             sleeper = int(note.read_text())
             assert alive(worker)
             assert alive(sleeper)
+            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # a scheduler signals every process
+                os.kill(worker, each)
+            time.sleep(0.5)
+            assert alive(worker)
+            assert alive(sleeper)
             if victim == "worker":
-                os.kill(worker, signal.SIGTERM)
+                parent.stdin.write("end it\n")
+                parent.stdin.flush()
             else:
                 parent.kill()
             wait_for(lambda: not alive(sleeper))

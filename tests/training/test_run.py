@@ -109,10 +109,10 @@ def interrupt_after(monkeypatch, steps):
 
     step = Trainer._step
 
-    def stopping(self, slices, lr):
+    def stopping(self, *step_arguments):
         if self.state.step == steps:
             raise Stop
-        return step(self, slices, lr)
+        return step(self, *step_arguments)
 
     monkeypatch.setattr(Trainer, "_step", stopping)
 
