@@ -37,6 +37,7 @@ def backward_step(
     slices: Sequence[Slice],
     autocast: Callable[[], AbstractContextManager],
     scale_loss: Callable[[Tensor], Tensor],
+    given: Sequence[RandomState | None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Leave in `.grad` the gradient of the loss over all slices of all processes.
 
@@ -45,22 +46,29 @@ def backward_step(
         slices: this process's part of the global batch, one item per accumulation slice.
         autocast: gives the context that forward passes run in.
         scale_loss: applied to what is back-propagated (loss scaling for float16).
+        given: the random state to go to before each slice, None to go on from the slice before; for a step that is
+            computed again.
 
     Returns:
         (this process's loss value, detached; the task's report)
     """
     task = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    device = slices[0][0].device
+    given = [None] * len(slices) if given is None else given
     if len(slices) == 1:
+        if given[0] is not None:
+            set_random_state(given[0], device)
         with autocast():
             loss, report = wrapped(*slices[0])
         scale_loss(loss).backward()
         return loss.detach(), report
 
     no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
-    device = slices[0][0].device
     states, cached = [], []
     with torch.no_grad(), autocast():
-        for images, tokens in slices:
+        for (images, tokens), start in zip(slices, given, strict=True):
+            if start is not None:
+                set_random_state(start, device)
             states.append(random_state(device))
             cached.append(task.encode(images, tokens))
     after = random_state(device)

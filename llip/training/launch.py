@@ -155,7 +155,7 @@ def _tell_failure(notes: Path, failure: "ChildFailedError") -> int:
         died = {}
     lines = [f"process {rank} ended: {name_of_exit(one.exitcode)}" for rank, one in died.items()]
     lines += [one["message"] for one in told[:1]]
-    print(f"error: {'. '.join(lines) or 'see above'}", file=sys.stderr)
+    print(f"\nerror: {'. '.join(lines) or 'see above'}", file=sys.stderr)  # a progress bar may have been left open
     return EXIT_RUN if told or any(one.exitcode < 0 for one in died.values()) else 1
 
 

@@ -1,0 +1,257 @@
+"""Kill a run at random moments and start it again: `python -m benchmarks.kill_resume [--kills 20] [--json]`.
+
+One run goes through undisturbed. Another is killed (SIGKILL) again and again, the same command continuing it each time:
+the whole tree of processes, the launcher alone, or the tree while a checkpoint is being written. In the end its
+losses and its final weights must be those of the first run, to the last bit. Needs /proc (Linux).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+KINDS = ("tree", "launcher", "writing")
+"""What is killed: everything; the process that was started; everything, in the middle of writing a checkpoint."""
+DEADLINE = 300.0
+"""Seconds that one start may take until it is killed or has finished."""
+_MARK = "LLIP_KILL_RESUME"
+_GONE = 20.0  # seconds in which the others must be gone once the launcher is
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of the killed run."""
+
+    processes: int
+    kills: dict[str, int]  # by kind
+    steps: int
+    repeated_steps: int  # computed again, because they came after the newest checkpoint
+    different_losses: int
+    different_weights: int  # tensors
+    survivors: int  # processes that outlived their launcher by too long
+    seconds: float
+
+
+class Launched:
+    """A command and all processes that come from it, found by a mark in their environment."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self.log = open(log, "ab")  # noqa: SIM115 - as long as the command runs
+        environment = os.environ | {_MARK: self.mark}
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+
+    def members(self) -> list[int]:
+        """Return the ids of the processes that are alive."""
+        wanted, found = f"{_MARK}={self.mark}".encode(), []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                    if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                        found.append(int(folder.name))
+                except OSError:
+                    continue  # it has just ended
+        return found
+
+    def kill(self, kind: str) -> int:
+        """Kill, and return how many processes had to be ended because they outlived the launcher."""
+        if kind == "launcher":
+            self.process.kill()
+        else:
+            for each in self.members():
+                _kill(each)
+        self.process.wait(30)
+        survivors = 0
+        if not wait_for(lambda: not self.members(), _GONE):
+            survivors = len(self.members())
+            for each in self.members():
+                _kill(each)
+        self.log.close()
+        return survivors
+
+    def finish(self) -> int:
+        """Wait for the end and return the exit code."""
+        try:
+            return self.process.wait(DEADLINE)
+        finally:
+            self.kill("tree")
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Look every few milliseconds whether `condition` holds; False when it has not come true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.003)
+    return True
+
+
+def logged_steps(folder: Path) -> int:
+    """Return the last step in the run's metrics, 0 before the first."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    try:
+        return json.loads(lines[-1])["step"] if lines else 0
+    except ValueError:
+        return json.loads(lines[-2])["step"] if len(lines) > 1 else 0  # a line that is being written
+
+
+def kill_once(command: list[str], folder: Path, kind: str, draw: random.Random, most: int) -> tuple[bool, int]:
+    """Start the run and kill it at a random moment.
+
+    Args:
+        command: starts or continues the run.
+        folder: of the run.
+        kind: one of `KINDS`.
+        draw: chooses the moment.
+        most: steps after which it is killed at the latest.
+
+    Returns:
+        (whether it was killed before its end, processes that outlived the launcher)
+    """
+    begin, launched = logged_steps(folder), Launched(command, folder.parent / f"{folder.name}.txt")
+    target = begin + draw.randint(1, most)
+    reached = wait_for(lambda: logged_steps(folder) >= target or launched.process.poll() is not None, DEADLINE)
+    if kind == "writing" and reached:
+        reached = wait_for(
+            lambda: (folder / "checkpoints" / "writing.tmp").exists() or launched.process.poll() is not None, DEADLINE
+        )
+    elif reached:
+        time.sleep(draw.random() * 0.3)
+    ended = launched.process.poll() is not None
+    survivors = launched.kill(kind)
+    if not reached:
+        raise RuntimeError(f"the run did not reach step {target} in {DEADLINE:.0f} s; see {folder}.txt")
+    return not ended, survivors
+
+
+def run_killed(
+    command: Callable[[str], list[str]], logs: Path, kinds: list[str], seed: int, processes: int, most: int = 6
+) -> Outcome:
+    """Run once undisturbed and once with a kill of each of `kinds`, and compare.
+
+    Args:
+        command: returns the command of the run of a name, which logs every step into `logs`.
+        logs: folder of both runs.
+        kinds: of the kills, in order.
+        seed: of the moments.
+        processes: that the command starts, for the outcome.
+        most: steps between a start and the kill.
+
+    Raises:
+        RuntimeError: a run failed, or did not get on.
+    """
+    started = time.monotonic()
+    straight, killed = logs / "straight", logs / "killed"
+    if code := Launched(command("straight"), logs / "straight.txt").finish():
+        raise RuntimeError(f"the undisturbed run ended with exit code {code}; see {logs / 'straight.txt'}")
+    draw, done, survivors, repeated = random.Random(seed), dict.fromkeys(KINDS, 0), 0, 0
+    for kind in tqdm(kinds, desc=f"kills, {processes} processes", unit="kill"):
+        interrupted, outlived = kill_once(command("killed"), killed, kind, draw, most)
+        if not interrupted:
+            break
+        done[kind] += 1
+        survivors += outlived
+        repeated += logged_steps(killed) - max(saved_steps(killed), default=0)
+    if code := Launched(command("killed"), logs / "killed.txt").finish():
+        raise RuntimeError(f"the killed run ended with exit code {code}; see {logs / 'killed.txt'}")
+    losses = [read_losses(folder) for folder in (straight, killed)]
+    weights = [read_weights(folder) for folder in (straight, killed)]
+    return Outcome(
+        processes=processes,
+        kills=done,
+        steps=len(losses[0]),
+        repeated_steps=repeated,
+        different_losses=sum(losses[0].get(step) != losses[1].get(step) for step in losses[0].keys() | losses[1]),
+        different_weights=sum(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items()),
+        survivors=survivors,
+        seconds=time.monotonic() - started,
+    )
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the run's checkpoints."""
+    return [int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*.pt")]
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """Return the loss of every logged step; one line per step, or it is an error."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({record["step"] for record in records}) == len(records), f"{folder}: a step is logged twice"
+    return {record["step"]: record["loss"] for record in records}
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the newest checkpoint."""
+    return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["state_dict"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Kill and resume with each number of processes; exit code 1 when anything differs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_resume", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="per number of processes [%(default)s]")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="[1 2]")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
+    given = parser.parse_args(arguments)
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="llip-kill-") as folder:
+        for processes in given.processes:
+            logs = Path(folder) / f"processes_{processes}"
+            logs.mkdir()
+            kinds = [KINDS[index % len(KINDS)] for index in range(given.kills)]
+            steps = 4 * (given.kills + 2)
+
+            def command(name: str, processes: int = processes, logs: Path = logs, steps: int = steps) -> list[str]:
+                fields = {
+                    "name": name, "logs": logs, "device": "cpu", "ngpus": processes, "batch_size": 16 // processes,
+                    "train_num_samples": 16 * steps, "epochs": 1, "warmup": 4, "precision": "fp32", "workers": 1,
+                    "log_steps": 1, "save_steps": 3, "eval_steps": 0, "report_to": "none",
+                    "train_data": f"scenes:{Path(folder) / 'scenes'}",
+                }  # fmt: skip
+                words = [f"{key}={value}" for key, value in fields.items()]
+                return [sys.executable, "-m", "llip.main", "llip_quickstart", *words]
+
+            outcomes.append(run_killed(command, logs, kinds, given.seed, processes))
+    good = all(not (o.different_losses or o.different_weights or o.survivors) for o in outcomes)
+    if given.json:
+        print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
+    else:
+        print(table(outcomes))
+    return 0 if good else 1
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Return the outcomes for people."""
+    rows = ["processes  kills (tree, launcher, writing)  steps  repeated  losses differ  weights differ  survivors"]
+    for one in outcomes:
+        kinds = f"{sum(one.kills.values())} ({', '.join(str(one.kills[kind]) for kind in KINDS)})"
+        rows.append(
+            f"{one.processes:9}  {kinds:31}  {one.steps:5}  {one.repeated_steps:8}  {one.different_losses:13}  "
+            f"{one.different_weights:14}  {one.survivors:9}"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Runs that are signalled, killed and stopped: nothing is lost, nothing is left behind, and the reason is told."""
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kill_resume import Launched, logged_steps, read_losses, read_weights, run_killed, wait_for
+from llip.configs import Config
+from llip.errors import EXIT_RUN, EXIT_STOPPED
+from tests.helpers import write_pairs
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc")
+
+
+@pytest.fixture(scope="module")
+def make_command(tmp_path_factory):
+    """Returns the command of a run of a name with other fields: 18 steps, each logged and most of them saved."""
+    from tests.helpers import tiny_model_file
+
+    folder = tmp_path_factory.mktemp("survival")
+    pairs, model = write_pairs(folder, 32, 16), tiny_model_file(folder)
+
+    def command(logs, name, **changes):
+        fields = {
+            "name": name, "logs": str(logs), "train_data": pairs, "train_num_samples": 32, "model": model,
+            "mixture_tokens": 4, "pool_heads": 4, "batch_size": 8, "epochs": 9, "lr": 1e-3, "warmup": 2,
+            "precision": "fp32", "workers": 1, "log_steps": 1, "save_steps": 2, "save_frequency": 0, "report_to": (),
+            "device": "cpu", "patch_dropout": 0.25,
+        } | changes  # fmt: skip
+        config = Config(**fields)
+        file = folder / f"{name}.py"
+        values = ", ".join(f"{key}={value!r}" for key, value in vars(config).items())
+        # The tiny model is faster than a test can aim.
+        slow = "import time\nfrom llip.training.trainer import Trainer\nstep = Trainer._step\n"
+        slow += "def slowly(*a):\n    time.sleep(0.15)\n    return step(*a)\nTrainer._step = slowly\n"
+        text = f"from llip.configs import Config\ndef run():\n    return Config({values})\n"
+        file.write_text(text + (slow if name != "straight" else ""))
+        return [sys.executable, "-m", "llip.main", f"{file}:run"]
+
+    return command
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_and_resumed_is_undisturbed(make_command, tmp_path, processes):
+    def command(name):
+        return make_command(tmp_path, name, ngpus=processes, batch_size=16 // processes)
+
+    outcome = run_killed(command, tmp_path, ["launcher", "writing"], seed=processes, processes=processes, most=4)
+    assert outcome.kills == {"tree": 0, "launcher": 1, "writing": 1}
+    assert (outcome.steps, outcome.different_losses, outcome.different_weights) == (18, 0, 0)
+    assert outcome.survivors == 0
+
+
+def ranks(launched: Launched) -> dict[int, int]:
+    """Return the processes that train, by rank."""
+    found = {}
+    for process in launched.members():
+        words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        rank = next((int(word.removeprefix(b"RANK=")) for word in words if word.startswith(b"RANK=")), None)
+        parent = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        if rank is not None and parent == launched.process.pid:
+            found[rank] = process
+    return found
+
+
+class Runs:
+    """Starts a run and waits until it is in its steps."""
+
+    def __init__(self, command, folder):
+        self.command, self.folder, self.log = command, folder, folder.parent / f"{folder.name}.txt"
+
+    def start(self, steps):
+        launched = Launched(self.command, self.log)
+        begin = logged_steps(self.folder)
+        assert wait_for(lambda: logged_steps(self.folder) >= begin + steps, 100), self.log.read_text()
+        return launched
+
+    def end(self, launched, seconds):
+        try:
+            assert wait_for(lambda: launched.process.poll() is not None, seconds), self.log.read_text()
+            assert wait_for(lambda: not launched.members(), 10), "processes are left behind"
+            return launched.process.returncode
+        finally:
+            launched.kill("tree")
+
+    def errors(self):
+        return re.findall(r"^error: .*$", self.log.read_text(), re.MULTILINE)
+
+
+def test_one_process_saves_and_leaves_at_each_signal(make_command, tmp_path):
+    runs = Runs(make_command(tmp_path, "signalled", batch_size=16), tmp_path / "signalled")
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        launched = runs.start(2)
+        launched.process.send_signal(number)
+        assert runs.end(launched, 20) == EXIT_STOPPED
+        step = logged_steps(runs.folder)
+        assert (runs.folder / "checkpoints" / f"step_{step}.pt").is_file(), "what was trained is saved"
+        assert f"saved after step {step} of 18" in runs.log.read_text()
+    launched = runs.start(1)
+    launched.process.send_signal(signal.SIGINT)
+    launched.process.send_signal(signal.SIGTERM)  # as a launcher passes on the second Ctrl-C
+    assert runs.end(launched, 10) in (128 + signal.SIGINT, EXIT_STOPPED)
+    assert runs.errors() == []
+
+
+def test_two_processes_agree_when_one_is_signalled_and_lose_nothing(make_command, tmp_path):
+    straight = Runs(make_command(tmp_path, "straight", ngpus=2), tmp_path / "straight")
+    assert straight.end(straight.start(1), 100) == 0
+    runs = Runs(make_command(tmp_path, "stopped", ngpus=2), tmp_path / "stopped")
+    launched = runs.start(2)
+    os.kill(ranks(launched)[1], signal.SIGUSR2)
+    assert runs.end(launched, 30) == EXIT_STOPPED
+    launched = runs.start(2)
+    launched.process.send_signal(signal.SIGTERM)
+    assert runs.end(launched, 30) == EXIT_STOPPED
+    assert runs.end(runs.start(1), 100) == 0
+    assert read_losses(runs.folder) == read_losses(straight.folder)
+    weights = read_weights(runs.folder)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(straight.folder).items())
+    assert runs.errors() == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stuck_process_ends_the_run_and_is_named(make_command, tmp_path, how):
+    runs = Runs(make_command(tmp_path, "lost", ngpus=2, timeout_minutes=0.25), tmp_path / "lost")
+    launched = runs.start(2)
+    victim = ranks(launched)[1]
+    os.kill(victim, how)
+    assert runs.end(launched, 80) == EXIT_RUN
+    (error,) = runs.errors()
+    assert "process 1" in error
+    assert re.search(r"process 1 is gone, last seen at step \d+, \w+", error), error
+    if how == signal.SIGKILL:
+        assert "process 1 ended: killed by SIGKILL" in error
