@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,13 @@ class RunLog:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Record one logged step: `step` and numbers."""
+        """Record one logged step: `step` and numbers; null is what is not finite, which JSON has no word for."""
         if self.folder is None:
             return
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         self._append(METRICS, record)
         self._scalars("train", record)
 
