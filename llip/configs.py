@@ -20,6 +20,7 @@ from llip.errors import UserError, did_you_mean
 
 IDENTITY = "identity"  # another value makes another experiment
 OPERATIONAL = "operational"  # another value changes how the same experiment is run
+LOGGERS = ("tensorboard", "wandb")
 DERIVED = "derived"  # may change as long as the global batch stays
 
 
@@ -64,6 +65,8 @@ class Config:
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling")
     softmax_temperature: float = _field(5.0, "tau: divides the pooling's attention logits, in the place of sqrt(d)")
     patch_dropout: float = _field(0.0, "share of patches dropped in training")
+    lock_image: bool = _field(False, "do not train the image tower, but for its mixture tokens when there are several")
+    lock_text: bool = _field(False, "do not train the text tower")
     pretrained: str | None = _field(None, "weights to start from: a checkpoint file or folder, or an OpenCLIP tag")
     tokenizer: str | None = _operational(
         None, "folder of the tokenizer's files, for models whose tokenizer does not ship with OpenCLIP"
@@ -81,10 +84,17 @@ class Config:
     wd: float = _field(
         0.2, "decoupled weight decay of matrices (not of gains, biases, embeddings, tokens, logit scale)"
     )
+    layer_decay: float = _field(
+        1.0, "learning rate of a tower's block, as a multiple of that of the block above it; 1: the same everywhere"
+    )
     warmup: int = _field(2000, "steps of linear warm-up before the cosine")
     grad_clip: float | None = _field(1.0, "largest gradient norm; none: no clipping")
     max_bad_steps: int = _operational(
         10, "steps in a row that may be skipped because loss or gradient is not finite, before the run ends"
+    )
+    ema_decay: float | None = _field(
+        None,
+        "keep an exponential moving average of the weights, its decay warmed up to this; none: no average",
     )
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = _field("amp_bf16", "arithmetic of the towers")
 
@@ -103,6 +113,9 @@ class Config:
 
     # Log, checkpoints, evaluation (0 switches any of them off)
     log_steps: int = _operational(10, "steps between lines of metrics.jsonl")
+    profile_steps: str | None = _operational(
+        None, "FIRST-LAST: steps that the main process runs under PyTorch's profiler, as in 20-25"
+    )
     save_frequency: int = _operational(1, "epochs between checkpoints")
     save_steps: int = _operational(0, "steps between checkpoints")
     save_minutes: float = _operational(0.0, "minutes between checkpoints")
@@ -110,7 +123,9 @@ class Config:
     keep_every: int = _operational(0, "epochs between checkpoints that are kept for good, beside the newest")
     eval_steps: int = _operational(0, "steps between online zero-shot evaluations")
     evals: tuple[str, ...] = _operational((), "evaluation YAMLs for the online evaluations")
-    report_to: tuple[str, ...] = _operational(("tensorboard",), "loggers beside metrics.jsonl: tensorboard, or none")
+    report_to: tuple[str, ...] = _operational(
+        ("tensorboard",), "loggers beside metrics.jsonl: tensorboard, wandb, or none"
+    )
 
     def __post_init__(self) -> None:
         for name, field in config_fields().items():
@@ -165,6 +180,7 @@ REFUSED_NAMES = {
     "gather_with_grad": "gradients always flow to the texts of every process. Drop it.",
     "grad_clip_norm": "the field is called grad_clip.",
     "zeroshot_steps": "the field is called eval_steps.",
+    "lock_image_unlocked_groups": "lock_image locks the whole image tower; layer_decay trains its lower blocks less.",
 }
 """Names that users of neighbouring trainers type, with what to do instead."""
 
@@ -230,9 +246,12 @@ def _check_ranges(config: Config) -> None:
         value = getattr(config, name)
         if value < 0 or not math.isfinite(value):
             raise UserError(f"config field {name} = {value}: expected 0 or more")
-    for name in ("beta1", "beta2", "max_bad_fraction", "patch_dropout"):
-        if not 0 <= getattr(config, name) <= 1 or (name != "max_bad_fraction" and getattr(config, name) == 1):
-            raise UserError(f"config field {name} = {getattr(config, name)}: expected a number from 0 to 1")
+    for name in ("beta1", "beta2", "max_bad_fraction", "patch_dropout", "layer_decay", "ema_decay"):
+        value = getattr(config, name)
+        if value is not None and (
+            not 0 <= value <= 1 or (value == 1 and name not in ("max_bad_fraction", "layer_decay"))
+        ):
+            raise UserError(f"config field {name} = {value}: expected a number from 0 to 1")
     for name in (
         "softmax_temperature",
         "eps",
@@ -246,8 +265,8 @@ def _check_ranges(config: Config) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"config field {name} = {value}: expected more than 0")
     for logger in config.report_to:
-        if logger not in ("tensorboard",):
-            raise UserError(f"config field report_to = {logger!r}: expected tensorboard, or none")
+        if logger not in LOGGERS:
+            raise UserError(f"config field report_to = {logger!r}: expected {', '.join(LOGGERS)}, or none")
 
 
 def parse_value(name: str, text: str) -> Any:

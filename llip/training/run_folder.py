@@ -86,6 +86,10 @@ def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
+def _default(field: dataclasses.Field) -> Any:
+    return list(field.default) if isinstance(field.default, tuple) else field.default
+
+
 def claim_folder(folder: Path, config: Config, started: bool) -> list[str]:
     """Write `config.yaml`, having compared it with the one that is there.
 
@@ -105,6 +109,7 @@ def claim_folder(folder: Path, config: Config, started: bool) -> list[str]:
         try:
             old = yaml.safe_load(path.read_text())
             assert isinstance(old, dict)
+            old = {name: _default(field) for name, field in config_fields().items()} | old  # of an older version
         except (yaml.YAMLError, AssertionError) as error:
             raise UserError(f"{path} is damaged; it should describe the run. Remove it to use this config") from error
         new = yaml.safe_load(config_yaml(config))

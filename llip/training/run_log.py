@@ -1,4 +1,4 @@
-"""What a run says: the terminal, log.txt, metrics.jsonl, evals.jsonl and TensorBoard. The main process alone speaks."""
+"""What a run says: the terminal, log.txt, metrics.jsonl, evals.jsonl and reporters. The main process alone speaks."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from llip.configs import Config
 from llip.training.data import Batch
 from llip.training.data_report import DataReport
+from llip.training.reporters import Reporter, open_reporters
 from llip.training.run_folder import EVALS, METRICS, cut_back
 from llip.training.sample_log import SampleLog
 
@@ -54,15 +55,12 @@ class RunLog:
             samples: takes the ids of this process's samples, where they are wanted.
         """
         self.folder, self.data, self.samples = folder, data, samples
-        self._board = None
+        self.reporters: list[Reporter] = []
         if folder is None:
             return
         for name in (METRICS, EVALS):
             cut_back(folder / name, step)
-        if "tensorboard" in config.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self.reporters = open_reporters(config, folder, step)
 
     def batch(self, batch: Batch, number: int, step: int) -> None:
         """Note what came with this process's batch number `number`, which `step` uses."""
@@ -100,13 +98,15 @@ class RunLog:
         return any(json.loads(line)["step"] == step for line in (self.folder / EVALS).read_text().splitlines())
 
     def _scalars(self, prefix: str, record: dict[str, Any]) -> None:
-        if self._board is None:
-            return
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        values = {
+            f"{prefix}/{name}": value
+            for name, value in record.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        for reporter in self.reporters:
+            reporter.scalars(record["step"], values)
 
     def close(self) -> None:
         """Flush what is buffered."""
-        if self._board is not None:
-            self._board.close()
+        for reporter in self.reporters:
+            reporter.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
 from llip.configs import Config
@@ -20,7 +21,7 @@ from llip.training.checkpoint import newest_good_checkpoint
 from llip.training.data import make_loader
 from llip.training.data_report import DataCounts, DataReport
 from llip.training.distributed import Processes
-from llip.training.optimizer import create_optimizer
+from llip.training.optimizer import create_optimizer, lock_towers
 from llip.training.passport import differences, make_passport
 from llip.training.position import DataPosition, Layout, shards_digest
 from llip.training.run_folder import claim_folder, locked_folder
@@ -191,6 +192,10 @@ def build_run(config: Config, processes: Processes) -> Run:
     if found:
         load_weights(model, found, "the run's checkpoint")
     model.to(processes.device)
+    lock_towers(model, config)
+    averaged = None if config.ema_decay is None else ModelEmaV3(model, config.ema_decay, use_warmup=True)
+    if averaged is not None and found and "ema_state_dict" in found:
+        load_weights(averaged.module, found["ema_state_dict"], "the run's averaged weights")
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     if config.torchcompile:
@@ -208,7 +213,7 @@ def build_run(config: Config, processes: Processes) -> Run:
     scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "amp_fp16")
     data = _data_start(config)
     counts = DataCounts([0] * len(data.names))
-    state = TrainState(create_optimizer(model, config), scaler, data.position, counts)
+    state = TrainState(create_optimizer(model, config), scaler, data.position, counts, averaged)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
     passport = make_passport(processes, _data_digest(config)) if processes.is_main else {}
     if found:

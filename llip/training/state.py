@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 
 from llip.errors import UserError
 from llip.training.data_report import DataCounts
@@ -19,6 +20,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     position: DataPosition
     counts: DataCounts
+    averaged: ModelEmaV3 | None = None  # an exponential moving average of the model
     step: int = 0
     samples_seen: int = 0
     skipped_steps: int = 0  # steps without an update, because loss or gradient was not finite
@@ -36,7 +38,8 @@ class TrainState:
         everyone = processes.gather_to_main(own)
         if everyone is None:
             return None
-        return {
+        averaged = {} if self.averaged is None else {"ema_state_dict": self.averaged.module.state_dict()}
+        return averaged | {
             "step": self.step,
             "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,

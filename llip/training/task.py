@@ -14,6 +14,8 @@ from llip.open_clip.model import Llip
 from llip.open_clip.score_plan import ScorePlan
 from llip.training.distributed import Processes, combine_logsumexp, gather_texts
 
+_MEASURED = 32  # pairs
+
 
 class Features(NamedTuple):
     """What the two towers give for B pairs, or the gradient of the loss with respect to it."""
@@ -41,6 +43,7 @@ class ContrastiveTask(nn.Module):
         assert (loss == "sigmoid") == (model.logit_bias is not None), f"the model was not built for the {loss} loss"
         self.model, self.loss, self.processes = model, loss, processes
         self.memory_budget = None if score_memory is None else int(score_memory * 2**30)
+        self.seen: Features | None = None  # the first of the last batch's features, to be measured now and then
 
     def score_plan(self, images: int) -> ScorePlan | None:
         """Return how the scores of `images` images of this process are computed; None without text conditioning."""
@@ -85,6 +88,7 @@ class ContrastiveTask(nn.Module):
         return Features(self.model.encode_image(normalise_images(images)), self.model.encode_text(tokens))
 
     def _loss(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen = Features(*(part[:_MEASURED].detach().clone() for part in features))
         texts = gather_texts(features.t, self.processes)  # [T, D]
         scores = self.model.similarity(features.h, texts, self.memory_budget)  # [B, T]
         offset = self.processes.rank * len(features.h)

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from llip.configs import Config
+from llip.diagnose.alarms import find_alarms
+from llip.diagnose.measures import mixture_measures
 from llip.errors import RunError, UserError
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.score_plan import ScorePlan
@@ -20,10 +22,12 @@ from llip.training.accumulation import Slice, backward_step, random_state
 from llip.training.data import Batch
 from llip.training.distributed import Processes
 from llip.training.flight_record import BadStep, summary, write_flight_record
-from llip.training.optimizer import learning_rate
+from llip.training.optimizer import learning_rate, set_learning_rate
+from llip.training.profiling import StepProfiler
 from llip.training.run_log import RunLog, log
 from llip.training.saving import Saver
 from llip.training.signals import StopRequest
+from llip.training.speed import Speed
 from llip.training.state import TrainState
 from llip.training.task import ContrastiveTask
 from llip.training.watch import Watch
@@ -55,7 +59,8 @@ class Trainer:
             saver: writes checkpoints.
             watch: is told what this process does.
             stop: whether this process has been asked to stop.
-            evaluate: called with the model and the step every `eval_steps`, on every process.
+            evaluate: called every `eval_steps` on every process, with the model (or the average of its weights, where
+                one is kept) and the step.
         """
         self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
         self.saver, self.watch, self.stop, self.evaluate = saver, watch, stop, evaluate
@@ -70,6 +75,10 @@ class Trainer:
         )
         self.passes = 0  # over the data, as far as the batches of this process tell
         self.first_step = state.step
+        folder = config.folder if processes.is_main else None
+        self.profiler = StepProfiler(config.profile_steps, folder, processes.device)
+        self.speed = Speed(config, processes)
+        self.alarms: set[str] = set()  # kinds that have been told
         self.stopping = False  # whether any process has been asked to stop, as all know
 
     def fit(self, batches: Iterator[Batch]) -> bool:
@@ -97,23 +106,27 @@ class Trainer:
         with progress:
             self._evaluate_if_missed()
             while self.state.step < self.config.total_steps and not self.stopping:
-                self.watch.enter("data", self.state.step + 1)
-                with window.waiting():
-                    parts = [self._next_slice(batches) for _ in range(self.config.accum_freq)]
-                if self.state.step == self.first_step:
-                    log.info("data: the first batch came after %.1f s", window.waited)
-                self.watch.enter("forward and backward", self.state.step + 1)
-                lr = learning_rate(self.state.step, self.config)
-                loss, norm, report = self._step([part for part, _ in parts], lr, [ids for _, ids in parts])
-                self.state.step += 1
-                self.state.samples_seen += self.config.global_batch
-                window.steps += 1
-                progress.update()
-                self._after_step(window, progress, loss, norm, lr, report)
+                with self.profiler.step(self.state.step + 1):
+                    self._train_step(batches, window, progress)
         done = self.state.step == self.config.total_steps
         if not done:
             log.info("asked to stop: saved after step %d of %d", self.state.step, self.config.total_steps)
         return done
+
+    def _train_step(self, batches: Iterator[Batch], window: "_Window", progress: tqdm) -> None:
+        self.watch.enter("data", self.state.step + 1)
+        with window.waiting():
+            parts = [self._next_slice(batches) for _ in range(self.config.accum_freq)]
+        if self.state.step == self.first_step:
+            log.info("data: the first batch came after %.1f s", window.waited)
+        self.watch.enter("forward and backward", self.state.step + 1)
+        lr = learning_rate(self.state.step, self.config)
+        loss, norm, report = self._step([part for part, _ in parts], lr, [ids for _, ids in parts])
+        self.state.step += 1
+        self.state.samples_seen += self.config.global_batch
+        window.steps += 1
+        progress.update()
+        self._after_step(window, progress, loss, norm, lr, report)
 
     def _next_slice(self, batches: Iterator[Batch]) -> tuple[Slice, list[str]]:
         try:
@@ -141,8 +154,7 @@ class Trainer:
     def _step(self, slices: list[Slice], lr: float, ids: list[list[str]]) -> tuple[Tensor, float, dict[str, Tensor]]:
         """One optimizer step; returns (this process's loss, gradient norm over all parameters, report)."""
         state, scaler = self.state, self.state.scaler
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(state.optimizer, lr)
         before = random_state(self.processes.device)
         with self._explained_shortage():
             loss, report = backward_step(self.wrapped, slices, self.autocast, scaler.scale)
@@ -165,6 +177,8 @@ class Trainer:
         scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         self.task.model.clamp_logit_scale()
+        if state.averaged is not None:
+            state.averaged.update(self.task.model, state.step + 1)
         return loss, norm, report
 
     def _skip(self, bad: BadStep, overflow: bool) -> None:
@@ -236,9 +250,11 @@ class Trainer:
                     "logit_scale": report["logit_scale"].item(),
                     "logit_bias": report["logit_bias"].item() if "logit_bias" in report else None,
                     "samples_per_second": rate,
+                    **self.speed.record(rate),
                     "data_wait_fraction": window.waited / window.seconds(),
                     "seconds": window.total_seconds(),
                     "skipped_steps": self.state.skipped_steps,
+                    **self._mixture_record(),
                     **self._data_record(window),
                 }
             )
@@ -266,7 +282,22 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.evaluate is not None
         self.watch.enter("evaluation", self.state.step, limited=False)
-        self.evaluate(self.task.model, self.state.step)
+        averaged = self.state.averaged
+        self.evaluate(self.task.model if averaged is None else averaged.module, self.state.step)
+
+    def _mixture_record(self) -> dict[str, float]:
+        """Return what the mixture tokens do on the last batch of the main process; a collapse is said aloud, once."""
+        tokens, seen = self.config.mixture_tokens, self.task.seen
+        if not self.processes.is_main or seen is None or tokens == 1 or self.config.pooling != "text":
+            return {}
+        measures = mixture_measures(self.task.model, seen.h, seen.t)
+        if self.state.step >= self.config.warmup:
+            for alarm in find_alarms(measures, tokens, listens=True):
+                kind = alarm.split(":")[0]
+                if kind not in self.alarms:
+                    self.alarms.add(kind)
+                    log.warning("step %d: %s", self.state.step, alarm)
+        return {f"mixture_{name}": value for name, value in measures.items()}
 
     def _data_record(self, window: "_Window") -> dict[str, Any]:
         """Return what the workers of this process did in the window; the counts are those of all processes."""

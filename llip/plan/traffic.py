@@ -1,0 +1,54 @@
+"""What one GPU sends in a step, and what of it is hidden behind the backward pass.
+
+Shapes: P parameters, G GPUs, T texts of the global batch, D embedding width.
+"""
+
+import dataclasses
+
+from llip.configs import Config
+from llip.open_clip.factory import model_spec
+
+_FLOAT = 4
+_BUCKET = 25 * 2**20
+"""Bytes of the last bucket of gradients, which is ready only when the backward pass is over (DDP's default size)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes that one GPU sends in one step, all of them in ring collectives.
+
+    Attributes:
+        gradients: all-reduce of all gradients, float32. It runs while the backward pass goes on (with accumulation:
+            that of the last slice), but for the last bucket.
+        texts: all-gather of the text features: nothing runs meanwhile.
+        text_gradients: their reduce-scatter, between the backward passes of the head and of the text tower.
+        normalisers: all-reduces of the softmax's column normalisers; 0 under the sigmoid loss.
+        overlapped: of the gradients, what the backward pass hides.
+    """
+
+    gradients: int
+    texts: int
+    text_gradients: int
+    normalisers: int
+    overlapped: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.gradients + self.texts + self.text_gradients + self.normalisers
+
+    @property
+    def exposed(self) -> int:
+        """Bytes that the step waits for."""
+        return self.total - self.overlapped
+
+
+def step_traffic(config: Config, parameters: int) -> Traffic:
+    """Return the traffic of one step of a model with so many parameters."""
+    gpus, width = config.processes, model_spec(config).architecture["embed_dim"]
+    # a ring passes (G - 1) / G of the data on, once to gather or to reduce and scatter, twice to all-reduce
+    others = (gpus - 1) / gpus
+    gradients = round(2 * others * _FLOAT * parameters)
+    texts = round(others * _FLOAT * config.global_batch * width)
+    normalisers = 2 * round(2 * others * _FLOAT * config.global_batch) if config.loss == "softmax" else 0
+    return Traffic(gradients, texts, texts, normalisers, max(0, gradients - round(2 * others * _BUCKET)))
