@@ -12,6 +12,7 @@ _EXPORTS = {
     "create_model_and_transforms": "llip.open_clip.factory",
     "get_tokenizer": "llip.open_clip.factory",
     "list_models": "llip.open_clip.factory",
+    "list_further_models": "llip.open_clip.factory",
     "load_pretrained": "llip.open_clip.factory",
     "sigmoid_loss": "llip.open_clip.loss",
     "softmax_loss": "llip.open_clip.loss",

@@ -5,18 +5,37 @@ model can be rebuilt without the file it was described in.
 """
 
 import dataclasses
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from llip.errors import UserError, did_you_mean
+from llip.open_clip.weight_files import read_json
 
 _OURS = Path(__file__).parent / "model_configs"
+RESIZE_MODES = ("shortest", "squash")
+"""How evaluation images get their size: the shorter side resized and the centre cropped (where nobody says otherwise),
+or both sides resized."""
+
+_TIMM_MODULES = tuple(f"timm.models.{name}" for name in ("vision_transformer", "vision_transformer_hybrid", "eva"))
 _VOCABULARY = 49408  # of the BPE tokenizer that ships with OpenCLIP
+
+
+def _timm_refusal(vision: dict[str, Any]) -> str | None:
+    """Say why mixture tokens cannot go into this image tower of timm's, as far as its description tells."""
+    name, pool = vision["timm_model_name"], vision.get("timm_pool", CLIPVisionCfg.timm_pool)
+    if not timm.is_model(name):
+        return f"timm has no model {name!r} for its image tower"
+    module = timm.model_entrypoint(name).__module__
+    if module not in _TIMM_MODULES:
+        return f"its image tower, timm's {name}, is neither a plain vision transformer nor an EVA ({module})"
+    if pool not in ("token", "map"):
+        return f"its image tower from timm pools by {pool!r}, neither by class token nor by attention pool"
+    return None
 
 
 def _refusal(architecture: dict[str, Any]) -> str | None:
@@ -24,33 +43,40 @@ def _refusal(architecture: dict[str, Any]) -> str | None:
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     if "multimodal_cfg" in architecture:
         return "it is a captioning model (CoCa)"
+    if text.get("hf_model_name"):
+        return "its text tower and tokenizer come from the Hugging Face hub"
+    if not text.get("hf_tokenizer_name") and text.get("vocab_size", _VOCABULARY) != _VOCABULARY:
+        return f"its vocabulary ({text['vocab_size']}) is not that of OpenCLIP's tokenizer ({_VOCABULARY})"
     if vision.get("timm_model_name"):
-        return "its image tower comes from timm, not from OpenCLIP's own ViT"
+        return _timm_refusal(vision)
     if isinstance(vision.get("layers"), list | tuple):
         return "its image tower is a ResNet, which has no tokens"
     if vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
         return "its image tower does not pool by a class token"
-    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        return "its tokenizer must be downloaded"
-    if text.get("vocab_size", _VOCABULARY) != _VOCABULARY:
-        return f"its vocabulary ({text['vocab_size']}) is not that of OpenCLIP's tokenizer ({_VOCABULARY})"
     return None
+
+
+def _is_self_contained(architecture: dict[str, Any]) -> bool:
+    return not (architecture["vision_cfg"].get("timm_model_name") or architecture["text_cfg"].get("hf_tokenizer_name"))
 
 
 @cache
 def list_models() -> tuple[str, ...]:
-    """Return the names of the architectures that mixture tokens can go into."""
-    library = [name for name in open_clip.list_models() if _refusal(open_clip.get_model_config(name)) is None]
+    """Return the names of the architectures that are all OpenCLIP's: its class-token ViT and its tokenizer."""
+    known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    library = [name for name, found in known.items() if _refusal(found) is None and _is_self_contained(found)]
     return tuple(library + sorted(path.stem for path in _OURS.glob("*.json")))
 
 
+@cache
+def list_further_models() -> tuple[str, ...]:
+    """Return the names that mixture tokens can go into as well: an image tower from timm, or a tokenizer to bring."""
+    known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    return tuple(n for n, found in known.items() if _refusal(found) is None and not _is_self_contained(found))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        architecture = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"model config {str(path)!r} cannot be read as json: {error}") from error
-    if not isinstance(architecture, dict):
-        raise UserError(f"model config {str(path)!r}: expected an object, found {type(architecture).__name__}")
+    architecture = read_json(path, "model config")
     return architecture.get("model_cfg", architecture)
 
 
@@ -71,30 +97,64 @@ def _check_keys(architecture: dict[str, Any], source: str) -> None:
                 raise UserError(f"model {source}: unknown key {prefix + key!r}.{did_you_mean(key, names)}")
 
 
+def _find(model: str) -> dict[str, Any]:
+    if model.endswith(".json"):
+        if not Path(model).is_file():
+            raise UserError(f"model config {model!r} is not there; give a path to a json or a name from --help")
+        return _read_json(Path(model))
+    if (_OURS / f"{model}.json").is_file():
+        return _read_json(_OURS / f"{model}.json")
+    if model in open_clip.list_models():
+        return open_clip.get_model_config(model)
+    raise UserError(f"unknown model {model!r}.{did_you_mean(model, list_models() + list_further_models())}")
+
+
+def _resize_mode(model: str) -> str:
+    """Return how evaluation images get their size, as the weights of `model` expect: see `RESIZE_MODES`."""
+    if model.endswith(".json"):
+        mode = read_json(Path(model), "model config").get("preprocess_cfg", {}).get("resize_mode", "shortest")
+        if mode not in RESIZE_MODES:
+            raise UserError(f"model {model!r}: preprocess_cfg.resize_mode = {mode!r}; one of {', '.join(RESIZE_MODES)}")
+        return mode
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    modes = {open_clip.get_pretrained_cfg(model, tag).get("resize_mode", "shortest") for tag in tags}
+    return modes.pop() if len(modes) == 1 and modes <= set(RESIZE_MODES) else "shortest"
+
+
+def _with_tokenizer(text: dict[str, Any], tokenizer: str | None, model: str) -> None:
+    """Put the tokenizer's folder into `text`, in place."""
+    needed = text.get("hf_tokenizer_name")
+    if tokenizer is not None and needed is None:
+        raise UserError(f"tokenizer = {tokenizer!r}: model {model!r} has OpenCLIP's own tokenizer; leave it out")
+    if tokenizer is not None:
+        text["hf_tokenizer_name"] = tokenizer
+    elif needed is not None and not Path(needed).expanduser().is_dir():
+        raise UserError(
+            f"model {model!r}: its tokenizer {needed!r} does not ship with OpenCLIP; save it to a folder on this "
+            "machine and give that: tokenizer=FOLDER"
+        )
+
+
 def resolve_architecture(
-    model: str, image_size: int | None = None, context_length: int | None = None, patch_dropout: float = 0.0
+    model: str,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    patch_dropout: float = 0.0,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Return what OpenCLIP builds the towers from.
 
     Args:
-        model: a name from `list_models()`, or a path to a json in OpenCLIP's format.
+        model: a name from `list_models()` or `list_further_models()`, or a path to a json in OpenCLIP's format.
         image_size, context_length: replace the model's own where given.
         patch_dropout: share of the patches dropped in training.
+        tokenizer: folder of the tokenizer's files, for a model whose tokenizer does not ship with OpenCLIP.
 
     Raises:
-        UserError: an unknown name (with the nearest ones), an unreadable file, or a model that mixture tokens cannot go
-            into, with the reason.
+        UserError: an unknown name (with the nearest ones), an unreadable file, a model that mixture tokens cannot go
+            into, with the reason, or one whose tokenizer is not on this machine.
     """
-    if model.endswith(".json"):
-        if not Path(model).is_file():
-            raise UserError(f"model config {model!r} is not there; give a path to a json or a name from --help")
-        architecture = _read_json(Path(model))
-    elif (_OURS / f"{model}.json").is_file():
-        architecture = _read_json(_OURS / f"{model}.json")
-    else:
-        architecture = open_clip.get_model_config(model) if model in open_clip.list_models() else None
-        if architecture is None:
-            raise UserError(f"unknown model {model!r}.{did_you_mean(model, list_models())}")
+    architecture = _find(model)
     _check_keys(architecture, repr(model))
     reason = _refusal(architecture)
     if reason is not None:
@@ -105,16 +165,25 @@ def resolve_architecture(
     if context_length is not None:
         text["context_length"] = context_length
     vision["patch_dropout"] = patch_dropout
+    vision.pop("timm_model_pretrained", None)  # weights come through `pretrained`, never by a download of timm's
+    _with_tokenizer(text, tokenizer, model)
     text.setdefault("context_length", CLIPTextCfg.context_length)
     vision.setdefault("image_size", CLIPVisionCfg.image_size)
-    if vision["image_size"] % vision["patch_size"]:
+    if "patch_size" in vision and vision["image_size"] % vision["patch_size"]:
         raise UserError(
             f"image_size {vision['image_size']} is not a multiple of the patch size {vision['patch_size']} of {model!r}"
         )
-    quick_gelu = bool(architecture.get("quick_gelu", False))
-    return {
+    resolved = {
         "embed_dim": architecture["embed_dim"],
-        "quick_gelu": quick_gelu,
+        "quick_gelu": bool(architecture.get("quick_gelu", False)),
         "vision_cfg": vision,
         "text_cfg": text,
     }
+    if (mode := _resize_mode(model)) != RESIZE_MODES[0]:
+        resolved["resize_mode"] = mode
+    return resolved
+
+
+def build_towers(architecture: dict[str, Any]) -> open_clip.CustomTextCLIP:
+    """Return OpenCLIP's two towers of a resolved architecture, with fresh weights."""
+    return open_clip.CustomTextCLIP(**{key: value for key, value in architecture.items() if key != "resize_mode"})

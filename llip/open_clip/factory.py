@@ -8,16 +8,33 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.timm_model import TimmModel
 from torch import Tensor
 
 from llip.configs import Config
 from llip.errors import UserError
-from llip.open_clip.architecture import list_models, resolve_architecture
+from llip.open_clip.architecture import (
+    RESIZE_MODES,
+    build_towers,
+    list_further_models,
+    list_models,
+    resolve_architecture,
+)
 from llip.open_clip.model import Llip
 from llip.open_clip.pooling import create_pooling
+from llip.open_clip.timm_vision import timm_tower
+from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
+from llip.open_clip.tower import MixtureTower
 from llip.open_clip.vision import MixtureTokenViT
-from llip.open_clip.weights import find_weights, load_weights, read_checkpoint
+from llip.open_clip.weight_files import (
+    WeightSource,
+    find_weights,
+    is_ours,
+    read_checkpoint,
+    read_json,
+    weights_in_folder,
+)
+from llip.open_clip.weights import load_weights
 
 IMAGE_MEAN, IMAGE_STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 CROP_SCALE = (0.9, 1.0)
@@ -33,6 +50,7 @@ __all__ = [
     "create_model_and_transforms",
     "get_tokenizer",
     "image_transforms",
+    "list_further_models",
     "list_models",
     "load_pretrained",
     "model_spec",
@@ -61,6 +79,10 @@ class ModelSpec:
         return self.architecture["vision_cfg"]["image_size"]
 
     @property
+    def resize_mode(self) -> str:
+        return self.architecture.get("resize_mode", RESIZE_MODES[0])
+
+    @property
     def context_length(self) -> int:
         return self.architecture["text_cfg"]["context_length"]
 
@@ -72,7 +94,9 @@ class ModelSpec:
 def model_spec(config: Config) -> ModelSpec:
     """Resolve the model fields of a run's config."""
     return ModelSpec(
-        architecture=resolve_architecture(config.model, config.image_size, config.context_length, config.patch_dropout),
+        architecture=resolve_architecture(
+            config.model, config.image_size, config.context_length, config.patch_dropout, config.tokenizer
+        ),
         mixture_tokens=config.mixture_tokens,
         pooling=config.pooling,
         pool_heads=config.pool_heads,
@@ -81,44 +105,88 @@ def model_spec(config: Config) -> ModelSpec:
     )
 
 
-def create_model(spec: ModelSpec, pretrained: str | None = None, model_name: str = "") -> Llip:
+def _create_tower(source: torch.nn.Module, spec: ModelSpec) -> MixtureTower:
+    if not isinstance(source, TimmModel):
+        return MixtureTokenViT(source, spec.mixture_tokens)
+    patch = source.trunk.patch_embed.patch_size[0] if hasattr(source.trunk, "patch_embed") else 1
+    if spec.image_size < patch:
+        raise UserError(f"image_size {spec.image_size} is less than one patch of {patch} pixels")
+    source.set_input_size(spec.image_size)  # the library builds every timm tower at timm's own size
+    return timm_tower(source, spec.mixture_tokens)
+
+
+def _start_from(model: Llip, found: WeightSource, name: str, strict: bool) -> None:
+    checkpoint = read_checkpoint(found.path)
+    model.load_report = load_weights(model, checkpoint, name, towers_only=True, strict=strict)
+    statistics = found.pixels or model.visual.default_statistics()
+    if statistics is not None and not is_ours(checkpoint):
+        model.visual.set_pixel_statistics(*statistics)
+
+
+def create_model(spec: ModelSpec, pretrained: str | None = None, model_name: str = "", strict: bool = True) -> Llip:
     """Build a model with fresh weights (drawn from torch's global generator), or with those of `pretrained`.
 
     Args:
         spec: what to build.
-        pretrained: a checkpoint file, or an OpenCLIP tag for `model_name`.
+        pretrained: a checkpoint file, a folder of one, or an OpenCLIP tag for `model_name`.
+        strict: weights that do not fit are an error; otherwise they are reported and left out.
 
     Raises:
         UserError: the weights are not there or do not fit.
     """
-    towers = open_clip.CustomTextCLIP(**spec.architecture)
+    towers = build_towers(spec.architecture)
     width = spec.architecture["embed_dim"]
     pooling = create_pooling(spec.pooling, spec.mixture_tokens, width, spec.pool_heads, spec.softmax_temperature)
-    model = Llip(MixtureTokenViT(towers.visual, spec.mixture_tokens), towers.text, pooling, spec.loss)
+    model = Llip(_create_tower(towers.visual, spec), towers.text, pooling, spec.loss)
     model.config = spec.to_dict()
     if pretrained is not None:
-        load_weights(model, read_checkpoint(find_weights(pretrained, model_name)), towers_only=True)
+        _start_from(model, find_weights(pretrained, model_name), pretrained, strict)
     return model
 
 
-def get_tokenizer(model: str | None = None, context_length: int | None = None) -> SimpleTokenizer:
-    """Return the tokenizer of `model`: called with a list of T texts, it returns token ids [T, context_length]."""
-    if context_length is None:
-        assert model is not None, "a model name or a context length is needed"
-        context_length = resolve_architecture(model)["text_cfg"]["context_length"]
-    return SimpleTokenizer(context_length=context_length)
+def spec_tokenizer(spec: ModelSpec) -> Tokenizer:
+    """Return the tokenizer of a model: called with a list of T texts, it returns token ids [T, context_length].
+
+    Raises:
+        UserError: the tokenizer's folder is not there or does not fit the model.
+    """
+    return create_tokenizer(spec.architecture["text_cfg"])
 
 
-def image_transforms(image_size: int) -> tuple[Callable, Callable]:
-    """Return OpenCLIP's training and evaluation transforms: PIL image -> normalised float [3, size, size]."""
+def get_tokenizer(
+    model: str | None = None, context_length: int | None = None, tokenizer: str | None = None
+) -> Tokenizer:
+    """Return the tokenizer of `model`: called with a list of T texts, it returns token ids [T, context_length].
+
+    Args:
+        model: a name or a json; None: OpenCLIP's own tokenizer.
+        context_length: replaces the model's own.
+        tokenizer: folder of the tokenizer's files, for a model whose tokenizer does not ship with OpenCLIP.
+
+    Raises:
+        UserError: an unknown model, or a tokenizer that is not there.
+    """
+    if model is None:
+        assert context_length is not None, "a model name or a context length is needed"
+        return create_tokenizer({"context_length": context_length})
+    return create_tokenizer(resolve_architecture(model, None, context_length, tokenizer=tokenizer)["text_cfg"])
+
+
+def image_transforms(image_size: int, resize_mode: str = RESIZE_MODES[0]) -> tuple[Callable, Callable]:
+    """Return OpenCLIP's training and evaluation transforms: PIL image -> normalised float [3, size, size].
+
+    Args:
+        image_size: pixels per side.
+        resize_mode: of the evaluation transform: shortest (resize the shorter side, crop the centre) or squash.
+    """
     common = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
     train = open_clip.image_transform(image_size, is_train=True, aug_cfg={"scale": CROP_SCALE}, **common)
-    return train, open_clip.image_transform(image_size, is_train=False, **common)
+    return train, open_clip.image_transform(image_size, is_train=False, resize_mode=resize_mode, **common)
 
 
 def _attach(model: Llip, spec: ModelSpec) -> Llip:
-    model.preprocess_train, model.preprocess_val = image_transforms(spec.image_size)
-    model.tokenizer = get_tokenizer(context_length=spec.context_length)
+    model.preprocess_train, model.preprocess_val = image_transforms(spec.image_size, spec.resize_mode)
+    model.tokenizer = spec_tokenizer(spec)
     return model
 
 
@@ -133,21 +201,27 @@ def create_model_and_transforms(
     image_size: int | None = None,
     context_length: int | None = None,
     pretrained: str | None = None,
+    tokenizer: str | None = None,
+    strict: bool = True,
 ) -> tuple[Llip, Callable, Callable]:
     """Build a model and its image transforms.
 
     Args:
-        model: an OpenCLIP ViT by name (`llip.list_models()`), or a path to a json in its format.
+        model: an OpenCLIP ViT by name (`llip.list_models()`), one with an image tower from timm or
+            another tokenizer (`llip.list_further_models()`), or a path to a json in OpenCLIP's format.
         mixture_tokens: K.
         pooling: first, mean, learned or text.
         pool_heads: M, for text-conditioned pooling.
         softmax_temperature: tau, for text-conditioned pooling.
         loss: the objective it will be trained with (sigmoid or softmax): where scale and bias start.
         image_size, context_length: replace the model's own.
-        pretrained: a checkpoint file or an OpenCLIP tag.
+        pretrained: a checkpoint file, a folder of one, or an OpenCLIP tag.
+        tokenizer: folder of the tokenizer's files, for a model whose tokenizer does not ship with OpenCLIP.
+        strict: weights that do not fit are an error; otherwise they are reported and left out.
 
     Returns:
-        (model, preprocess_train, preprocess_val); the transforms map a PIL image to a normalised [3, size, size].
+        (model, preprocess_train, preprocess_val); the transforms map a PIL image to a normalised [3, size, size]. With
+        `pretrained`, `model.load_report` says what was loaded.
 
     Raises:
         UserError: an unknown name or value, or weights that are not there.
@@ -161,27 +235,53 @@ def create_model_and_transforms(
         loss=loss,
         image_size=image_size,
         context_length=context_length,
+        tokenizer=tokenizer,
     )
     spec = model_spec(config)
-    built = _attach(create_model(spec, pretrained, model), spec)
+    built = _attach(create_model(spec, pretrained, model, strict), spec)
     return built, built.preprocess_train, built.preprocess_val
 
 
-def load_pretrained(path: str | Path) -> Llip:
+def _described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (description, checkpoint) of a checkpoint file or of an exported folder."""
+    if not path.is_dir():
+        checkpoint = read_checkpoint(path)
+        return checkpoint.get("model"), checkpoint
+    described = read_json(path / "config.json", "config").get("model")
+    if isinstance(described, dict):
+        text = described.get("architecture", {}).get("text_cfg", {})
+        if text.get("hf_tokenizer_name"):  # an exported folder brings its own
+            text["hf_tokenizer_name"] = str(path / text["hf_tokenizer_name"])
+    return described, read_checkpoint(weights_in_folder(path))
+
+
+def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = False) -> Llip:
     """Rebuild the model of a checkpoint that this project wrote, in eval mode.
 
     The model carries `.config` (a plain dict), `.preprocess_val` and `.tokenizer`.
 
+    Args:
+        path: a checkpoint file, or a folder written by `python -m llip.export`.
+        tokenizer: folder of the tokenizer's files, if they have moved since the checkpoint was written.
+        ema: take the moving average of the weights (`ema_decay`) in their place.
+
     Raises:
-        UserError: the file is not there, is damaged, or does not describe its model.
+        UserError: the file is not there, is damaged, does not describe its model, or has no average.
     """
-    checkpoint = read_checkpoint(Path(path))
-    if not isinstance(checkpoint.get("model"), dict):
+    described, checkpoint = _described(Path(path))
+    if ema:
+        if "ema_state_dict" not in checkpoint:
+            raise UserError(f"checkpoint {str(path)!r} holds no average of its weights (config field ema_decay)")
+        checkpoint = checkpoint["ema_state_dict"]
+    fields = {field.name for field in dataclasses.fields(ModelSpec)}
+    if not isinstance(described, dict) or described.keys() != fields:
         raise UserError(
             f"checkpoint {str(path)!r} does not describe its model (key 'model'); for foreign weights use "
             "llip.create_model_and_transforms(..., pretrained=PATH)"
         )
-    spec = ModelSpec(**checkpoint["model"])
+    spec = ModelSpec(**described)
+    if tokenizer is not None:
+        spec.architecture["text_cfg"]["hf_tokenizer_name"] = tokenizer
     model = create_model(spec)
     load_weights(model, checkpoint, source=str(path))
     return _attach(model, spec).eval()
@@ -196,6 +296,7 @@ def check_model_matches(model: Llip, config: Config) -> None:
             fields.update({f"{part}.{key}": value for key, value in fields.pop(part).items()})
         fields.pop("loss")  # decides where training starts, not what the model computes
         fields.pop("vision_cfg.patch_dropout")
+        fields.pop("text_cfg.hf_tokenizer_name", None)  # where it lies on this machine
         if fields["pooling"] != "text":
             fields.pop("pool_heads"), fields.pop("softmax_temperature")
     different = [

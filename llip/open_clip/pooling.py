@@ -26,6 +26,9 @@ def unit_norm(x: Tensor) -> Tensor:
 class TextFreePooling(nn.Module):
     """One weighting of the K tokens for every caption: the lower rungs of the paper's ablation (its figure 3)."""
 
+    optional_biases: tuple[str, ...] = ()
+    """Parameters that the pooling has only if its weights bring them."""
+
     def __init__(self, mixture_tokens: int) -> None:
         super().__init__()
         self.mixture_tokens = mixture_tokens
@@ -46,13 +49,16 @@ class TextFreePooling(nn.Module):
     def score_plan(self, *shape: int, **options: object) -> None:
         """Return None: a score is a plain inner product."""
 
+    def adopt_biases(self, state: dict[str, Tensor]) -> None:
+        """Take no biases: there are no projections."""
+
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return unit-norm features [B, T, D]; they do not depend on the text."""
-        return self(h)[:, None].expand(-1, len(t), -1)
+        return self(h)[:, None].expand(-1, t.shape[0], -1)
 
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the weights over mixture tokens [B, T, 1, K]; they depend neither on the image nor on the text."""
-        return self.token_weights().expand(len(h), len(t), 1, -1)
+        return self.token_weights().expand(h.shape[0], t.shape[0], 1, -1)
 
 
 class FirstToken(TextFreePooling):
@@ -103,6 +109,9 @@ class TextConditionedPooling(nn.Module):
     to the tokens that point its own way, head by head. Random W_Q and W_K start behind the text-free poolings instead.
     """
 
+    optional_biases = ("q_proj.bias", "v_proj.bias")
+    """Parameters that the pooling has only if its weights bring them: see `published_head`."""
+
     def __init__(self, width: int, heads: int, temperature: float) -> None:
         """Build the head.
 
@@ -123,6 +132,13 @@ class TextConditionedPooling(nn.Module):
         for projection, gain in gains.items():
             projection.weight.data.copy_(gain * torch.eye(width))
 
+    def adopt_biases(self, state: dict[str, Tensor]) -> None:
+        """Make room for those optional biases that `state` (the pooling's, without prefix) brings."""
+        for name in self.optional_biases:
+            projection = getattr(self, name.removesuffix(".bias"))
+            if name in state and projection.bias is None:
+                projection.bias = nn.Parameter(torch.zeros_like(projection.weight[0]))
+
     def _split(self, x: Tensor) -> Tensor:
         """[N, D] or [N, K, D] -> [N, M, d] or [N, K, M, d]."""
         return x.unflatten(-1, (self.heads, -1))
@@ -137,7 +153,9 @@ class TextConditionedPooling(nn.Module):
 
     def queries(self, t: Tensor) -> Tensor:
         """Return queries [T, M, d] of unit-norm texts [T, D], divided by the temperature."""
-        return self._split(self.q_proj(t * self._query_gain(t)))
+        bias = self.q_proj.bias
+        bias = None if bias is None else bias / self.temperature
+        return self._split(F.linear(t * self._query_gain(t), self.q_proj.weight, bias))
 
     def _query_gain(self, t: Tensor) -> float:
         return t.shape[-1] ** 0.5 / self.temperature
@@ -161,15 +179,14 @@ class TextConditionedPooling(nn.Module):
             t: unit-norm texts [T, D].
             memory_budget: bytes that the tiles may take; the default of `similarity` when None.
         """
-        return similarity.pairwise_scores(
-            self.keys(h).transpose(0, 1),
-            self.values(h).transpose(0, 1),
-            t,
-            self.q_proj.weight,
-            self.out_proj.weight,
-            self._query_gain(t),
-            memory_budget=memory_budget,
-        )
+        keys, values = self.keys(h).transpose(0, 1), self.values(h).transpose(0, 1)
+        gain, query, out = self._query_gain(t), self.q_proj.weight, self.out_proj.weight
+        if self.q_proj.bias is not None:
+            # One more text coordinate that only the queries see: W_O has no row for it, so neither z nor its norm does.
+            query = torch.cat([query, self.q_proj.bias[:, None]], dim=1)
+            out = F.pad(out, (0, 0, 0, 1))
+            t = F.pad(t, (0, 1), value=t.shape[-1] ** -0.5)
+        return similarity.pairwise_scores(keys, values, t, query, out, gain, memory_budget=memory_budget)
 
     def score_plan(
         self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None

@@ -7,8 +7,11 @@ import torch
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
+from llip.open_clip.seeding import copy_rows, fit_positions
+from llip.open_clip.tower import MixtureTower, copies_offset
 
-class MixtureTokenViT(nn.Module):
+
+class MixtureTokenViT(MixtureTower):
     """The image tower: an OpenCLIP `VisionTransformer` that takes K learnable tokens in and gives K features out.
 
     It adopts the modules of an OpenCLIP tower under their own names, so that state dicts differ only in the K rows of
@@ -55,13 +58,31 @@ class MixtureTokenViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Return the transformer's input [B, K + L, W]: mixture tokens first, then (kept) patches."""
         tokens = self.mixture_tokens
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, L, W]
+        patches = self.conv1(self.source_pixels(images)).flatten(2).transpose(1, 2)  # [B, L, W]
         position = self.positional_embedding.to(patches.dtype)
         patches = self.patch_dropout(patches + position[tokens:])
         mixture = self.class_embedding.to(patches.dtype) + position[:tokens]  # [K, W]
-        return self.ln_pre(torch.cat([mixture.expand(len(images), -1, -1), patches], dim=1))
+        return self.ln_pre(torch.cat([mixture.expand(images.shape[0], -1, -1), patches], dim=1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised)."""
-        outputs = self.transformer(self.embed(images))[:, : self.mixture_tokens]  # [B, K, W]
+        tokens = self.embed(images)
+        outputs = self.transformer(tokens, attn_mask=self.attention_mask(tokens))[:, : self.mixture_tokens]  # [B, K, W]
         return self.ln_post(outputs) @ self.proj
+
+    def fit_source(self, state: dict[str, Tensor], spread: float) -> list[str]:
+        """See `MixtureTower`. A file may hold one token or K, and one position row for them or K."""
+        if not {"class_embedding", "positional_embedding"} <= state.keys():
+            return []
+        notes = []
+        rows = state["class_embedding"].reshape(-1, state["class_embedding"].shape[-1])  # [1 or K, W]
+        found = len(rows)
+        if found == 1 and self.mixture_tokens > 1:
+            rows, copies = copy_rows(rows, self.mixture_tokens, spread)
+            state["key_offset"] = copies_offset(copies)
+            notes.append(f"{self.mixture_tokens} mixture tokens copied from one class token, counting as one")
+        state["class_embedding"] = rows
+        state["positional_embedding"], note = fit_positions(
+            state["positional_embedding"], tuple({found: 0, 1: 0}), self.mixture_tokens, self.grid_size
+        )
+        return notes + [note] * (note is not None)

@@ -1,138 +1,151 @@
-"""Weights into a model: reading checkpoint files safely, canonical names, and K tokens from one.
+"""Weights into a model: whatever layout they come in, strictly, with a report.
 
-Shapes: K mixture tokens, L patches, W width of the image tower.
+Two ways in. A checkpoint of this project holds exactly the model's tensors. Weights to *start from* (`towers_only`)
+come from a model without this pooling and objective, perhaps without mixture tokens: what lies outside the towers may
+be missing, and the towers' tokens are made from the source's (`MixtureTower.fit_source`).
 """
 
 import logging
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import open_clip
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llip.errors import UserError, nearest
+from llip.errors import UserError
+from llip.open_clip.key_names import TOWERS, canonical_names, part
+from llip.open_clip.load_report import LoadReport
+from llip.open_clip.model import Llip
+from llip.open_clip.published_head import PREFIX as PUBLISHED_HEAD
+from llip.open_clip.published_head import translate_head
+from llip.open_clip.seeding import SEED_SPREAD
+from llip.open_clip.weight_files import find_weights, read_checkpoint
+
+__all__ = ["SEED_SPREAD", "find_weights", "load_weights", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
 
-SEED_SPREAD = 0.01
-"""Mixture tokens seeded from one class token differ by this share of its root mean square."""
-
-_TEXT_TOWER = re.compile(r"^(transformer\.|token_embedding\.|positional_embedding$|ln_final\.|text_projection)")
+_SHOWN = 10
+_LEFT_BEHIND = re.compile(r"^(pooling\.|logit_scale$|logit_bias$)")  # of another rung or objective
 
 
-def find_weights(pretrained: str, model_name: str) -> Path:
-    """Return the file that `pretrained` names: a path, or an OpenCLIP tag for `model_name` (downloaded if it can be).
+def _fit_objective(state: dict[str, Tensor], model: Llip) -> list[str]:
+    """Take over scale and bias if they were trained together as this model's are, in place.
 
-    Raises:
-        UserError: neither a file nor a tag, or the download failed.
+    The scale of a softmax source (up to 100) without its bias would start a sigmoid objective far from where that can
+    learn: every negative pair would count as a positive one. Such a model keeps its own start.
     """
-    if Path(pretrained).is_file():
-        return Path(pretrained)
-    tags = open_clip.list_pretrained_tags_by_model(model_name)
-    if pretrained not in tags:
-        known = f"OpenCLIP's tags for {model_name}: {', '.join(tags)}" if tags else f"{model_name} has no OpenCLIP tags"
-        raise UserError(f"pretrained = {pretrained!r} is neither a file nor a tag; {known}")
-    try:
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model_name, pretrained)))
-    except Exception as error:  # any network or hub failure: the user needs the fix, not the stack
-        raise UserError(
-            f"the weights of tag {pretrained!r} could not be downloaded ({type(error).__name__}: {error}); "
-            "fetch the file elsewhere and give its path"
-        ) from error
+    for key in ("logit_scale", "logit_bias"):
+        if key in state:
+            state[key] = state[key].reshape(())
+    if model.logit_bias is not None and "logit_bias" not in state and "logit_scale" in state:
+        del state["logit_scale"]
+        return ["logit scale and bias start anew: the source was trained without a bias"]
+    if model.logit_bias is None:
+        state.pop("logit_bias", None)
+    return []
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of plain tensors and containers (`weights_only`: nothing in it is ever executed).
-
-    Raises:
-        UserError: the file is not there, is damaged, or holds anything but tensors and plain containers.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} is not there")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {"state_dict": load_file(path)}
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split(". ")[0]
-        raise UserError(f"checkpoint {str(path)!r} is refused: not only tensors and containers ({reason})") from error
-    except Exception as error:
-        raise UserError(f"checkpoint {str(path)!r} is damaged or no checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"checkpoint {str(path)!r} holds a {type(checkpoint).__name__}, expected a dict")
-    return checkpoint
+def _start_from(state: dict[str, Tensor], model: Llip, spread: float) -> list[str]:
+    """Make weights of another model into this one's, in place, as far as they are known. Returns what was done."""
+    notes = translate_head(state)
+    visual = part(state, "visual.")
+    notes += model.visual.fit_source(visual, spread)
+    for key in [key for key in state if key.startswith("visual.")]:
+        del state[key]
+    state.update({f"visual.{key}": value for key, value in visual.items()})
+    notes += _fit_objective(state, model)
+    wanted = {*model.state_dict(), *(f"pooling.{name}" for name in model.pooling.optional_biases)}
+    for key in [key for key in state if _LEFT_BEHIND.match(key) and key not in wanted]:
+        del state[key]
+    return notes
 
 
-def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Strip the prefixes of DDP and torch.compile, and move a plain CLIP's text tower below `text.`."""
-    names = {key: re.sub(r"(?:^|(?<=\.))(?:module|_orig_mod)\.", "", key) for key in state_dict}
-    renamed = {names[key]: value for key, value in state_dict.items()}
-    if any(key.startswith("text.") for key in renamed):
-        return renamed
-    return {("text." + key if _TEXT_TOWER.match(key) else key): value for key, value in renamed.items()}
+def _adopt_optional(model: Llip, state: dict[str, Tensor]) -> None:
+    """Make room for the parts that a model has only if its weights bring them."""
+    model.visual.adopt_buffers(part(state, "visual."))
+    model.pooling.adopt_biases(part(state, "pooling."))
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """Add small seeded differences to every row but the first [K, W]."""
-    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
-    noise[0] = 0
-    return rows + SEED_SPREAD * rows.float().pow(2).mean().sqrt() * noise
-
-
-def fit_mixture_tokens(state: dict[str, Tensor], tokens: int, patches: int) -> None:
-    """Make K token rows of a source's one, in place: `class_embedding` and its rows of the position embedding."""
-    class_key, position_key = "visual.class_embedding", "visual.positional_embedding"
-    if class_key not in state or position_key not in state:
-        return
-    embedding = state[class_key].reshape(-1, state[class_key].shape[-1])  # [1 or K, W]
-    if len(embedding) == 1:
-        embedding = _spread(embedding.expand(tokens, -1))
-    state[class_key] = embedding
-    position = state[position_key]  # [1 or K, then L, W]
-    if len(position) == patches + 1 and tokens > 1:
-        state[position_key] = torch.cat([position[:1].expand(tokens, -1), position[1:]])
+def _allowed_missing(missing: list[str], expected: Mapping[str, Tensor], loaded: set[str]) -> set[str]:
+    """Return what weights to start from need not bring: pooling and objective, and one whole tower of the two."""
+    allowed = {key for key in missing if not key.startswith(TOWERS)}
+    if any(key.startswith("pooling.") for key in loaded):  # half a head is a mistake
+        allowed -= {key for key in missing if key.startswith("pooling.")}
+    for tower in TOWERS:
+        whole = {key for key in expected if key.startswith(tower)}
+        if whole <= set(missing) and loaded:
+            allowed |= whole
+    return allowed
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Mapping[str, Any], source: str = "checkpoint", towers_only: bool = False
-) -> None:
-    """Load a checkpoint's weights, strictly.
+    model: Llip,
+    checkpoint: Mapping[str, Any],
+    source: str = "checkpoint",
+    towers_only: bool = False,
+    *,
+    strict: bool = True,
+    spread: float = SEED_SPREAD,
+) -> LoadReport:
+    """Load a checkpoint's weights.
 
     Args:
-        model: a `Llip`.
+        model: gets the weights, and the optional parts they bring (offsets of copied tokens, biases of a head).
         checkpoint: a state dict, or a dict that holds one under `state_dict`.
         source: what to call it in messages.
         towers_only: weights to start from, of a model without this pooling and objective: what is outside the two
-            towers may be missing or left over.
+            towers may be missing, and so may one whole tower, which then starts fresh.
+        strict: names and shapes that do not fit are an error; otherwise they are reported and left out.
+        spread: size of the seeded differences between mixture tokens made from one, as a share of its size.
+
+    Returns:
+        What was loaded, and what was not.
 
     Raises:
-        UserError: keys that are missing, unexpected or of another shape, each with the nearest name.
+        UserError: names that are missing, unexpected or of another shape, each with the nearest name; or nothing fits.
     """
-    state = canonical_names(checkpoint.get("state_dict", checkpoint))
-    visual = model.visual
-    fit_mixture_tokens(state, visual.mixture_tokens, visual.grid_size[0] * visual.grid_size[1])
+    raw = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(raw, Mapping) or not all(isinstance(x, Tensor) for x in raw.values()):
+        raise UserError(f"{source} holds no weights: expected names and tensors, at the top or under 'state_dict'")
+    state = canonical_names(raw)
+    notes = _start_from(state, model, spread) if towers_only else []
+    _adopt_optional(model, state)
     expected = model.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
-    if towers_only:
-        towers = ("visual.", "text.")
-        missing = [key for key in missing if key.startswith(towers)]
-        unexpected = [key for key in unexpected if key.startswith(towers)]
-        for key in [key for key in reshaped if not key.startswith(towers)]:
-            reshaped.remove(key)
-            state.pop(key)
-    problems = [f"missing {key}" for key in missing]
-    problems += [f"unexpected {key} (nearest: {', '.join(nearest(key, missing, 1)) or 'none'})" for key in unexpected]
-    problems += [f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}" for key in reshaped]
+    common = expected.keys() & state.keys()
+    wrong = [key for key in sorted(common) if expected[key].shape != state[key].shape]
+    report = LoadReport(
+        loaded=tuple(key for key in expected if key in common and key not in wrong),
+        missing=tuple(sorted(expected.keys() - state.keys())),
+        unexpected=tuple(sorted(state.keys() - expected.keys())),
+        reshaped=tuple((key, tuple(state[key].shape), tuple(expected[key].shape)) for key in wrong),
+        notes=tuple(notes),
+    )
+    allowed = _allowed_missing(list(report.missing), expected, set(report.loaded)) if towers_only else set()
+    problems = report.problems([key for key in report.missing if key not in allowed], report.unexpected)
+    if (strict and problems) or not report.loaded:
+        raise UserError(f"{source} does not fit the model: " + _shorten(problems) + _hint(report, model))
     if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise UserError(f"{source} does not fit the model: {shown}")
-    model.load_state_dict({key: value for key, value in state.items() if key in expected}, strict=False)
-    log.info("loaded %d of %d tensors from %s", len(expected.keys() & state.keys()), len(expected), source)
+        log.warning("%s: what does not fit is left out: %s", source, "; ".join(problems))
+    for tower in TOWERS:
+        if not any(key.startswith(tower) for key in report.loaded):
+            log.warning("%s brings no %s tower: it starts from fresh weights", source, tower.rstrip("."))
+    model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
+    log.info(report.summary(source))
+    return report
+
+
+def _shorten(problems: list[str]) -> str:
+    published = [line for line in problems if PUBLISHED_HEAD in line]  # always told key by key
+    rest = [line for line in problems if line not in published]
+    more = f"; and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
+    return "; ".join(rest[:_SHOWN] + published) + more
+
+
+def _hint(report: LoadReport, model: Llip) -> str:
+    """Return the config field to change where a shape tells it."""
+    tokens = [found[-2] for key, found, _ in report.reshaped if key.endswith(("class_embedding", "cls_token"))]
+    if tokens and tokens[0] != model.visual.mixture_tokens:
+        return f". The file has {tokens[0]} mixture tokens: mixture_tokens={tokens[0]}"
+    context = [found[0] for key, found, _ in report.reshaped if key == "text.positional_embedding"]
+    return f". The file's captions have {context[0]} tokens: context_length={context[0]}" if context else ""

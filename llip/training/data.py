@@ -157,7 +157,7 @@ class _BatchMaker:
     def __init__(self, dataset: CaptionedImages, tally: Tally, mixture: Mixture) -> None:
         self.dataset, self.tally, self.mixture = dataset, tally, mixture
         self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
-        self.known_words = dict(dataset.tokenizer.cache)
+        self.known_words = dict(getattr(dataset.tokenizer, "cache", {}))
 
     def batches(self) -> Iterator[Batch]:
         samples = self.mixture.samples()
@@ -203,7 +203,7 @@ class _BatchMaker:
     def _tokenize(self, captions: list[str]) -> Tensor:
         tokenizer = self.dataset.tokenizer
         tokens = tokenizer(captions)
-        if len(tokenizer.cache) > _CACHED_WORDS:
+        if len(getattr(tokenizer, "cache", ())) > _CACHED_WORDS:
             tokenizer.cache = dict(self.known_words)
         return tokens
 

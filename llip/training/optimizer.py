@@ -9,12 +9,15 @@ from torch import nn
 from llip.configs import Config
 from llip.errors import UserError
 
-_EMBEDDINGS = ("class_embedding", "positional_embedding", "token_embedding.weight")
+_EMBEDDINGS = (
+    *("class_embedding", "positional_embedding", "token_embedding.weight"),
+    *("cls_token", "pos_embed", "reg_token", "attn_pool.latent"),  # timm's names
+)
 _BLOCK = re.compile(r"^(visual|text)\..*blocks\.(\d+)\.")
 _STEM = re.compile(
     r"^(visual|text)\..*(conv1|patch_embed|embedding|pos_embed|cls_token|reg_token|ln_pre|norm_pre)(\.|$)"
 )
-_TOKENS = ("visual.class_embedding",)
+_TOKENS = ("visual.class_embedding", "visual.trunk.cls_token", "visual.trunk.attn_pool.latent")
 
 
 def lock_towers(model: nn.Module, config: Config) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from llip.configs import Config
 from llip.errors import AgreedError, UserError
-from llip.open_clip.factory import create_model, get_tokenizer, model_spec
+from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
 from llip.open_clip.weights import load_weights, read_checkpoint
 from llip.paths import expand_variables
 from llip.training.checkpoint import newest_good_checkpoint
@@ -223,7 +223,7 @@ def build_run(config: Config, processes: Processes) -> Run:
             log.warning(note)
         for difference in differences(found.get("passport", {}), passport) if processes.is_main else ():
             log.info("not as at the checkpoint: %s", difference)
-    tokenizer = get_tokenizer(context_length=spec.context_length)
+    tokenizer = spec_tokenizer(spec)
     pin = processes.device.type == "cuda"
     loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.count, state.position, pin)
     run_log = _open_log(config, processes, state, data.names)

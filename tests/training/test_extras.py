@@ -75,7 +75,7 @@ def test_the_average_can_be_loaded(config):
         model = llip.load_pretrained(path, ema=ema)
         assert torch.equal(model.visual.conv1.weight, saved[key]["visual.conv1.weight"])
     train(config.replace(name="plain"), "cpu")
-    with pytest.raises(UserError, match="no average of its weights"):
+    with pytest.raises(UserError, match="holds no average of its weights"):
         llip.load_pretrained(config.replace(name="plain").folder / "checkpoints" / "latest.pt", ema=True)
 
 
@@ -107,7 +107,7 @@ def test_the_log_tells_speed_and_mixture(config):
 def test_a_profile_of_some_steps(config):
     train(config.replace(profile_steps="2-3"), "cpu")
     folder = config.folder / "profile"
-    assert "addmm" in (folder / "steps_2-3.txt").read_text()
+    assert "aten::" in (folder / "steps_2-3.txt").read_text()
     import gzip
 
     trace = json.loads(gzip.decompress((folder / "steps_2-3.json.gz").read_bytes()))

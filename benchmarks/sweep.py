@@ -1,0 +1,171 @@
+"""Variants of one config, trained over seeds and evaluated alike: what the ladder and the ablations share.
+
+A run that is finished is not repeated, and one that is half done goes on.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llip.configs import Config, config_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A config under a name for people."""
+
+    label: str
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A trained variant: its values (fractions) by column, and the seconds that its training took."""
+
+    variant: str
+    seed: int
+    values: dict[str, float]
+    train_seconds: float
+
+
+def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, prefix: str) -> list[Result]:
+    """Train and evaluate every variant with every seed, into `<logs>/<prefix>_<label>_seed<n>`."""
+    return [_run(variant, seed, logs, prefix) for seed in seeds for variant in variants]
+
+
+def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
+    name = f"{prefix}_{variant.label}_seed{seed}".replace(" ", "_").replace("+", "with")
+    config = variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
+    path = config.folder / "benchmark.json"
+    if path.is_file():
+        return Result(**json.loads(path.read_text()))
+    started = time.monotonic()
+    train(config)
+    seconds = time.monotonic() - started
+    result = Result(variant.label, seed, evaluate(config), seconds)
+    path.write_text(json.dumps(dataclasses.asdict(result)))
+    return result
+
+
+def train(config: Config) -> None:
+    """Train as `python -m llip.main` would, on as many processes as the config asks for.
+
+    Raises:
+        RuntimeError: the run did not come to its end.
+    """
+    from llip.main import launch
+
+    file = config.folder / "sweep_config.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in config_fields())
+    file.write_text(f"from llip.configs import Config\n\n\ndef run():\n    return Config({fields})\n")
+    code = launch(config, [f"{file}:run"])
+    if code:
+        raise RuntimeError(f"run {config.folder} ended with exit code {code}")
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    """Return the values of a finished run on the tasks that its `evals` name, by `task metric`."""
+    import torch
+
+    import llip
+    from llip.clipeval.online import evaluate_online, load_online_eval
+
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt").to(device)
+    values: dict[str, float] = {}
+    for path in config.evals:
+        online = load_online_eval(path)
+        for result in evaluate_online(model, model.preprocess_val, model.tokenizer, online, device):
+            if result.error:
+                raise RuntimeError(f"task {result.task}: {result.error}")
+            values |= {f"{result.task} {name}": value for name, value in result.values.items()}
+    return values
+
+
+def table(results: Sequence[Result], columns: dict[str, str]) -> str:
+    """Return a Markdown table: a row per variant, mean and range over seeds in percent.
+
+    Args:
+        results: of all variants and seeds.
+        columns: head of the column -> key of `Result.values`.
+    """
+    lines = ["| | " + " | ".join(columns) + " | training s |", "|---" * (len(columns) + 2) + "|"]
+    for label in dict.fromkeys(result.variant for result in results):
+        own = [result for result in results if result.variant == label]
+        cells = []
+        for key in columns.values():
+            values = [100 * result.values[key] for result in own]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})")
+        seconds = statistics.mean(result.train_seconds for result in own)
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _panels(count: int):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-count // 3)
+    figure, axes = plt.subplots(rows, min(3, count), figsize=(4 * min(3, count), 3 * rows), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_bars(results: Sequence[Result], columns: dict[str, str], marked: str, path: Path) -> None:
+    """Draw a panel per column: a bar per variant, a dot per seed; the `marked` variant in another colour."""
+    figure, axes = _panels(len(columns))
+    labels = list(dict.fromkeys(result.variant for result in results))
+    for axis, (head, key) in zip(axes, columns.items(), strict=False):
+        for position, label in enumerate(labels):
+            values = [100 * result.values[key] for result in results if result.variant == label]
+            color = "#c2410c" if label == marked else "#94a3b8"
+            axis.bar(position, statistics.mean(values), color=color, zorder=2)
+            axis.scatter([position] * len(values), values, color="black", s=12, zorder=3)
+        axis.set_title(f"{head}, %", fontsize=10)
+        axis.set_xticks(range(len(labels)), labels, rotation=20, fontsize=8)
+        axis.grid(axis="y", alpha=0.3, zorder=0)
+    _save(figure, path)
+
+
+def draw_curves(results: Sequence[Result], columns: dict[str, str], label: str, path: Path) -> None:
+    """Draw a panel per column over a quantity: mean over seeds, its standard deviation as error bars, a dot per seed.
+
+    Args:
+        results: whose variants are labelled `<name> = <number>`.
+        columns: head of the panel -> key of `Result.values`.
+        label: of the horizontal axis.
+        path: of the picture.
+    """
+    figure, axes = _panels(len(columns))
+    by_number: dict[float, list[Result]] = {}
+    for result in results:
+        by_number.setdefault(float(result.variant.split("=")[1]), []).append(result)
+    numbers = sorted(by_number)
+    for axis, (head, key) in zip(axes, columns.items(), strict=False):
+        values = [[100 * result.values[key] for result in by_number[number]] for number in numbers]
+        spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+        axis.errorbar(numbers, [statistics.mean(each) for each in values], spread, color="#c2410c", capsize=3)
+        for number, each in zip(numbers, values, strict=True):
+            axis.scatter([number] * len(each), each, color="black", s=10, zorder=3)
+        axis.set_title(f"{head}, %", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
+        axis.set_xlabel(label, fontsize=9)
+        axis.grid(alpha=0.3)
+    _save(figure, path)

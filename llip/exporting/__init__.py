@@ -1,0 +1,1 @@
+"""What `llip.export` writes: the folder, its card, the checkpoint for plain OpenCLIP, and exported programs."""
