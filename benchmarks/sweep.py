@@ -37,7 +37,7 @@ def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, 
 
 
 def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
-    name = f"{prefix}_{variant.label}_seed{seed}".replace(" ", "_").replace("+", "with")
+    name = f"{prefix}_{variant.label}_seed{seed}".replace(" = ", "").replace("+ ", "").replace(" ", "_")
     config = variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
     path = config.folder / "benchmark.json"
     if path.is_file():

@@ -14,6 +14,7 @@ def bar_chart(
     tasks: Sequence[str],
     sides: Mapping[str, Sequence[float | None]],
     lines: Mapping[str, float],
+    rules: Sequence[int] = (),
 ) -> None:
     """Write a png.
 
@@ -21,6 +22,7 @@ def bar_chart(
         tasks: the groups of bars, top to bottom.
         sides: name -> a percentage per task, None where there is none.
         lines: name -> percentage, drawn across all tasks.
+        rules: places of tasks above which a thin line parts the groups.
     """
     import matplotlib  # slow to import
 
@@ -32,13 +34,21 @@ def bar_chart(
     for place, (name, values) in enumerate(sides.items()):
         where = np.arange(len(tasks)) + height * (place - (len(sides) - 1) / 2)
         bars = axes.barh(where, [value or 0.0 for value in values], height, label=_short(name))
-        axes.bar_label(bars, ["-" if value is None else f"{value:.1f}" for value in values], padding=2, fontsize=7)
+        labels = ["-" if value is None else f"{value:.1f}" for value in values]
+        on_white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # readable across a line
+        axes.bar_label(bars, labels, padding=2, fontsize=7, bbox=on_white)
     for place, (name, value) in enumerate(lines.items()):
         label = f"{name}: {value:.1f}"
         axes.axvline(value, linestyle=("--", ":", "-.")[place % 3], color="black", linewidth=1, label=label)
+    for place in rules:
+        axes.axhline(place - 0.5, color="grey", linewidth=0.6)
     axes.set_yticks(np.arange(len(tasks)), tasks)
-    axes.invert_yaxis()
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(0, 108)
+    axes.set_xticks(range(0, 101, 10))
+    axes.grid(axis="x", color="lightgrey", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("%")
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", fontsize=8)

@@ -18,7 +18,8 @@ import numpy as np
 
 from evals.bootstrap import Interval, difference_draws, interval
 from evals.chart import bar_chart
-from evals.results import StoredResults, aligned_table, markdown_table, read_results, write_atomically
+from evals.results import StoredResults, read_results, write_atomically
+from evals.tables import aligned_table, markdown_table
 from llip.clipeval.outcomes import Parts, load_outcomes, outcomes_file, parts_of
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import EXIT_USER, UserError

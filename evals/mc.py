@@ -8,15 +8,19 @@ from torch import nn
 
 from evals.chart import bar_chart
 from evals.main_distributed import launch
-from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, format_table, read_results
+from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, read_results
+from evals.tables import format_results, notes
 from llip.clipeval.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.processes import Processes
+from llip.clipeval.task_result import TaskResult
 from llip.configs import search_config
 from llip.errors import UserError
 from llip.open_clip.model import autocast_dtype
 from llip.paths import expand_path, unset_variables
+
+WAYS = ("image_to_text", "text_to_image")
 
 LoadModel = Callable[[Path, EvalConfig], nn.Module]
 
@@ -67,11 +71,14 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         print(f"evaluating {checkpoint} on {len(tasks)} tasks, on {' '.join(devices)}")
         launch(_work, devices, config, tasks, results, checkpoint, load)
         results = ResultsFile(results.folder, model)
-    print(format_table(results.tasks(entry.name for entry in wanted)))
+    done = results.tasks(entry.name for entry in wanted)
+    print(format_results(done))
     chart = draw(results, [entry.name for entry in wanted], earlier, config.references)
     files = [results.folder / "results.json", results.folder / "results.md", *([chart] if chart else [])]
     print(f"results: {', '.join(map(str, files))}")
-    failed = [result for result in results.tasks(entry.name for entry in wanted) if result.error]
+    for note in notes(done):
+        print(f"warning: {note}", file=sys.stderr)
+    failed = [result for result in done if result.error]
     for result in failed:
         print(f"error: {result.task}: {result.error}", file=sys.stderr)
     return 1 if failed else 0
@@ -80,24 +87,36 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
 def draw(
     results: ResultsFile, tasks: Sequence[str], earlier: Sequence[StoredResults], references: Mapping[str, float]
 ) -> Path | None:
-    """Write results.png: the classification tasks and their mean, beside earlier results and reference averages.
+    """Write results.png: the classification tasks, their mean, and R@1 of retrieval, beside earlier results.
 
-    The mean of a side is over all tasks shown, and missing where the side lacks one. Return None when no task gave a
-    value.
+    The mean of a side is over all tasks shown, and missing where the side lacks one; reference averages are lines.
+    Return None when no task gave a value.
     """
-    found = {result.task: result for result in results.tasks(tasks) if result.value is not None}
+    found = [result for result in results.tasks(tasks) if result.values]
     if not found:
         return None
+    classified = [result for result in found if result.value is not None]
+    retrieved = [(result, f"{way}_R@1") for result in found if result.value is None for way in WAYS]
     sides = {}
-    for name, stored in [("this evaluation", found), *((side.name, side.tasks) for side in earlier)]:
-        same = [stored.get(task) for task in found]
-        same = [one if one is not None and one.metric == found[one.task].metric else None for one in same]
-        values = [None if one is None or one.value is None else 100 * one.value for one in same]
-        sides[name] = [*values, None if None in values else sum(values) / len(values)]
+    everything = {result.task: result for result in found}
+    for name, stored in [("this evaluation", everything), *((side.name, side.tasks) for side in earlier)]:
+        values = [_percent(stored.get(one.task), one, one.metric) for one in classified]
+        mean = [None if None in values else sum(values) / len(values)] if classified else []
+        sides[name] = [*values, *mean, *(_percent(stored.get(one.task), one, value) for one, value in retrieved)]
+    labels = [one.task if one.metric == "top1" else f"{one.task} ({one.metric})" for one in classified]
+    labels += [f"mean of these {len(classified)}"] if classified else []
+    rules = [len(classified), len(classified) + 1] if classified else []
+    labels += [f"{one.task} ({value})" for one, value in retrieved]
     chart = results.folder / "results.png"
-    title = f"Zero-shot results of {results.model.config}"
-    bar_chart(chart, title, [*found, f"mean of these {len(found)}"], sides, references)
+    bar_chart(chart, f"Zero-shot results of {results.model.config}", labels, sides, references, rules)
     return chart
+
+
+def _percent(result: TaskResult | None, other: TaskResult, value: str) -> float | None:
+    """Return one side's value where it measured the same as the other."""
+    if result is None or (result.metric, result.shortlist) != (other.metric, other.shortlist):
+        return None
+    return 100 * result.values[value] if value in result.values else None
 
 
 def _work(

@@ -1,4 +1,4 @@
-"""results.json and results.md of an evaluation, written after each task; and the same as a table on the screen.
+"""results.json and results.md of an evaluation, written after each task.
 
 `per_sample/<task>.npz` beside them says of each image how it came out (see `llip.clipeval.outcomes`).
 
@@ -10,11 +10,12 @@ Values are fractions in [0, 1] in the json and percentages in the tables. `mean`
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.tables import format_results, notes
 from llip.clipeval.catalog import Entry
 from llip.clipeval.metrics import RETRIEVAL
 from llip.clipeval.outcomes import outcomes_file, save_outcomes
@@ -167,7 +168,11 @@ class ResultsFile:
             f"Zero-shot results of `{checkpoint.path}` ({self.model.config}), in percent; prompts averaged by "
             f"{self.model.prompt_ensemble}, {self.model.precision}."
         )
-        return f"# Zero-shot evaluation\n\n{about}\n\n{format_table(results, markdown=True)}\n"
+        lines = [*(f"{one.task} failed: {one.error}" for one in results if one.error), *notes(results)]
+        told = "".join(f"\n- {line}" for line in lines)
+        return f"# Zero-shot evaluation\n\n{about}\n\n{format_results(results, markdown=True)}\n" + (
+            told and told + "\n"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -175,45 +180,3 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def value_name(result: TaskResult, name: str) -> str:
-    """Return what tables call a value: one that comes from a shortlist says so."""
-    return name if result.shortlist is None else f"{name} (shortlist {result.shortlist})"
-
-
-def format_table(results: Iterable[TaskResult], markdown: bool = False) -> str:
-    """Return the results as a table with percentages, aligned for a screen or as Markdown; the mean comes last."""
-    results = list(results)
-    rows = [["task", "metric", "%", "images", "skipped", "seconds", "images/s"]]
-    for result in results:
-        speed = [f"{result.seconds:.1f}", f"{result.images_per_second:.0f}"]
-        counts = [str(result.n), str(result.skipped)]
-        if result.error:
-            rows.append([result.task, result.metric, "failed", *counts, *speed])
-        for name, value in result.values.items():
-            rows.append([result.task, value_name(result, name), f"{100 * value:.1f}", *counts, *speed])
-    if (mean := classification_mean(results)) is not None:
-        rows.append(["mean", "of classification tasks", f"{100 * mean:.1f}", "", "", "", ""])
-    if not markdown:
-        return aligned_table(rows)
-    failures = [f"\n- {result.task}: {result.error}" for result in results if result.error]
-    return markdown_table(rows) + "".join(failures and ["\n", *failures])
-
-
-def markdown_table(rows: Sequence[list[str]]) -> str:
-    """Return rows, the first one the heading, as a Markdown table: two columns of words, then numbers."""
-    rule = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
-def aligned_table(rows: Sequence[list[str]]) -> str:
-    """Return rows, the first one the heading, aligned for a screen: two columns of words, then numbers."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _aligned(row: list[str], widths: list[int]) -> list[str]:
-    left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-    return left + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]

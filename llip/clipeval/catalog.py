@@ -1,5 +1,7 @@
 """The catalog: a JSON file `name -> entry` that says where each dataset is, its metric, class names and prompts.
 
+    python -m llip.clipeval.catalog --check [CATALOG] [--json]      what is on this machine, and where to get the rest
+
 Relative paths belong to the catalog's folder; `$VARS`, `${VAR:-default}` and `~` are expanded (see `paths`). An entry
 is checked by a JSON Schema: the common fields of `catalog.schema.json` and those that its dataset type declares.
 """
@@ -17,8 +19,8 @@ from typing import Any
 import jsonschema
 
 from llip.clipeval.datasets import DATASET_TYPES, DatasetSpec, load_dataset_types
-from llip.clipeval.labels import TextSource
 from llip.clipeval.metrics import CLASSIFICATION, metric_names
+from llip.clipeval.text_sources import TextSource
 from llip.errors import UserError, did_you_mean, nearest
 from llip.paths import expand_path
 
@@ -33,7 +35,9 @@ class Entry:
     Attributes:
         data: the dataset, an instance of its type.
         classnames, prompts: where class names and templates come from (classification only).
+        class_keys: the dataset's own names of `classnames`, where it may have fewer classes; see `resolve_labels`.
         num_classes, num_images: what the dataset is expected to have; None: not checked.
+        source, download: where the dataset comes from, in words, and a command that fetches it; for people only.
         fingerprint: hash of the entry, its paths and its texts; another one means another task.
     """
 
@@ -43,8 +47,11 @@ class Entry:
     data: DatasetSpec
     classnames: TextSource
     prompts: TextSource
+    class_keys: TextSource | None
     num_classes: int | None
     num_images: int | None
+    source: str | None
+    download: str | None
     fingerprint: str
 
     @property
@@ -134,11 +141,13 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
         expected = f"a {spec.kind} task has one of {', '.join(metrics)}"
         raise UserError(f"{where}: metric = {metric!r}; {expected}.{did_you_mean(metric, metrics)}")
     fields = {field.name: field for field in dataclasses.fields(spec)}
-    values = {key: _typed(fields[key].type, value, base) for key, value in raw.items() if key in fields}
-    data = spec(**values)
+    data = spec(**{key: _typed(fields[key].type, value, base) for key, value in raw.items() if key in fields})
     classnames = TextSource.parse(raw.get("classnames", "dataset"), base)
     prompts = TextSource.parse(raw.get("prompts", "dataset"), base)
-    identity = json.dumps([raw, str(data), classnames.content(), prompts.content()], sort_keys=True)
+    class_keys = TextSource.parse(raw["class_keys"], base) if "class_keys" in raw else None
+    told = {key: value for key, value in raw.items() if key not in FOR_PEOPLE}
+    texts = [source.content() for source in (classnames, prompts, class_keys) if source is not None]
+    identity = json.dumps([told, str(data), *texts], sort_keys=True)
     return Entry(
         name=task,
         type=kind,
@@ -146,17 +155,40 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
         data=data,
         classnames=classnames,
         prompts=prompts,
+        class_keys=class_keys,
         num_classes=raw.get("num_classes"),
         num_images=raw.get("num_images"),
+        source=raw.get("source"),
+        download=_with_path(raw.get("download"), data),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
     )
 
 
-def _typed(kind: Any, value: Any, base: Path) -> Any:
-    return expand_path(value, base) if kind is Path else value
+FOR_PEOPLE = ("note", "source", "download")
+"""Fields that no result depends on."""
 
 
-_JSON_TYPES = {str: "string", Path: "string", int: "integer", float: "number", bool: "boolean"}
+def _with_path(command: str | None, data: DatasetSpec) -> str | None:
+    """Return a download command with the dataset's own folder in it."""
+    if command is None or not isinstance(path := getattr(data, "path", None), Path):
+        return command
+    return command.replace("{path}", str(path)).replace("{parent}", str(path.parent))
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return the type of a field of a dataset type, without `| None` and without what a container holds."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+    if isinstance(annotation, types.UnionType):
+        assert len(kinds) == 1, f"a catalog field has one type, not {annotation}"
+        return kinds[0]
+    return typing.get_origin(annotation) or annotation
+
+
+def _typed(annotation: Any, value: Any, base: Path) -> Any:
+    return expand_path(value, base) if _plain_type(annotation) is Path else value
+
+
+_JSON_TYPES = {str: "string", Path: "string", int: "integer", float: "number", bool: "boolean", Mapping: "object"}
 
 
 @functools.cache
@@ -164,12 +196,10 @@ def entry_schema(spec: type[DatasetSpec]) -> dict[str, Any]:
     """Return the JSON Schema of entries of one dataset type: the common fields and those of the dataclass `spec`."""
     schema = json.loads((CATALOG_FOLDER / "catalog.schema.json").read_text(encoding="utf-8"))
     if spec.kind != CLASSIFICATION:
-        for field in ("classnames", "prompts", "num_classes"):
+        for field in ("classnames", "prompts", "class_keys", "num_classes"):
             del schema["properties"][field]
     for field in dataclasses.fields(spec):
-        kind = typing.get_origin(field.type) or field.type
-        json_type = "object" if kind is Mapping or isinstance(kind, types.GenericAlias) else _JSON_TYPES[kind]
-        schema["properties"][field.name] = {"type": json_type}
+        schema["properties"][field.name] = {"type": _JSON_TYPES[_plain_type(field.type)]}
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             schema["required"].append(field.name)
     return schema
@@ -189,3 +219,9 @@ def _check_schema(where: str, schema: dict[str, Any], raw: dict[str, Any]) -> No
         field = ".".join(map(str, error.absolute_path))
         expected = error.schema.get("description") or error.schema.get("type") or error.message
         raise UserError(f"{where}: {field} = {error.instance!r:.80}; expected {expected}")
+
+
+if __name__ == "__main__":
+    from llip.clipeval.check import main
+
+    raise SystemExit(main())

@@ -8,6 +8,7 @@ scanned once), so that process r of W takes exactly images r, r + W, ... and eve
 import dataclasses
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,10 +27,12 @@ class ImageSource(ABC):
     Attributes:
         classnames: the dataset's own class names in the order of the labels; None when it has none.
         templates: the dataset's own prompts; None when it has none.
+        multi_label: an image may be of several classes.
     """
 
     classnames: Sequence[str] | None = None
     templates: Sequence[str] | None = None
+    multi_label: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -40,17 +43,33 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, Any]:
-        """Return the image and its target: the label (int), or the image's captions (tuple of str) in retrieval.
+        """Return the image and its target.
+
+        The target is the label (int), the labels (tuple of int) where the source is `multi_label`, or in retrieval the
+        image's captions (tuple of str).
 
         Raises:
             Exception: of any kind, when the image cannot be read; the caller counts and names it.
         """
+
+    def targets(self) -> Sequence[Any] | None:
+        """Return the targets of all images, or None when an image must be read to know its target."""
+        return None
 
 
 class DatasetSpec(ABC):
     """Base of the dataset types: subclasses are frozen dataclasses, registered with `dataset_type`."""
 
     kind: ClassVar[str] = CLASSIFICATION
+
+    def location(self) -> Path | None:
+        """Return the folder or file without which the dataset is missing, not damaged; None: it needs none."""
+        return self.path
+
+    def found(self) -> bool:
+        """Tell whether anything of the dataset is on this machine."""
+        location = self.location()
+        return location is None or location.exists()
 
     @abstractmethod
     def open(self) -> ImageSource:
@@ -81,6 +100,12 @@ def load_dataset_types() -> dict[str, type[DatasetSpec]]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return DATASET_TYPES
+
+
+def readable_name(name: str, camel_case: bool = False) -> str:
+    """Return a folder's name of a class as words: `_` becomes a space, with camel_case `aB` becomes `a B`."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name) if camel_case else name
+    return re.sub(r"[\s_]+", " ", spaced).strip()
 
 
 def require_folder(path: Path) -> Path:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from llip.clipeval import retrieval, zero_shot
 from llip.clipeval.catalog import Catalog, Entry
 from llip.clipeval.datasets import ImageSource
-from llip.clipeval.labels import Labels, hash_texts, resolve_labels
+from llip.clipeval.labels import Labels, hash_texts
 from llip.clipeval.loading import Batch, Preprocess, Unreadable, image_batches
-from llip.clipeval.metrics import CLASSIFICATION, METRICS, RETRIEVAL, Predictions
+from llip.clipeval.metrics import CLASSIFICATION, METRICS, MULTI_LABEL, NEED_SCORES, RETRIEVAL, Predictions
+from llip.clipeval.opening import check_batch, check_targets, labels_of, open_source
 from llip.clipeval.outcomes import Outcomes, hash_samples
 from llip.clipeval.processes import Processes, TaskError
 from llip.clipeval.shortlist import Shortlist, text_free_features
@@ -129,15 +130,6 @@ class _Run:
                 bar.update(len(batch.indices) + len(batch.unreadable))
 
 
-def _open(entry: Entry) -> ImageSource:
-    source = entry.data.open()
-    if len(source) == 0:
-        raise UserError(f"the dataset is empty: no image for {entry.data}")
-    if entry.num_images is not None and len(source) != entry.num_images:
-        raise UserError(f"{len(source)} images, but the entry expects num_images = {entry.num_images}: {entry.data}")
-    return source
-
-
 def _evaluate(entry: Entry, run: _Run) -> TaskResult:
     started = time.perf_counter()
     try:
@@ -162,19 +154,24 @@ def _classify(entry: Entry, run: _Run) -> dict[str, Any]:
     processes, scorer = run.processes, run.scorer
 
     def prepare() -> tuple[ImageSource, Labels]:
-        source = _open(entry)
-        own = source.classnames, source.templates
-        return source, resolve_labels(entry.classnames, entry.prompts, *own, entry.num_classes)
+        source = open_source(entry)
+        labels = labels_of(entry, source)
+        check_targets(source, labels)
+        if source.multi_label and entry.metric not in MULTI_LABEL:
+            fitting = " or ".join(sorted(MULTI_LABEL))
+            raise UserError(f"metric {entry.metric!r} is for one class per image, and here are several; use {fitting}")
+        return source, labels
 
     def predict() -> tuple[list[zero_shot.BatchPredictions], list[Unreadable]]:
         predictions, unreadable = [], []
         for batch in run.batches(source, entry.name):
             unreadable += batch.unreadable
             if batch.indices:
-                _check_labels(batch, source, len(labels.classnames))
-                predictions.append(zero_shot.predict(scorer, batch, features))
+                check_batch(batch.indices, batch.targets, source, labels)
+                predictions.append(zero_shot.predict(scorer, batch, features, keep_scores=keep_scores))
         return predictions, unreadable
 
+    keep_scores = entry.metric in NEED_SCORES
     source, labels = processes.locally(prepare)
     features = _class_features(labels, entry.name, run).to(scorer.device)
     shares = processes.together(predict)
@@ -225,14 +222,18 @@ def _scored(
     indices = torch.cat([batch.indices for batch in batches])
     order = indices.argsort()
     assert len(indices.unique()) == len(indices), "an image was scored twice"
-    labels, top, margin = (
-        torch.cat([getattr(batch, name) for batch in batches])[order] for name in ("labels", "top", "margin")
-    )
-    value = METRICS[entry.metric](Predictions(labels, top, margin, classes))
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)[order]
+
+    labels, top, truth = joined("labels"), joined("top"), joined("truth")
+    value = METRICS[entry.metric](Predictions(labels, top, joined("margin"), classes, joined("scores"), truth))
     hits = top == labels[:, None]
     ranks = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), zero_shot.TOP)
     names = [source.name(index) for index in indices[order].tolist()]
-    outcomes = Outcomes(hash_samples(names, labels.tolist()), _bytes(ranks), labels.to(torch.int32).numpy())
+    targets = labels.tolist() if truth is None else [row.nonzero()[:, 0].tolist() for row in truth]
+    outcomes = Outcomes(hash_samples(names, targets), _bytes(ranks), labels.to(torch.int32).numpy())
     return {"values": {entry.metric: value}, "n": len(indices), "samples": outcomes.samples, "outcomes": outcomes}
 
 
@@ -259,7 +260,7 @@ def _retrieve(entry: Entry, run: _Run) -> dict[str, Any]:
         owners = [index for index, own in zip(indices, captions, strict=True) for _ in own]
         return scorer.encode_texts(texts).cpu() if texts else None, owners, texts
 
-    source = processes.locally(lambda: _open(entry))
+    source = processes.locally(lambda: open_source(entry))
     h, indices, captions, mine = processes.locally(encode)  # h [N, K, D]
     unreadable = [item for items in processes.together(lambda: mine) for item in items]
     parts = processes.together(encode_captions)
@@ -317,12 +318,6 @@ def _retrieval_outcomes(source: ImageSource, ranks: retrieval.Ranks, owners: Ten
         text_ranks=_bytes(ranks.text_to_image),
         owners=positions.to(torch.int32).numpy(),
     )
-
-
-def _check_labels(batch: Batch, source: ImageSource, classes: int) -> None:
-    for index, label in zip(batch.indices, batch.targets, strict=True):
-        if not 0 <= label < classes:
-            raise UserError(f"image {source.name(index)} has label {label}, but there are {classes} class names")
 
 
 def _raise_all_unreadable(unreadable: list[Unreadable]) -> None:

@@ -1,71 +1,41 @@
-"""Class names and prompts of a task: where they come from, whether they fit the dataset, and their hashes."""
+"""Class names and prompts of a task: whether they fit the dataset, and their hashes."""
 
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from llip.clipeval.text_sources import Texts, TextSource
 from llip.errors import UserError, did_you_mean
-from llip.paths import expand_path
 
-PACKAGE_SOURCES = {
-    "open_clip:imagenet": "IMAGENET_CLASSNAMES",
-    "open_clip:openai_imagenet": "OPENAI_IMAGENET_TEMPLATES",
-    "open_clip:simple": "SIMPLE_IMAGENET_TEMPLATES",
-}
-"""Names that a catalog may use, and what they are called in the metadata of the OpenCLIP library."""
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Where an entry takes class names or prompts from: `dataset`, `package`, `file`, or the list itself (`list`)."""
-
-    kind: str
-    value: str | tuple[str, ...]
-
-    @classmethod
-    def parse(cls, value: str | list[str], base: Path) -> "TextSource":
-        """Read a catalog's value; a file's relative path belongs to `base`."""
-        if isinstance(value, list):
-            return cls("list", tuple(value))
-        if value == "dataset":
-            return cls("dataset", value)
-        if not value.endswith((".txt", ".json")) and ":" in value:
-            return cls("package", value)
-        return cls("file", str(expand_path(value, base)))
-
-    def content(self) -> str:
-        """Return what a change of shows that the texts changed: a file's text, else the name or list itself."""
-        if self.kind == "file" and Path(self.value).is_file():
-            return Path(self.value).read_text(encoding="utf-8", errors="replace")
-        return str(self.value)
-
-    def read(self, own: Sequence[str] | None, what: str) -> Sequence[str] | Mapping[str, str]:
-        """Return the texts; `own` are the dataset's, `what` names them in errors.
-
-        A .txt file has one text per line. A .json file has a list, or for class names an object from the dataset's own
-        name of a class to the name to use.
-        """
-        if self.kind == "list":
-            return self.value
-        if self.kind == "dataset":
-            if own is None:
-                raise UserError(f"the dataset has no {what} of its own; give the entry's {what} as a list or a file")
-            return own
-        return _from_package(self.value) if self.kind == "package" else _from_file(Path(self.value), what)
+Name = str | tuple[str, ...]
+"""What a class is called: one name, or several that stand for it alike."""
 
 
 @dataclass(frozen=True)
 class Labels:
     """Class names in the order of the labels, and templates with `{c}` for the class."""
 
-    classnames: tuple[str, ...]
+    classnames: tuple[Name, ...]
     templates: tuple[str, ...]
 
+    @functools.cached_property
+    def prompts_per_class(self) -> int:
+        """How many prompts `prompts_of` gives, for every class alike."""
+        return len(self.templates) * math.lcm(*(len(_names(name)) for name in self.classnames))
+
     def prompts_of(self, label: int) -> list[str]:
-        """Return the class's prompts, one per template."""
-        return [template.replace("{c}", self.classnames[label]) for template in self.templates]
+        """Return the class's prompts: every template with every name.
+
+        A class with fewer names than another has its prompts repeated, each equally often: the mean over them stays
+        what it is, and all classes have the same number.
+        """
+        prompts = [
+            template.replace("{c}", name) for template in self.templates for name in _names(self.classnames[label])
+        ]
+        return prompts * (self.prompts_per_class // len(prompts))
 
     @property
     def classnames_hash(self) -> str:
@@ -76,7 +46,11 @@ class Labels:
         return hash_texts(self.templates)
 
 
-def hash_texts(texts: Sequence[str]) -> str:
+def _names(name: Name) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
+
+
+def hash_texts(texts: Sequence[Name]) -> str:
     """Return 16 hex digits of the SHA-256 of the texts in their order."""
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()[:16]
 
@@ -87,17 +61,24 @@ def resolve_labels(
     own_classnames: Sequence[str] | None,
     own_templates: Sequence[str] | None,
     num_classes: int | None,
+    class_keys: TextSource | None = None,
 ) -> Labels:
     """Read class names and templates and hold them against the dataset's.
+
+    Args:
+        class_keys: the dataset's own name of each of `classnames`, in the same order; so a dataset may have fewer
+            classes than there are names. None: `classnames` are in the order of the dataset's labels.
 
     Raises:
         UserError: no such source; another number or order of classes than the dataset's; a template without {c}.
     """
     names = classnames.read(own_classnames, "classnames")
+    if class_keys is not None:
+        names = _keyed(names, class_keys.read(None, "class_keys"))
     if isinstance(names, Mapping):
         names = _rename(names, own_classnames, classnames)
     elif own_classnames is not None:
-        _check_order(names, own_classnames)
+        _check_order([name if isinstance(name, str) else name[0] for name in names], own_classnames)
     if num_classes is not None and len(names) != num_classes:
         raise UserError(f"{len(names)} class names, but the entry expects num_classes = {num_classes}")
     if len(names) < 2:
@@ -106,16 +87,24 @@ def resolve_labels(
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"prompt {template!r} has no {{c}} where the class name goes")
-    return Labels(tuple(names), templates)
+    return Labels(tuple(name if isinstance(name, str) else tuple(name) for name in names), templates)
 
 
-def _rename(names: Mapping[str, str], own: Sequence[str] | None, source: TextSource) -> list[str]:
+def _keyed(names: Texts, keys: Texts) -> dict[str, Name]:
+    if isinstance(names, Mapping) or len(names) != len(keys):
+        given = "an object" if isinstance(names, Mapping) else f"{len(names)} names"
+        raise UserError(f"class_keys has {len(keys)} keys, but classnames is {given}; expected one name for each key")
+    return dict(zip(keys, names, strict=True))
+
+
+def _rename(names: Mapping[str, Name], own: Sequence[str] | None, source: TextSource) -> list[Name]:
     if own is None:
         raise UserError(f"{source.value} maps the dataset's class names, but the dataset has none; use a list")
+    folded = {key.replace("_", " "): name for key, name in names.items()}  # a dataset shows its folders' names as words
     for name in own:
-        if name not in names:
+        if name.replace("_", " ") not in folded:
             raise UserError(f"{source.value} has no name for the dataset's class {name!r}.{did_you_mean(name, names)}")
-    return [names[name] for name in own]
+    return [folded[name.replace("_", " ")] for name in own]
 
 
 def _check_order(names: Sequence[str], own: Sequence[str]) -> None:
@@ -130,28 +119,3 @@ def _check_order(names: Sequence[str], own: Sequence[str]) -> None:
         raise UserError(f"{len(names)} class names for a dataset of {len(own)} classes; {where}")
     if folded != expected and sorted(folded) == sorted(expected):
         raise UserError(f"the class names are in another order than the dataset's labels; {where}")
-
-
-def _from_package(name: str) -> list[str]:
-    if name not in PACKAGE_SOURCES:
-        raise UserError(f"unknown source {name!r} of class names or prompts.{did_you_mean(name, PACKAGE_SOURCES)}")
-    from open_clip import zero_shot_metadata  # slow to import, and few catalogs need it
-
-    texts = getattr(zero_shot_metadata, PACKAGE_SOURCES[name])
-    return [text("{c}") if callable(text) else text for text in texts]
-
-
-def _from_file(path: Path, what: str) -> list[str] | dict[str, str]:
-    if not path.is_file():
-        raise UserError(f"{what} file {path} is not there")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{what} file {path} is not JSON: {error}") from error
-    texts = list(value.values()) if isinstance(value, dict) and what == "classnames" else value
-    if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
-        raise UserError(f"{what} file {path} holds {value!r:.60}; expected a list of strings")
-    return value

@@ -30,16 +30,25 @@ class Predictions:
         top: the min(5, C) best classes of each image, best first, int64.
         margin: score of class 1 minus score of class 0 [N], float32: the ranking that ROC AUC needs of two classes.
         classes: C.
+        scores: of every class [N, C], float32; only for the metrics of `NEED_SCORES`, they are large.
+        truth: which classes an image is of [N, C], bool; None where it is of one class, its label.
     """
 
     labels: Tensor
     top: Tensor
     margin: Tensor
     classes: int
+    scores: Tensor | None = None
+    truth: Tensor | None = None
 
 
 Metric = Callable[[Predictions], float]
 METRICS: dict[str, Metric] = {}
+NEED_SCORES = frozenset({"mAP"})
+"""Metrics that need the scores of all classes."""
+
+MULTI_LABEL = frozenset({"mAP"})
+"""Metrics that are defined where an image is of several classes."""
 
 
 def _metric(function: Metric) -> Metric:
@@ -91,6 +100,29 @@ def roc_auc(predictions: Predictions) -> float:
     ranks = ends - (counts.double() - 1) / 2  # tied margins share the middle of their ranks, from 1
     rank_sum = ranks[inverse][positive].sum().item()
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+@_metric
+def mAP(predictions: Predictions) -> float:
+    """Mean over the classes that have images of the average precision with which scores rank images within a class."""
+    assert predictions.scores is not None, "mAP needs the scores of all classes"
+    truth = predictions.truth
+    if truth is None:
+        truth = predictions.labels[:, None] == torch.arange(predictions.classes)
+    present = truth.any(dim=0)
+    if not present.any():
+        raise UserError("metric 'mAP' needs images with a class, and no image has one")
+    columns = zip(predictions.scores.T[present], truth.T[present], strict=True)
+    return sum(average_precision(scores, hits) for scores, hits in columns) / int(present.sum())
+
+
+def average_precision(scores: Tensor, hits: Tensor) -> float:
+    """Return the sum over thresholds of precision times gain in recall; images of equal score [N] enter together."""
+    values, inverse = torch.unique(scores, return_inverse=True)
+    places = len(values) - 1 - inverse  # the highest score first
+    right = torch.bincount(places, weights=hits.double(), minlength=len(values))
+    found, seen = right.cumsum(0), torch.bincount(places, minlength=len(values)).cumsum(0)
+    return (right * found / seen).sum().item() / found[-1].item()
 
 
 def recall_at(first_hits: Tensor, k: int) -> float:

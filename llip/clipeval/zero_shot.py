@@ -75,7 +75,7 @@ def class_features(
     Args:
         progress: title of a progress bar; None shows none.
     """
-    prompts = len(labels.templates)
+    prompts = labels.prompts_per_class
     at_once = max(1, TEXT_BATCH // prompts)  # classes: the features of single prompts need not all stay
     parts = []
     with tqdm(total=len(classes) * prompts, desc=progress, unit="text", disable=progress is None, leave=False) as bar:
@@ -98,22 +98,47 @@ def class_scores(scorer: Scorer, h: Tensor, features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BatchPredictions:
-    """Predictions of one batch: index and label [B], best classes [B, min(5, C)], margin of class 1 over 0 [B]."""
+    """Predictions of one batch, on the CPU.
+
+    Attributes:
+        indices, labels: [B]; for images of several classes the best-scored of them, or -1 without any.
+        top: best classes [B, min(5, C)]. margin: score of class 1 minus that of class 0 [B].
+        scores: of all classes [B, C], where they were asked for. truth: [B, C], for images of several classes.
+    """
 
     indices: Tensor
     labels: Tensor
     top: Tensor
     margin: Tensor
+    scores: Tensor | None = None
+    truth: Tensor | None = None
 
 
-def predict(scorer: Scorer, batch: Batch, features: Tensor) -> BatchPredictions:
-    """Score one batch of images against every class; the results are on the CPU."""
+def predict(scorer: Scorer, batch: Batch, features: Tensor, *, keep_scores: bool = False) -> BatchPredictions:
+    """Score one batch of images against every class."""
     scores = class_scores(scorer, scorer.encode_images(batch.images), features)  # [B, C]
     # a stable sort: equal scores rank by class number, on every device and for every number of processes
-    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    several = any(isinstance(target, tuple) for target in batch.targets)
+    truth = _truth(batch.targets, scores.shape[1]) if several else None
     return BatchPredictions(
         indices=torch.tensor(batch.indices, dtype=torch.int64),
-        labels=torch.tensor(batch.targets, dtype=torch.int64),
-        top=top.cpu(),
+        labels=_best_true(truth, order.cpu()) if several else torch.tensor(batch.targets, dtype=torch.int64),
+        top=order[:, :TOP].cpu(),
         margin=(scores[:, 1] - scores[:, 0]).cpu(),
+        scores=scores.cpu() if keep_scores else None,
+        truth=truth,
     )
+
+
+def _truth(targets: Sequence[Sequence[int]], classes: int) -> Tensor:
+    truth = torch.zeros(len(targets), classes, dtype=torch.bool)
+    for row, labels in enumerate(targets):
+        truth[row, list(labels)] = True
+    return truth
+
+
+def _best_true(truth: Tensor, order: Tensor) -> Tensor:
+    hits = truth.gather(1, order)
+    best = order.gather(1, hits.int().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(hits.any(dim=1), best, -1)

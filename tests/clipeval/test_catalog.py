@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llip.clipeval.catalog import CATALOG_FOLDER, load_catalog
-from llip.clipeval.labels import TextSource, resolve_labels
+from llip.clipeval.labels import resolve_labels
+from llip.clipeval.text_sources import TextSource
 from llip.errors import UserError
 from tests.clipeval.fakes import write_catalog
 
@@ -38,7 +39,7 @@ def test_paths_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (
             {"type": "imagefoldr"},
-            ["'task'", "'imagefoldr'", "filelist, imagefolder, retrieval, torchvision", "mean 'im"],
+            ["'task'", "'imagefoldr'", "filelist, imagefolder, jsonl, karpathy, retrieval", "mean 'im"],
         ),
         ({"type": 3}, ["type = 3", "known types"]),
         ({"metric": "top_1"}, ["metric = 'top_1'", "mean_per_class", "Did you mean 'top1'"]),
@@ -107,20 +108,79 @@ def test_shipped_catalog(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             assert source.kind != "file" or Path(source.value).is_file(), source
 
 
+SUITE = [
+    "food101",
+    "cifar10",
+    "cifar100",
+    "cub200",
+    "sun397",
+    "stanford_cars",
+    "fgvc_aircraft",
+    "dtd",
+    "oxford_pets",
+    "caltech101",
+    "flowers102",
+    "mnist",
+    "fer2013",
+    "stl10",
+    "eurosat",
+    "resisc45",
+    "gtsrb",
+    "kitti",
+    "country211",
+    "pcam",
+    "ucf101",
+    "kinetics700",
+    "clevr_counts",
+    "hateful_memes",
+    "rendered_sst2",
+    "imagenet",
+]
+
+
+def test_the_shipped_catalog_is_complete() -> None:
+    catalog = load_catalog()
+    assert len(SUITE) == 26
+    others = ["mit_states", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet", "sklearn_digits"]
+    assert {*SUITE, *others, "flickr30k", "mscoco"} == {name for name in catalog if not name.startswith("scenes_")}
+    assert {name: catalog[name].metric for name in SUITE if catalog[name].metric not in ("top1", "mean_per_class")} == {
+        "kinetics700": "mean_top1_top5",
+        "hateful_memes": "roc_auc",
+    }
+    for name, entry in catalog.items():
+        assert entry.source, name
+        assert name in ("caltech101", "kinetics700", "mit_states") or name.startswith("scenes_") or entry.num_images, (
+            name
+        )
+
+
 def test_shipped_texts_fit_their_entries() -> None:
+    pytest.importorskip("clip_benchmark")
     used = set()
     for entry in load_catalog().values():
-        if entry.kind != "classification" or "file" not in (entry.classnames.kind, entry.prompts.kind):
+        if entry.kind != "classification" or entry.num_classes is None:
             continue
-        used |= {entry.classnames.value, entry.prompts.value}
+        used |= {source.value for source in (entry.classnames, entry.prompts) if source.kind == "file"}
         own = [f"class {i}" for i in range(entry.num_classes)]
-        if entry.classnames.kind == "file" and entry.classnames.value.endswith(".json"):
-            own = None
-            names = entry.classnames.read(None, "classnames")
-            assert len(names) >= entry.num_classes
-            assert len(set(names.values())) == len(names)
-            continue
-        labels = resolve_labels(entry.classnames, entry.prompts, own, None, entry.num_classes)
-        assert len(set(labels.classnames)) == entry.num_classes
-    files = {str(file) for folder in ("classnames", "prompts") for file in (CATALOG_FOLDER / folder).iterdir()}
-    assert files <= used, "a file of class names or prompts that no entry uses"
+        if entry.class_keys is not None:
+            own = list(entry.class_keys.read(None, "class_keys"))[: entry.num_classes]
+        labels = resolve_labels(entry.classnames, entry.prompts, own, None, entry.num_classes, entry.class_keys)
+        repeated = 2 if entry.num_classes == 1000 else 0  # OpenCLIP gives two names of ImageNet to two classes each
+        assert len(set(labels.classnames)) == entry.num_classes - repeated
+    files = {str(file) for file in (CATALOG_FOLDER / "prompts").iterdir()}
+    assert files <= used, "a file of prompts that no entry uses"
+
+
+def test_names_of_faces_follow_the_labels_of_fer2013() -> None:
+    """clip-benchmark has the same names in the order of folders, which is not that of the labels in fer2013.csv."""
+    names = load_catalog()["fer2013"].classnames.read(None, "classnames")
+    assert names == ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")
+    pytest.importorskip("clip_benchmark")
+    assert sorted(names) == sorted(TextSource("package", "clip_benchmark:fer2013").read(None, "classnames"))
+
+
+def test_what_people_read_is_no_part_of_the_task(tmp_path: Path) -> None:
+    first = load_one(tmp_path)
+    second = load_one(tmp_path, note="new", source="https://example.org", download="get {path}")
+    assert second.fingerprint == first.fingerprint
+    assert (second.source, second.download) == ("https://example.org", f"get {tmp_path / 'images'}")

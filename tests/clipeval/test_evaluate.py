@@ -1,16 +1,17 @@
 """Zero-shot and retrieval results against plain loops, alone and on two processes; and how trouble is reported."""
 
+import io
 import os
 import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.main_distributed import launch
 from llip.clipeval.catalog import load_catalog
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.labels import Labels
@@ -22,13 +23,16 @@ from tests.clipeval.fakes import (
     FakeModel,
     captions_of,
     picture,
+    png,
     preprocess,
     tokenize,
     write_catalog,
     write_imagefolder,
     write_retrieval,
+    write_tar,
     write_wds,
 )
+from tests.helpers import ProcessPool
 
 CLASSES = ["ant", "bee", "cow", "dog", "emu", "fox", "gnu"]
 LABELS = [(i * 5 + i // 3) % 7 for i in range(41)]
@@ -48,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_bytes(b"broken")
     (folder / "empty/ant").mkdir(parents=True)
     (folder / "empty/bee").mkdir()
+    write_several(folder / "several")
     prompts = {"prompts": ["a {c}"]}
+    names = {"classnames": CLASSES, **prompts}
     write_catalog(
         folder / "catalog.json",
         {
@@ -62,10 +68,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "few_names": {"type": "imagefolder", "path": "broken_image", "classnames": ["a", "b", "c"], **prompts},
             "label_beyond": {"type": "webdataset", "path": "wds", "num_classes": 6},
             "too_few_images": {"type": "webdataset", "path": "wds", "num_images": 42},
+            "map": {"type": "webdataset", "path": "several", "label_key": "npy", "metric": "mAP", **names},
+            "one_of_several": {"type": "webdataset", "path": "several", "label_key": "npy", **names},
             "wrong_metric": {"type": "imagefolder", "path": "broken_image", "metric": "top5", **prompts},
         },
     )
     return folder
+
+
+SEVERAL = [[(i * k) % 4 == 1 for k in range(1, 8)] for i in range(11)]  # images 0, 4, 8 are of no class
+
+
+def write_several(root: Path) -> None:
+    """Write images that are of several classes each."""
+    members = {}
+    for i, row in enumerate(SEVERAL):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(row, np.int64))
+        members |= {f"{i:05d}.png": png(picture(i)), f"{i:05d}.npy": buffer.getvalue()}
+    write_tar(root / "test/0.tar", members)
 
 
 def evaluate(folder: Path, *tasks: str, model: FakeModel | None = None, **options: object) -> list[TaskResult]:
@@ -124,6 +145,51 @@ def test_scores_equal_a_plain_loop(ensemble: str) -> None:
 
 
 @torch.no_grad()
+def test_images_of_several_classes(folder: Path) -> None:
+    """mAP by its definition: precision at the place of each right image, averaged within each class."""
+    model = FakeModel().eval()
+    texts = [model.encode_text(tokenize([f"a {name}"]))[0] for name in CLASSES]
+    scores = [[dense_score(model, h, t) for t in texts] for h in image_tokens(model, len(SEVERAL))]
+    precisions = []
+    for label in range(7):
+        order = sorted(range(len(SEVERAL)), key=lambda i: -scores[i][label])
+        places = [place for place, i in enumerate(order, start=1) if SEVERAL[i][label]]
+        if places:
+            precisions.append(sum(n / place for n, place in enumerate(places, start=1)) / len(places))
+    (result,) = evaluate(folder, "map", batch_size=4)
+    assert result.value == pytest.approx(sum(precisions) / len(precisions), abs=1e-6)
+    assert (result.metric, result.n) == ("mAP", 11)
+    ranked = [sorted(range(7), key=lambda c: -row[c]) for row in scores]
+    places = [[order.index(c) for c in range(7) if row[c]] for order, row in zip(ranked, SEVERAL, strict=True)]
+    best = [min([*found, 5]) for found in places]  # 5: not among the five best, or of no class
+    assert result.outcomes.ranks.tolist() == best
+    assert 5 in best
+
+
+@pytest.mark.parametrize("kind", ["one class", "several classes", "captions"])
+def test_the_hash_of_the_data_follows_targets(tmp_path: Path, kind: str) -> None:
+    """The same images with one other label, or caption, are other data."""
+    hashes = []
+    for value in (0, 1, 0):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([1, value, 0]))
+        target = {"one class": str(value), "several classes": buffer.getvalue(), "captions": f"a\nb {value}"}[kind]
+        suffix = {"one class": "cls", "several classes": "npy", "captions": "txt"}[kind]
+        write_tar(tmp_path / "set/test/0.tar", {"0.png": png(picture(0)), f"0.{suffix}": target})
+        names = {"classnames": CLASSES[:3], "prompts": ["a {c}"], "metric": "top1"}
+        entry = {"type": "webdataset", "path": "set", "label_key": suffix, **names}
+        if kind == "several classes":
+            entry["metric"] = "mAP"
+        if kind == "captions":
+            entry = {"type": "retrieval", "path": "set"}
+        write_catalog(tmp_path / "catalog.json", {"t": entry})
+        (result,) = evaluate(tmp_path, "t")
+        assert result.error is None
+        hashes.append(result.samples)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+@torch.no_grad()
 def test_retrieval_equals_a_plain_loop(folder: Path) -> None:
     model = FakeModel().eval()
     texts = [(i, text) for i in range(CAPTIONED) for text in captions_of(i)]
@@ -141,26 +207,28 @@ def test_retrieval_equals_a_plain_loop(folder: Path) -> None:
     assert len(set(result.values.values())) > 3  # else the comparison says little
 
 
-def _evaluate_to_file(device: str, folder: Path) -> None:
-    """What each of the two processes does; every process writes what it saw."""
-    results = evaluate(folder, device=device)
-    torch.save([result.to_json() for result in results], folder / f"rank{torch.distributed.get_rank()}.pt")
-
-
 TIMES = ("seconds", "images_per_second")
 
 
-def test_two_processes_give_the_results_of_one(folder: Path) -> None:
-    launch(_evaluate_to_file, ["cpu", "cpu"], folder)
-    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert ranks[0] == ranks[1]
+def _results(rank: int, count: int, folder: Path) -> list[dict]:
+    """What each process does."""
+    return [result.to_json() for result in evaluate(folder)]
+
+
+def test_any_number_of_processes_gives_the_results_of_one(folder: Path, pool: ProcessPool) -> None:
+    """To the last bit of every value, error and hash; 4 processes are more than some tasks have images."""
     alone = [result.to_json() for result in evaluate(folder)]
-    for task in (*ranks[0], *alone):
-        for key in TIMES:
-            task.pop(key)
-        if "error" in task:  # says which process failed
-            task["error"] = task["error"].split(" (process ")[0]
-    assert ranks[0] == alone
+    for count in (2, 4):
+        ranks = pool.run(_results, count, folder)
+        assert all(rank == ranks[0] for rank in ranks)
+        for task, expected in zip(ranks[0], alone, strict=True):
+            assert task["seconds"] > 0
+            if "error" in task:  # says which process failed
+                task["error"] = task["error"].split(" (process ")[0]
+            for result in (task, expected):
+                assert {key: result.pop(key, None) for key in TIMES}.keys() == set(TIMES)
+            assert task == expected
+            expected |= dict.fromkeys(TIMES, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +239,8 @@ def test_two_processes_give_the_results_of_one(folder: Path) -> None:
         ("all_broken", "none of 2 images can be read; the first is .*ant/000.png"),
         ("few_names", "3 class names for a dataset of 2 classes.*class 0"),
         ("label_beyond", "7 class names, but the entry expects num_classes = 6"),
-        ("too_few_images", "41 images, but the entry expects num_images = 42"),
+        ("too_few_images", "41 images in .*wds, split test, but the entry expects num_images = 42"),
+        ("one_of_several", "metric 'top1' is for one class per image, and here are several; use mAP"),
         ("wrong_metric", "'top5' is 1 by definition with 2 classes"),
     ],
 )
@@ -182,6 +251,13 @@ def test_a_broken_dataset_is_reported_and_the_others_run(folder: Path, task: str
     assert re.search(words, broken.error), broken.error
     assert good.error is None
     assert classification_mean([broken, good]) == good.value
+
+
+def test_a_missing_dataset_says_where_it_comes_from(tmp_path: Path) -> None:
+    entry = {"type": "webdataset", "path": "gone", "source": "https://example.org", "download": "get {path}"}
+    write_catalog(tmp_path / "catalog.json", {"t": entry})
+    (result,) = evaluate(tmp_path, "t")
+    assert result.error.endswith(f"; it comes from https://example.org; get it with `get {tmp_path / 'gone'}`")
 
 
 def test_label_without_a_class_name(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llip.clipeval.labels import TextSource, hash_texts, resolve_labels
+from llip.clipeval.labels import hash_texts, resolve_labels
+from llip.clipeval.text_sources import TextSource
 from llip.errors import UserError
 
 PROMPTS = TextSource("list", ("a photo of {c}", "{}."))
@@ -32,6 +33,9 @@ def test_files(tmp_path: Path) -> None:
     )
     mapped = resolve_labels(TextSource.parse("map.json", tmp_path), prompts, ["n01", "n02"], None, None)
     assert mapped.classnames == ("cat", "dog")
+    (tmp_path / "words.json").write_text(json.dumps({"sea_lake": "a lake", "river": "a river"}))
+    words = resolve_labels(TextSource.parse("words.json", tmp_path), prompts, ["river", "sea lake"], None, None)
+    assert words.classnames == ("a river", "a lake")
     with pytest.raises(UserError, match="no name for the dataset's class 'n09'"):
         resolve_labels(TextSource.parse("map.json", tmp_path), prompts, ["n01", "n09"], None, None)
     with pytest.raises(UserError, match=r"gone\.txt is not there"):
@@ -67,6 +71,34 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         resolve_labels(names("cat", "dog"), TextSource("dataset", "dataset"), None, None, None)
     with pytest.raises(UserError, match=r"'open_clip:imagenett'.*'open_clip:imagenet'"):
         resolve_labels(TextSource.parse("open_clip:imagenett", tmp_path), PROMPTS, None, None, None)
+
+
+def test_keys_name_the_classes_of_a_dataset_that_has_fewer() -> None:
+    keys = names("n01", "n02", "n03")
+    labels = resolve_labels(names("cat", "dog", "cow"), PROMPTS, ["n03", "n01"], None, 2, keys)
+    assert labels.classnames == ("cow", "cat")
+    with pytest.raises(UserError, match="no name for the dataset's class 'n04'"):
+        resolve_labels(names("cat", "dog", "cow"), PROMPTS, ["n01", "n04"], None, None, keys)
+    with pytest.raises(UserError, match="class_keys has 3 keys, but classnames is 2 names"):
+        resolve_labels(names("cat", "dog"), PROMPTS, ["n01"], None, None, keys)
+    with pytest.raises(UserError, match="the dataset has none"):
+        resolve_labels(names("cat", "dog", "cow"), PROMPTS, None, None, None, keys)
+
+
+def test_synonyms_weigh_alike_and_every_class_has_as_many_prompts(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps({"x": [["happy", "smiling", "glad"], ["sad", "down"], "angry"]}))
+    labels = resolve_labels(TextSource.parse("labels.json#x", tmp_path), PROMPTS, ["happy", "sad", "angry"], None, 3)
+    assert labels.classnames == (("happy", "smiling", "glad"), ("sad", "down"), "angry")
+    assert labels.prompts_per_class == 2 * 6
+    for label, expected in enumerate([("happy", "smiling", "glad"), ("sad", "down"), ("angry",)]):
+        prompts = labels.prompts_of(label)
+        assert len(prompts) == 12
+        for name in expected:
+            for prompt in (f"a photo of {name}", f"{name}."):
+                assert prompts.count(prompt) == 6 // len(expected)
+    assert (
+        labels.classnames_hash != resolve_labels(names("happy", "sad", "angry"), PROMPTS, None, None, 3).classnames_hash
+    )
 
 
 def test_hash_depends_on_texts_and_order() -> None:

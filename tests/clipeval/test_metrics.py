@@ -1,9 +1,10 @@
 """Metrics against cases worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
 
-from llip.clipeval.metrics import METRICS, Predictions, metric_names, recall_at, roc_auc
+from llip.clipeval.metrics import METRICS, Predictions, average_precision, metric_names, recall_at, roc_auc
 from llip.clipeval.retrieval import DEPTH, best_of, first_hit
 from llip.errors import UserError
 
@@ -73,7 +74,7 @@ def test_metrics_refuse_what_they_cannot_measure() -> None:
 
 
 def test_names_by_kind() -> None:
-    expected = ("top1", "top5", "mean_per_class", "mean_top1_top5", "roc_auc")
+    expected = ("top1", "top5", "mean_per_class", "mean_top1_top5", "roc_auc", "mAP")
     assert metric_names("classification") == expected
     assert metric_names("retrieval") == ("recall",)
 
@@ -89,3 +90,68 @@ def test_equal_scores_rank_by_image_index() -> None:
     scores, images = best_of(torch.tensor([[0.5, 0.9, 0.5]]), torch.tensor([[7, 4, 2]]))
     assert images.tolist() == [[4, 2, 7]]
     torch.testing.assert_close(scores, torch.tensor([[0.9, 0.5, 0.5]]))
+
+
+def ranked(scores: list[list[float]], labels: list[int] | None = None, truth: list[list[int]] | None = None):
+    scores = torch.tensor(scores)
+    return Predictions(
+        labels=torch.tensor(labels if labels is not None else [0] * len(scores)),
+        top=scores.argsort(dim=1, descending=True)[:, :5],
+        margin=scores[:, 1] - scores[:, 0],
+        classes=scores.shape[1],
+        scores=scores,
+        truth=None if truth is None else torch.tensor(truth, dtype=torch.bool),
+    )
+
+
+def test_average_precision_by_hand() -> None:
+    # right at places 1, 3 and 4 of 5: precisions 1/1, 2/3, 3/4
+    scores, hits = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, True, False])
+    assert average_precision(scores, hits) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    shuffled = torch.tensor([3, 0, 4, 1, 2])
+    assert average_precision(scores[shuffled], hits[shuffled]) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    # the second and third are equal and enter together: 1/1 for one of two, then 2/3 for the other
+    assert average_precision(torch.tensor([3.0, 2.0, 2.0]), torch.tensor([True, True, False])) == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
+
+
+def test_map_by_hand() -> None:
+    scores = [[0.9, 0.1, 0.3], [0.8, 0.2, 0.3], [0.1, 0.7, 0.3]]
+    truth = [[1, 0, 0], [0, 1, 0], [1, 1, 0]]  # class 2 has no image and does not count
+    # class 0: places 1 and 3 -> (1 + 2/3) / 2; class 1: places 2 and 1 -> 1
+    assert METRICS["mAP"](ranked(scores, truth=truth)) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+    # one class per image: class 0 has image 0 at place 1, class 1 has images 1 and 2 at places 2 and 1
+    assert METRICS["mAP"](ranked(scores, labels=[0, 1, 1])) == pytest.approx(1.0)
+    with pytest.raises(UserError, match="no image has one"):
+        METRICS["mAP"](ranked(scores, truth=[[0, 0, 0]] * 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_scikit_learn(seed: int) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    images, classes = 60, 7
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, images - classes)])
+    scores = (rng.integers(0, 12, (images, classes)) / 12).astype(np.float32)  # many ties
+    scores[np.arange(images), labels] += 0.25
+    one_hot = np.eye(classes, dtype=bool)[labels]
+    predictions = ranked(scores.tolist(), labels.tolist())
+    expected = sklearn.average_precision_score(one_hot, scores, average="macro")
+    assert METRICS["mAP"](predictions) == pytest.approx(expected)
+    several = one_hot | (rng.random((images, classes)) < 0.2)
+    predictions = ranked(scores.tolist(), truth=several.tolist())
+    assert METRICS["mAP"](predictions) == pytest.approx(sklearn.average_precision_score(several, scores))
+
+    untied = rng.random((images, classes)).astype(np.float32)
+    predictions = ranked(untied.tolist(), labels.tolist())
+    guesses = untied.argmax(axis=1)
+    assert METRICS["top1"](predictions) == pytest.approx(sklearn.accuracy_score(labels, guesses))
+    top5 = sklearn.top_k_accuracy_score(labels, untied, k=5, labels=range(classes))
+    assert METRICS["top5"](predictions) == pytest.approx(top5)
+    assert METRICS["mean_per_class"](predictions) == pytest.approx(sklearn.balanced_accuracy_score(labels, guesses))
+    binary = labels % 2
+    margins = np.round(rng.random(images), 1)
+    assert roc_auc(two_classes(binary.tolist(), margins.tolist())) == pytest.approx(
+        sklearn.roc_auc_score(binary, margins.astype(np.float32))
+    )

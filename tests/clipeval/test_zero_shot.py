@@ -1,5 +1,6 @@
 """For a plain CLIP the scores are those of OpenCLIP's own zero-shot classifier on the same weights."""
 
+import json
 from pathlib import Path
 
 import open_clip
@@ -8,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import llip
 from llip.clipeval import zero_shot
-from llip.clipeval.labels import Labels, TextSource
+from llip.clipeval.catalog import load_catalog
+from llip.clipeval.evaluate import evaluate_tasks
+from llip.clipeval.labels import Labels
+from llip.clipeval.loading import image_batches
+from llip.clipeval.text_sources import TextSource
 from llip.clipeval.zero_shot import Scorer, class_features, class_scores
+from tests.clipeval.fakes import write_catalog, write_imagefolder
+from tests.helpers import TINY_MODEL
 
 
 class PlainClip(nn.Module):
@@ -52,6 +60,88 @@ def test_scores_equal_open_clips(clip: open_clip.CLIP) -> None:
     scores = class_scores(scorer, scorer.encode_images(images), features)
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(scores.argmax(dim=1), expected.argmax(dim=1))
+
+
+NAMES = [f"thing {word}" for word in "abcdefghijk"]
+TEMPLATES = ["a photo of a {}.", "the {}.", "{} outside"]
+LABELS = Labels(tuple(NAMES), tuple(template.replace("{}", "{c}") for template in TEMPLATES))
+
+
+def scorer_of(model: nn.Module) -> Scorer:
+    return Scorer(model, model.preprocess_val, model.tokenizer, torch.device("cpu"))
+
+
+def tiny(folder: Path, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(TINY_MODEL))
+    model, _, preprocess = llip.create_model_and_transforms(str(path), **options)
+    model.preprocess_val, model.tokenizer = preprocess, llip.get_tokenizer(context_length=12)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_our_own_clip_is_open_clips_image_for_image(tmp_path: Path) -> None:
+    """pooling=first on the same weights: from image files, through the whole evaluation."""
+    torch.manual_seed(0)
+    theirs = open_clip.CustomTextCLIP(**TINY_MODEL).eval()
+    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
+    ours = tiny(tmp_path, mixture_tokens=1, pooling="first", pretrained=str(tmp_path / "clip.pt"))
+    write_imagefolder(tmp_path / "set", NAMES, 3)
+    source = load_catalog(
+        write_catalog(tmp_path / "c.json", {"t": {"type": "imagefolder", "path": "set", "prompts": TEMPLATES}})
+    )["t"].data.open()
+
+    weights = open_clip.build_zero_shot_classifier(theirs, ours.tokenizer, NAMES, TEMPLATES)  # [D, C]
+    transform = open_clip.image_transform(32, is_train=False)
+    images = torch.stack([transform(source.load(i)[0].convert("RGB")) for i in range(len(source))])
+    expected = theirs.encode_image(images, normalize=True) @ weights
+
+    scorer = scorer_of(ours)
+    features = class_features(scorer, LABELS, range(len(NAMES)), "feature")
+    (batch,) = image_batches(source, ours.preprocess_val, range(len(source)), 64, workers=0)
+    found = zero_shot.predict(scorer, batch, features, keep_scores=True)
+    torch.testing.assert_close(found.scores, expected, atol=2e-6, rtol=0)
+    assert torch.equal(found.top[:, 0], expected.argmax(dim=1))
+    assert len(found.top[:, 0].unique()) > 1  # else the comparison says little
+    (result,) = evaluate_tasks(
+        ours, ours.preprocess_val, ours.tokenizer, None, load_catalog(tmp_path / "c.json"), device="cpu", workers=0
+    )
+    right = expected.argmax(dim=1) == torch.tensor(source.targets())
+    assert (result.outcomes.ranks == 0).tolist() == right.tolist()
+    assert result.value == pytest.approx(right.double().mean().item())
+
+
+@pytest.mark.parametrize("ensemble", ["feature", "score"])
+@torch.no_grad()
+def test_llip_equals_a_dense_loop_over_contextualize(tmp_path: Path, ensemble: str) -> None:
+    model = tiny(tmp_path, mixture_tokens=4, pooling="text", pool_heads=2)
+    images = torch.randn(6, 3, 32, 32)
+    h = model.encode_image(images)
+    expected = torch.empty(6, len(NAMES))
+    for label, name in enumerate(NAMES):
+        texts = model.encode_text(model.tokenizer([template.format(name) for template in TEMPLATES]))
+        queries = texts if ensemble == "score" else F.normalize(texts.mean(dim=0, keepdim=True), dim=-1)
+        for image in range(6):
+            each = [(model.contextualize(h[[image]], query[None])[0, 0] @ query).item() for query in queries]
+            expected[image, label] = sum(each) / len(each)
+    scorer = scorer_of(model)
+    features = class_features(scorer, LABELS, range(len(NAMES)), ensemble)
+    scores = class_scores(scorer, scorer.encode_images(images), features)
+    torch.testing.assert_close(scores, expected, atol=2e-6, rtol=0)
+    assert torch.equal(scores.argmax(dim=1), expected.argmax(dim=1))
+
+
+@torch.no_grad()
+def test_synonyms_are_a_mean_over_names_and_prompts(clip: open_clip.CLIP) -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=24)
+    scorer = Scorer(PlainClip(clip), lambda image: image, tokenizer, torch.device("cpu"))
+    labels = Labels((("cat", "kitten", "tom"), ("dog", "hound"), "cow"), ("a {c}", "the {c}"))
+    features = class_features(scorer, labels, range(3), "feature")[:, 0]
+    for row, names in zip(features, (("cat", "kitten", "tom"), ("dog", "hound"), ("cow",)), strict=True):
+        prompts = [f"{word} {name}" for word in ("a", "the") for name in names]
+        texts = clip.encode_text(tokenizer(prompts), normalize=True)
+        torch.testing.assert_close(row, F.normalize(texts.mean(dim=0), dim=-1), atol=1e-6, rtol=0)
 
 
 def test_named_sources_are_open_clips() -> None:

@@ -14,7 +14,7 @@ from evals import main_mc, mc
 from evals.main_distributed import choose_devices, launch
 from llip.clipeval.eval_config import EvalConfig
 from llip.errors import EXIT_USER, UserError
-from tests.clipeval.fakes import FakeModel, write_catalog, write_retrieval, write_wds
+from tests.clipeval.fakes import FakeModel, write_catalog, write_imagefolder, write_retrieval, write_wds
 
 CLASSES = ["ant", "bee", "cow"]
 
@@ -62,7 +62,30 @@ def test_results(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
     assert results["model"]["checkpoint"]["path"] == config.checkpoint_path
     percent = f"{100 * wds['value']:.1f}"
     assert percent in capsys.readouterr().out
-    assert f"| wds | top1 | {percent} | 30 | 0 |" in Path(config.output_dir, "results.md").read_text()
+    text = Path(config.output_dir, "results.md").read_text()
+    assert f"| wds | top1 | {percent} | 30 | 0 |" in text
+    recalls = [f"{100 * pairs[f'{way}_R@{k}']:.1f}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    assert f"| pairs | all | {' | '.join(recalls)} | 6 | 12 | 0 |" in text
+    assert f"| mean | of 1 classification tasks | {percent} |" in text
+
+
+def test_unreadable_images_are_told_and_failed_tasks_do_not_enter_the_mean_silently(
+    config: EvalConfig, capsys: pytest.CaptureFixture
+) -> None:
+    write_imagefolder(Path(config.catalog_name).parent / "folder", CLASSES, 2)
+    (Path(config.catalog_name).parent / "folder/bee/001.png").write_bytes(b"")
+    folder = {"type": "imagefolder", "path": "folder", "prompts": ["a {c}"]}
+    entries = {"folder": folder, "gone": folder | {"path": "gone"}}
+    write_catalog(Path(config.catalog_name), entries)
+    assert mc.run(config, ["cpu"], load_fake) == 1
+    told = capsys.readouterr()
+    words = "folder: 1 of 6 images cannot be read and are left out, for instance "
+    text = Path(config.output_dir, "results.md").read_text()
+    for place in (told.err, text):
+        assert words in place
+        assert "bee/001.png" in place
+    assert "of 1 classification tasks, 1 failed" in told.out
+    assert "\n- gone failed: dataset folder gone" in text
 
 
 def test_a_rerun_keeps_what_is_done(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
@@ -172,7 +195,7 @@ def test_outcomes_chart_and_shortlist(config: EvalConfig, capsys: pytest.Capture
     assert "1 of 2 tasks are done already" in capsys.readouterr().out  # a shortlist concerns retrieval alone
     assert results_of(config)["tasks"]["wds"] == first["wds"]
     assert results_of(config)["tasks"]["pairs"]["shortlist"] == 10
-    assert "| pairs | text_to_image_R@1 (shortlist 10) |" in (folder / "results.md").read_text()
+    assert "| pairs | shortlist 10 |" in (folder / "results.md").read_text()
     with pytest.raises(UserError, match="results gone are not there"):
         mc.run(replace(config, compare_with=("gone",)), ["cpu"], load_fake)
 
@@ -186,8 +209,11 @@ def test_the_chart_shows_what_it_was_given(config: EvalConfig, monkeypatch: pyte
     Path(config.checkpoint_path).write_text("3")
     Path(config.catalog_name).write_text(Path(config.catalog_name).read_text().replace("pairs", "couples", 1))
     assert mc.run(replace(config, compare_with=(str(earlier),), references={"a": 1.5}), ["cpu"], load_fake) == 0
-    _, _, tasks, sides, lines = shown
-    assert tasks == ["wds", "mean of these 1"]
+    _, _, tasks, sides, lines, rules = shown
+    assert tasks == ["wds", "mean of these 1", "couples (image_to_text_R@1)", "couples (text_to_image_R@1)"]
     now = 100 * results_of(config)["tasks"]["wds"]["value"]
-    assert sides == {"this evaluation": [now, now], str(earlier): [100 * wds["value"]] * 2}
+    couples = results_of(config)["tasks"]["couples"]
+    recalls = [100 * couples[f"{way}_R@1"] for way in ("image_to_text", "text_to_image")]
+    assert sides == {"this evaluation": [now, now, *recalls], str(earlier): [*[100 * wds["value"]] * 2, None, None]}
     assert lines == {"a": 1.5}
+    assert rules == [1, 2]

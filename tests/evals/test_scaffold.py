@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from evals import main_mc, scaffold
+from llip.clipeval.catalog import load_catalog
 from llip.clipeval.eval_config import load_eval_config
 from llip.errors import EXIT_USER, UserError
 
@@ -67,6 +68,18 @@ def test_shipped_files_load(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.mc_config_name == name
         assert sorted(config.references.values()) == ([] if name == "llip_quickstart" else [69.6, 79.3])
         assert config.checkpoint_path == f"logs/{name}/checkpoints/latest.pt"
+
+
+def test_tasks_of_shipped_files_are_in_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for path in sorted(Path("config_evals").glob("*.yaml")):
+        config = load_eval_config(path)
+        assert len(load_catalog(config.catalog_name).select(config.tasks)) == len(config.tasks)
+    suite = load_eval_config("config_evals/llip_b16_k32.yaml").tasks
+    assert suite == load_eval_config("config_evals/llip_G14_k64.yaml").tasks
+    assert len(suite) == 26 + 3
+    robustness = load_eval_config("config_evals/llip_b16_k32_robustness.yaml")
+    assert set(suite) & set(robustness.tasks) == {"imagenet"}
 
 
 def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -1,50 +1,118 @@
-"""Images as files: one folder per class (imagefolder), or a list of paths beside a list of labels (filelist)."""
+"""Images as files, one folder per class."""
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from llip.clipeval.datasets import DatasetSpec, ImageSource, dataset_type, require_file, require_folder
+from llip.clipeval.datasets import (
+    DatasetSpec,
+    ImageSource,
+    dataset_type,
+    readable_name,
+    require_file,
+    require_folder,
+)
 from llip.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
 class ImageFiles(ImageSource):
-    """Image files with labels."""
+    """Image files with a target for each (a label, or captions); `border` pixels are cut off every side."""
 
-    def __init__(self, files: Sequence[str], labels: Sequence[int], classnames: Sequence[str] | None = None) -> None:
-        self.files, self.labels, self.classnames = files, labels, classnames
+    def __init__(
+        self, files: Sequence[str], targets: Sequence[Any], classnames: Sequence[str] | None = None, border: int = 0
+    ) -> None:
+        self._files, self._targets, self.classnames, self._border = files, targets, classnames, border
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._files)
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return str(self._files[index])
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.files[index]) as image:
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        with Image.open(self._files[index]) as image:
             image.load()
-        return image, int(self.labels[index])
+        if self._border:
+            image = image.crop((self._border, self._border, image.width - self._border, image.height - self._border))
+        return image, self._targets[index]
+
+    def targets(self) -> Sequence[Any]:
+        return self._targets
 
 
 @dataset_type("imagefolder")
 class ImageFolder(DatasetSpec):
-    """`path[/split]/<class>/<image>`: labels follow the sorted folder names, as torchvision's ImageFolder has it."""
+    """`path[/split]/<class>/<image>`; labels follow the sorted folder names, as torchvision's ImageFolder has it.
+
+    Attributes:
+        listing: a text file of image paths below the folder, one per line: these images alone, in this order; the
+            class is the image's folder, which may then be nested.
+        class_pattern: regular expression that a class folder's whole name must match, others are no classes; its
+            first group, if any, is the class's name.
+        numbered: folders are numbers, labels follow their values (2 before 10).
+        camel_case: folder names are words joined LikeThis.
+        names: a json object of folder -> the dataset's name of the class.
+        only: a json list, or an object, of the (mapped) names of the classes to use; the others are left out.
+        crop_border: pixels to cut off each side of every image.
+    """
 
     path: Path
     split: str = ""
+    listing: Path | None = None
+    class_pattern: str = "(.+)"
+    numbered: bool = False
+    camel_case: bool = False
+    names: Path | None = None
+    only: Path | None = None
+    crop_border: int = 0
 
     def open(self) -> ImageFiles:
-        folder = require_folder(self.path / self.split)
-        classes = sorted(child.name for child in folder.iterdir() if child.is_dir())
-        if not classes:
-            raise UserError(f"folder {folder} has no class folders; expected {folder}/<class>/<image>")
-        files = [(file, label) for label, name in enumerate(classes) for file in _images_below(folder / name)]
-        return ImageFiles([file for file, _ in files], [label for _, label in files], classes)
+        root = require_folder(self.path / self.split)
+        listed = None if self.listing is None else _read_listing(self.listing)
+        folders = {child.name for child in root.iterdir() if child.is_dir()}
+        names = self._class_names(folders if listed is None else {file.rpartition("/")[0] for file in listed})
+        if not names:
+            where = f"folder {root} has no class folders" if listed is None else f"{self.listing} lists no class"
+            raise UserError(f"{where} that match class_pattern {self.class_pattern!r}; expected {root}/<class>/<image>")
+        order = sorted(names, key=int) if self.numbered else sorted(names)
+        label_of = {folder: label for label, folder in enumerate(order)}
+        if listed is None:
+            files = [(file, label) for folder, label in label_of.items() for file in _images_below(root / folder)]
+        else:
+            pairs = [(file, file.rpartition("/")[0]) for file in listed]
+            files = [(str(root / file), label_of[folder]) for file, folder in pairs if folder in label_of]
+        paths, labels = [file for file, _ in files], [label for _, label in files]
+        return ImageFiles(paths, labels, [names[folder] for folder in order], self.crop_border)
+
+    def _class_names(self, folders: set[str]) -> dict[str, str]:
+        """Return folder -> name of the folders that are classes."""
+        try:
+            pattern = re.compile(self.class_pattern)
+        except re.error as error:
+            raise UserError(f"class_pattern {self.class_pattern!r} is not a regular expression: {error}") from error
+        matches = {folder: match for folder in folders if (match := pattern.fullmatch(folder))}
+        if self.numbered and (wrong := sorted(folder for folder in matches if not re.fullmatch(r"\d+", folder))):
+            raise UserError(f"folder {wrong[0]!r} in {self.path / self.split} is not a number, but numbered = true")
+        names = {
+            folder: readable_name((match[1] if pattern.groups else folder).replace("/", " "), self.camel_case)
+            for folder, match in matches.items()
+        }
+        if self.names is not None:
+            mapping = _read_json(self.names, dict)
+            names = {folder: str(mapping[folder]) for folder in names if folder in mapping}
+        if self.only is not None:
+            kept = set(_read_json(self.only, (dict, list)))
+            names = {folder: name for folder, name in names.items() if name in kept}
+            if missing := sorted(kept - set(names.values())):
+                raise UserError(f"{self.only} asks for class {missing[0]!r}, which {self.path / self.split} lacks")
+        return names
 
 
 def _images_below(folder: Path) -> Iterator[str]:
@@ -54,29 +122,20 @@ def _images_below(folder: Path) -> Iterator[str]:
         yield from (os.path.join(parent, file) for file in sorted(files) if Path(file).suffix.lower() in IMAGE_SUFFIXES)
 
 
-@dataset_type("filelist")
-class FileList(DatasetSpec):
-    """Two .npy files: `images`, paths as strings (relative to `path`), and `labels`, integers, one for each."""
-
-    path: Path
-    images: Path
-    labels: Path
-
-    def open(self) -> ImageFiles:
-        root = require_folder(self.path)
-        files, labels = _read_npy(self.images, "U", "strings"), _read_npy(self.labels, "iu", "integers")
-        if len(files) != len(labels):
-            raise UserError(f"{self.images} has {len(files)} images and {self.labels} has {len(labels)} labels")
-        return ImageFiles([str(root / file) for file in files.tolist()], labels.tolist())
+def _read_listing(path: Path) -> list[str]:
+    lines = require_file(path).read_text(encoding="utf-8").splitlines()
+    files = [line.strip().lstrip("/") for line in lines if line.strip()]
+    for file in files:
+        if "/" not in file or ".." in file.split("/"):
+            raise UserError(f"{path} lists {file!r}; expected <class>/<image>, below the dataset's folder")
+    return files
 
 
-def _read_npy(path: Path, kinds: str, meaning: str) -> np.ndarray:
+def _read_json(path: Path, kinds: type | tuple[type, ...]) -> Any:
     try:
-        array = np.load(require_file(path), allow_pickle=False)
+        value = json.loads(require_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        fix = f"write it with np.save(path, np.array(values)) from plain {meaning} (object arrays hold pickles)"
-        raise UserError(f"{path} cannot be read without unpickling: {error}; {fix}") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or (len(array) and array.dtype.kind not in kinds):
-        described = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise UserError(f"{path} holds {described}; expected one dimension of {meaning}")
-    return array
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kinds):
+        raise UserError(f"{path} holds {type(value).__name__}; expected an object of names")
+    return value

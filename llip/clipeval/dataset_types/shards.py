@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from PIL import Image
 
 from llip.clipeval.datasets import DatasetSpec, ImageSource, dataset_type, require_folder
@@ -60,26 +61,33 @@ class ShardImages(ImageSource):
     """Images in tar shards, with a target for each (a label, or the captions)."""
 
     def __init__(self, samples: Sequence[ShardSample], targets: Sequence[Any]) -> None:
-        self.samples, self.targets = samples, targets
+        self._samples, self._targets = samples, targets
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._samples)
 
     def name(self, index: int) -> str:
-        return self.samples[index].name
+        return self._samples[index].name
+
+    def targets(self) -> Sequence[Any]:
+        return self._targets
 
     def load(self, index: int) -> tuple[Image.Image, Any]:
-        sample = self.samples[index]
+        sample = self._samples[index]
         if sample.image_key is None:
             raise ValueError(f"no image; its keys are {', '.join(sorted(sample.members))}")
         with Image.open(io.BytesIO(sample.read(sample.image_key))) as image:
             image.load()
-        return image, self.targets[index]
+        return image, self._targets[index]
 
 
 @dataset_type("webdataset")
 class WebDataset(DatasetSpec):
-    """Classification shards: an image and its label as text under `label_key`."""
+    """Classification shards: an image and its label under `label_key`.
+
+    `cls` (or another key) is a class number as text. `npy` is a vector of zeros and ones, one for each class: the image
+    may be of several classes.
+    """
 
     path: Path
     split: str = "test"
@@ -88,16 +96,35 @@ class WebDataset(DatasetSpec):
     def open(self) -> ShardImages:
         samples = index_shards(require_folder(self.path) / self.split)
         source = ShardImages(samples, [self._label(sample) for sample in samples])
+        source.multi_label = self._multi_label
         source.classnames = _read_lines(self.path / "classnames.txt")
         source.templates = _read_lines(self.path / "zeroshot_classification_templates.txt")
         return source
 
-    def _label(self, sample: ShardSample) -> int:
+    def _label(self, sample: ShardSample) -> int | tuple[int, ...]:
         _require_keys(sample, self.label_key)
-        text = sample.read(self.label_key).decode(errors="replace").strip()
+        data = sample.read(self.label_key)
+        if self._multi_label:
+            return _ones(data, f"sample {sample.name}: {self.label_key}")
+        text = data.decode(errors="replace").strip()
         if not re.fullmatch(r"\d+", text):
             raise UserError(f"sample {sample.name}: {self.label_key} is {text[:40]!r}, expected a class number from 0")
         return int(text)
+
+    @property
+    def _multi_label(self) -> bool:
+        return self.label_key == "npy"
+
+
+def _ones(data: bytes, where: str) -> tuple[int, ...]:
+    """Return where a stored vector is 1."""
+    try:
+        vector = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{where} cannot be read without unpickling: {error}") from error
+    if vector.ndim != 1 or not np.isin(vector, (0, 1)).all():
+        raise UserError(f"{where} is {vector.dtype} of shape {vector.shape}; expected a vector of zeros and ones")
+    return tuple(np.flatnonzero(vector).tolist())
 
 
 @dataset_type("retrieval")
@@ -174,10 +201,20 @@ def _index_shard(shard: Path) -> Iterator[ShardSample]:
                 if extension.lower() in members:
                     raise UserError(f"shard {shard} has two members called {info.name}")
                 members[extension.lower()] = Member(info.offset_data, info.size)
+            _check_end(shard, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} cannot be read: {error}; expected an uncompressed tar") from error
     for key, members in samples.items():
         yield ShardSample(shard, key, members)
+
+
+def _check_end(shard: Path, position: int) -> None:
+    """Refuse a shard whose reading stopped at something that is no end: tarfile takes a broken header for the end."""
+    with shard.open("rb") as file:
+        file.seek(position)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise UserError(f"shard {shard} is damaged at byte {position}: what follows would be lost; write it anew")
 
 
 def _require_keys(sample: ShardSample, key: str) -> None:
