@@ -34,7 +34,7 @@ def load_model(path: Path, config: EvalConfig) -> nn.Module:
     import llip
     from llip.open_clip.factory import check_model_matches
 
-    model = llip.load_pretrained(path)
+    model = llip.load_pretrained(path, ema=config.ema)
     check_model_matches(model, search_config(config.mc_config_name))
     return model
 
@@ -55,7 +55,7 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
     catalog = load_catalog(config.catalog_name)
     wanted = catalog.select(config.tasks)
     model = ModelIdentity(
-        config=config.mc_config_name,
+        config=config.mc_config_name + (" (averaged weights)" if config.ema else ""),
         checkpoint=CheckpointIdentity.of(checkpoint),
         prompt_ensemble=config.prompt_ensemble,
         precision=precision,

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from llip.clipeval.catalog import DEFAULT_CATALOG, Catalog, Entry, load_catalog
 from llip.clipeval.datasets import ImageSource
-from llip.clipeval.loading import to_rgb
 from llip.clipeval.metrics import CLASSIFICATION
 from llip.clipeval.opening import check_size, check_targets, labels_of
 from llip.errors import EXIT_USER, UserError
+from llip.pixels import to_rgb
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"
 EXIT_WRONG = 1

@@ -21,6 +21,7 @@ class EvalConfig:
         mc_config_name: run config that the checkpoint must match, as `llip.main` takes it.
         checkpoint_path: the checkpoint. output_dir: folder of results.json and results.md.
         catalog_name: a catalog of llip.clipeval, or a path to a json.
+        ema: evaluate the moving average of the weights (training field ema_decay) in their place.
         tasks: names in the catalog; None: all of them.
         batch_size, workers: images per batch and decoding processes, per device.
         prompt_ensemble: feature (CLIP's protocol) or score.
@@ -35,6 +36,7 @@ class EvalConfig:
     checkpoint_path: str | None = None
     output_dir: str | None = None
     catalog_name: str = "dataset_catalog.json"
+    ema: bool = False
     tasks: tuple[str, ...] | None = None
     batch_size: int = 64
     workers: int = 4
@@ -112,6 +114,7 @@ _STRING = (lambda value: isinstance(value, str) and bool(value), "a string")
 _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: _STRING,
     str | None: _STRING,
+    bool: (lambda value: isinstance(value, bool), "true or false"),
     "tasks": (_strings, "a list of task names"),
     "compare_with": (_strings, "a list of results.json files or their folders"),
     "references": (_percentages, "lines of `name: percent`, between 0 and 100"),

@@ -1,6 +1,6 @@
 """Encoded image bytes to the pixels a model trains on: decoded, randomly cropped, resized. Fast, on one thread.
 
-The reference is PIL: `Image.open(...).convert("RGB")`, crop, bicubic resize, with EXIF orientation ignored as OpenCLIP
+The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not cut off), crop, bicubic resize, with EXIF orientation ignored as OpenCLIP
 does. An ordinary JPEG takes a fast decoder that gives the same pixels; whatever that decoder does not take or complains
 about, be it unusual or damaged, goes to PIL, whose word is final.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from llip.pixels import to_rgb
 from llip.training.captions import BadSample
 
 MAX_PIXELS = 89_478_485
@@ -173,7 +174,7 @@ def _decode_other(data: bytes, max_pixels: int) -> Tensor:
             with Image.open(io.BytesIO(data), formats=_known_formats()) as image:  # reads the header only
                 if image.width * image.height > max_pixels:
                     raise BadSample(TOO_LARGE)
-                return pil_to_tensor(image.convert("RGB"))
+                return pil_to_tensor(to_rgb(image))
         except (BadSample, MemoryError):
             raise
         except UnidentifiedImageError as error:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from llip.clipeval.catalog import load_catalog
-from llip.clipeval.loading import image_batches, to_rgb
+from llip.clipeval.loading import image_batches
+from llip.pixels import to_rgb
 from tests.clipeval.fakes import preprocess, write_catalog, write_imagefolder
 
 
