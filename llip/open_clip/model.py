@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llip.open_clip.gram import full_precision
+from llip.open_clip.objectives import Objective
 from llip.open_clip.pooling import unit_norm
+from llip.registry import objectives
 
 MAX_LOGIT_SCALE = math.log(100)
 """Ceiling of `logit_scale` (Radford et al. 2021)."""
@@ -30,14 +32,13 @@ class Llip(nn.Module):
             visual: maps images to mixture tokens [B, K, D].
             text: maps token ids to text features [T, D].
             pooling: one of `llip.open_clip.pooling`.
-            loss: the objective it is trained with, sigmoid or softmax: sets where scale and bias start, and whether
-                there is a bias at all (a parameter without gradient would stall DDP).
+            loss: the objective it is trained with: sets where scale and bias start, and whether there is a bias.
         """
         super().__init__()
         self.visual, self.text, self.pooling = visual, text, pooling
-        start = math.log(10) if loss == "sigmoid" else math.log(1 / 0.07)
-        self.logit_scale = nn.Parameter(torch.tensor(start))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if loss == "sigmoid" else None
+        objective: Objective = objectives.find(loss)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(objective.scale)))
+        self.logit_bias = None if objective.bias is None else nn.Parameter(torch.tensor(objective.bias))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llip.open_clip import similarity
 from llip.open_clip.gram import full_precision
 from llip.open_clip.score_plan import ScorePlan, plan_scores
+from llip.registry import poolings
 
 NORM_EPS = 1e-6
 """Norms below this count as this, so that features of degenerate tokens stay finite."""
@@ -32,6 +33,11 @@ class TextFreePooling(nn.Module):
     def __init__(self, mixture_tokens: int) -> None:
         super().__init__()
         self.mixture_tokens = mixture_tokens
+
+    @classmethod
+    def build(cls, mixture_tokens: int, width: int, heads: int, temperature: float) -> "TextFreePooling":
+        """Return the pooling of a config (`mixture_tokens`, embedding width, `pool_heads`, `softmax_temperature`)."""
+        return cls(mixture_tokens)
 
     def token_weights(self) -> Tensor:
         """Return the weights over the mixture tokens [K], which sum to one."""
@@ -132,6 +138,11 @@ class TextConditionedPooling(nn.Module):
         for projection, gain in gains.items():
             projection.weight.data.copy_(gain * torch.eye(width))
 
+    @classmethod
+    def build(cls, mixture_tokens: int, width: int, heads: int, temperature: float) -> "TextConditionedPooling":
+        """Return the pooling of a config (`mixture_tokens`, embedding width, `pool_heads`, `softmax_temperature`)."""
+        return cls(width, heads, temperature)
+
     def adopt_biases(self, state: dict[str, Tensor]) -> None:
         """Make room for those optional biases that `state` (the pooling's, without prefix) brings."""
         for name in self.optional_biases:
@@ -199,9 +210,5 @@ class TextConditionedPooling(nn.Module):
 
 
 def create_pooling(kind: str, mixture_tokens: int, width: int, heads: int, temperature: float) -> nn.Module:
-    """Return the pooling called `kind` (first, mean, learned or text)."""
-    text_free = {"first": FirstToken, "mean": MeanTokens, "learned": LearnedWeights}
-    if kind in text_free:
-        return text_free[kind](mixture_tokens)
-    assert kind == "text", f"unknown pooling {kind!r}"
-    return TextConditionedPooling(width, heads, temperature)
+    """Return the pooling called `kind`: first, mean, learned, text, or one that a user's file has registered."""
+    return poolings.find(kind).build(mixture_tokens, width, heads, temperature)

@@ -13,48 +13,18 @@ from llip.configs import Config
 from llip.open_clip.factory import ModelSpec, model_spec
 from llip.open_clip.gram import upper_blocks
 from llip.open_clip.score_plan import ScorePlan, plan_scores
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """The shape of one transformer."""
-
-    tokens: int  # N
-    width: int  # W
-    layers: int
-    heads: int
-    hidden: int  # width of the MLP
-    stem: int  # FLOPs before the blocks, whose input needs no gradient
-    projected: int  # outputs that are projected to D
-    embedding: int  # D
-
-    @property
-    def block(self) -> int:
-        """FLOPs of one block, forward."""
-        tokens, width = self.tokens, self.width
-        linear = 2 * tokens * width * (4 * width + 2 * self.hidden)
-        return linear + 4 * tokens**2 * width
-
-    @property
-    def forward(self) -> int:
-        """FLOPs of one sample, forward."""
-        return self.stem + self.layers * self.block + 2 * self.projected * self.width * self.embedding
-
-    @property
-    def backward(self) -> int:
-        """FLOPs of one sample, backward: two products for each, one for the stem."""
-        return 2 * self.forward - self.stem
-
-
-def kept_patches(patches: int, dropout: float) -> int:
-    """Return how many patches a tower works on in training."""
-    return patches if dropout == 0 else max(1, int(patches * (1 - dropout)))
+from llip.plan.shapes import Tower, fewest_tokens, kept_patches, timm_image_tower
 
 
 def image_tower(spec: ModelSpec, mixture_tokens: int | None = None) -> Tower:
-    """Return the image tower in training; with another number of mixture tokens where one is given."""
+    """Return the image tower in training; with another number of mixture tokens where one is given.
+
+    Towers from timm come in many shapes: they are run without memory, under PyTorch's own flop counter.
+    """
     vision: dict[str, Any] = spec.architecture["vision_cfg"]
     tokens = spec.mixture_tokens if mixture_tokens is None else mixture_tokens
+    if vision.get("timm_model_name"):
+        return timm_image_tower(dataclasses.replace(spec, mixture_tokens=tokens))
     width, patch = vision.get("width", 768), vision["patch_size"]
     patches = (vision["image_size"] // patch) ** 2
     return Tower(
@@ -136,9 +106,10 @@ class StepFlops:
     """FLOPs of one step by part, per pair of the batch (an image and its text), forward and backward.
 
     Attributes:
-        image_tower: of the tower with one token. extra_tokens: what the other K - 1 add to it. text_tower. head: scores
-            of the image against all texts of the global batch. recomputed: executed beyond these, by gradient
-            checkpointing, accumulation and score tiles that are not kept.
+        image_tower: of the tower with one token, or those that a tower from timm has of its own. extra_tokens: what
+            the others add to it. text_tower.
+        head: scores of the image against all texts of the global batch.
+        recomputed: executed beyond these, by gradient checkpointing, accumulation and score tiles that are not kept.
     """
 
     image_tower: float
@@ -185,7 +156,7 @@ def step_flops(config: Config, on_cpu: bool = False) -> StepFlops:
     """Return the FLOPs of one training step by part, per pair."""
     spec = model_spec(config)
     image, text, head = image_tower(spec), text_tower(spec), head_flops(config, spec, on_cpu)
-    plain = image_tower(spec, mixture_tokens=1)
+    plain = image_tower(spec, mixture_tokens=fewest_tokens(spec))
     images = config.batch_size * config.accum_freq
     recomputed = head.again / images
     if config.grad_checkpointing:

@@ -12,8 +12,9 @@ import math
 
 from llip.configs import Config
 from llip.open_clip.factory import ModelSpec, model_spec
-from llip.plan.flops import Tower, image_tower, score_plan_of, text_tower
+from llip.plan.flops import image_tower, score_plan_of, text_tower
 from llip.plan.parameters import Parameters, count_parameters
+from llip.plan.shapes import Tower
 
 FLOAT, HALF = 4, 2
 RESERVED = int(1.5 * 2**30)

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-import torch
-
-from llip.open_clip.factory import ModelSpec, create_model
+from llip.open_clip.factory import ModelSpec
+from llip.plan.shapes import fewest_tokens, meta_model
 from llip.training.optimizer import decays
 
 
@@ -13,7 +12,7 @@ class Parameters:
     """Numbers of parameters.
 
     Attributes:
-        mixture_tokens: beyond OpenCLIP's own image tower, the rows of the K - 1 further tokens and of their positions.
+        mixture_tokens: beyond the library's own image tower, the rows of further tokens and of their positions.
         pooling: of the head. other: scale and bias. in_products: those of matrix products, copied to half precision.
     """
 
@@ -32,13 +31,13 @@ class Parameters:
 
 def count_parameters(spec: ModelSpec) -> Parameters:
     """Return the numbers of parameters of a model, exactly."""
-    with torch.device("meta"):  # shapes without memory
-        model = create_model(spec)
+    model = meta_model(spec)
     counts = dict.fromkeys(("visual", "text", "pooling", "other"), 0)
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         counts[part if part in counts else "other"] += parameter.numel()
-    more = 2 * (spec.mixture_tokens - 1) * model.visual.class_embedding.shape[1]
+    fewest = dataclasses.replace(spec, mixture_tokens=fewest_tokens(spec))
+    more = counts["visual"] - sum(p.numel() for p in meta_model(fewest).visual.parameters())
     return Parameters(
         image_tower=counts["visual"] - more,
         text_tower=counts["text"],

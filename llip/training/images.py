@@ -1,8 +1,8 @@
 """Encoded image bytes to the pixels a model trains on: decoded, randomly cropped, resized. Fast, on one thread.
 
-The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not cut off), crop, bicubic resize, with EXIF orientation ignored as OpenCLIP
-does. An ordinary JPEG takes a fast decoder that gives the same pixels; whatever that decoder does not take or complains
-about, be it unusual or damaged, goes to PIL, whose word is final.
+The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not cut off), crop, bicubic resize, with
+EXIF orientation ignored as OpenCLIP does. An ordinary JPEG takes a fast decoder that gives the same pixels; whatever
+that decoder does not take or complains about, be it unusual or damaged, goes to PIL, whose word is final.
 
 Shapes: H, W of the picture, S image size. Tensors are views of row-major RGB memory: their strides are channels-last.
 """

@@ -1,0 +1,88 @@
+# %% [markdown]
+# # Search a folder of pictures, and look at why
+#
+# Run it cell by cell in an editor that knows `# %%`, or as a whole, from the repository:
+#
+#     python examples/search_a_folder.py logs/llip_quickstart/checkpoints/latest.pt out
+#
+# The checkpoint is that of `python -m llip.main llip_quickstart` (minutes on a CPU). The pictures are scenes drawn on
+# the spot; put a folder of your own, and a model that has seen photographs, in their place.
+
+# %%
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import llip
+from llip.clipeval.zero_shot import Scorer
+from llip.diagnose.measures import mixture_measures
+from llip.explain.explanation import explain
+from llip.explain.figure import draw
+from llip.scenes.render import render
+from llip.scenes.world import sample_scene
+from llip.search.build import build_index
+from llip.search.query import Searcher
+from llip.search.show import contact_sheet
+from llip.search.store import open_index
+
+checkpoint = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/llip_quickstart/checkpoints/latest.pt")
+out = Path(sys.argv[2] if len(sys.argv) > 2 else "search_example")
+
+# %% [markdown]
+# ## A folder of pictures
+
+# %%
+pictures = out / "pictures"
+pictures.mkdir(parents=True, exist_ok=True)
+for number in range(60):
+    rng = np.random.default_rng([7, number])
+    render(sample_scene(rng), rng, image_size=96).save(pictures / f"scene_{number:03}.png")
+
+# %% [markdown]
+# ## The index
+# Every picture goes through the image encoder once; its mixture tokens stay on disk. A second call would only look at
+# what is new, changed or deleted.
+
+# %%
+model = llip.load_pretrained(checkpoint)
+scorer = Scorer(model, model.preprocess_val, model.tokenizer, torch.device("cpu"))
+report = build_index(pictures, checkpoint, out / "index", scorer)
+print(f"{report.indexed} pictures indexed, {len(report.damaged)} damaged")
+
+# %% [markdown]
+# ## A query
+# The caption decides how each picture's tokens are mixed, so its score with a picture cannot be stored: candidates come
+# from a score without the caption, and are then scored exactly.
+
+# %%
+query = "a red star"
+searcher = Searcher(open_index(out / "index"), scorer)
+hits = searcher.search(query, top=10)
+for hit in hits[:3]:
+    print(f"{hit.score:.3f}  {hit.path.name}")
+contact_sheet(query, hits, pictures, out / "sheet.png")
+
+# %% [markdown]
+# ## Why this picture?
+# The weights over mixture tokens, and where the tokens look, for the best answer and three captions.
+
+# %%
+best = Image.open(hits[0].path).convert("RGB")
+captions = [query, "a blue ring", "the background is pink"]
+explanation = explain(model, [best], [hits[0].path.name], captions)
+draw(explanation, [best], out / "explained.png", tokens=4)
+print({caption: round(score, 3) for caption, score in zip(captions, explanation.scores[0].tolist(), strict=True)})
+
+# %% [markdown]
+# ## Do captions change the picture's feature at all?
+
+# %%
+paths = sorted(pictures.glob("*.png"))
+images = torch.stack([model.preprocess_val(Image.open(path).convert("RGB")) for path in paths])
+with torch.no_grad():
+    h, t = model.encode_image(images), model.encode_text(model.tokenizer(captions))
+for name, value in mixture_measures(model, h, t).items():
+    print(f"{name:24} {value:.3f}")

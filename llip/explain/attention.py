@@ -1,0 +1,107 @@
+"""Where mixture tokens look: their attention over the patches of the image tower.
+
+Shapes: B images, K mixture tokens, L = H x W patches, N tokens of the tower (any prefix and the patches), A heads.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from llip.errors import UserError
+from llip.open_clip.tower import MixtureTower
+
+How = Literal["last", "rollout"]
+
+
+class _Attentions(TorchFunctionMode):
+    """Keeps the weights [B, A, queries, keys] of every attention that is computed meanwhile, whoever asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is F.scaled_dot_product_attention:
+            self.weights.append(_weights(*arguments[:2], *arguments[3:4], **options))
+        elif function is F.multi_head_attention_forward:  # what torch's module calls; it can tell them by itself
+            asked = {"need_weights": True, "average_attn_weights": False}
+            self.weights.append(function(*arguments, **(options | asked))[1].float())
+        return function(*arguments, **options)
+
+
+def _weights(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_) -> Tensor:
+    logits = query.float() @ key.float().transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
+    return (logits if attn_mask is None else logits + attn_mask.float()).softmax(dim=-1)
+
+
+def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
+    """Return the attention weights of the tower from first to last: [B, A, N, N] of each block.
+
+    Row i tells how token i weighs all tokens, mixture tokens before patches; each row sums to one. A tower that pools
+    by attention has one more item [B, A, K, N], the weights of its K latents.
+
+    Raises:
+        UserError: a tower that computes attention in another way.
+    """
+    assert not visual.training, "patches may be dropped in training mode"
+    attentions, fast = _Attentions(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it computes a whole layer at once
+    try:
+        with torch.no_grad(), attentions:
+            visual(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    patches = visual.grid_size[0] * visual.grid_size[1]
+    if not attentions.weights or any(weights.shape[-1] < patches for weights in attentions.weights):
+        raise UserError(
+            "the image tower does not compute attention over its patches by torch's own functions, so that its weights "
+            "are not known; leave the maps out with --attention none"
+        )
+    return attentions.weights
+
+
+def rollout(blocks: list[Tensor]) -> Tensor:
+    """Return [B, N, N]: how much each output token draws from each input patch or token, through all blocks.
+
+    Attention rollout (Abnar & Zuidema 2020): the head average of each block, half of it the residual path, multiplied
+    up. It ignores values and MLPs: a picture of the flow, not a proof.
+
+    Args:
+        blocks: attention weights [B, A, N, N], first block first.
+    """
+    same = torch.eye(blocks[0].shape[-1], dtype=blocks[0].dtype, device=blocks[0].device)
+    flow = same
+    for weights in blocks:
+        flow = (0.5 * weights.mean(dim=1) + 0.5 * same) @ flow
+    return flow
+
+
+@torch.no_grad()
+def token_attention(visual: MixtureTower, images: Tensor, how: How = "last") -> Tensor:
+    """Return where each mixture token looks [B, K, H, W], row by row from the top left.
+
+    A map sums to less than one: the rest is what the token draws from tokens that are no patches.
+
+    Args:
+        visual: the image tower, in eval mode.
+        images: normalised [B, 3, S, S].
+        how: last: the last attention, averaged over its heads; rollout: through all blocks.
+
+    Raises:
+        UserError: a tower whose attention is not known.
+    """
+    *blocks, last = tower_attention(visual, images)
+    height, width = visual.grid_size
+    pooled = last.shape[2] != last.shape[3] and last.shape[2] == visual.mixture_tokens
+    if how == "last":
+        weights = last.mean(dim=1)
+    elif pooled:  # latents have no residual path, and may leave out what comes before the patches
+        flow = rollout(blocks)
+        weights = last.mean(dim=1) @ flow[:, flow.shape[1] - last.shape[3] :]
+    else:
+        weights = rollout([*blocks, last])
+    return weights[:, : visual.mixture_tokens, weights.shape[2] - height * width :].unflatten(2, (height, width))

@@ -1,0 +1,43 @@
+"""The images and captions to explain: files, or scenes drawn on the spot."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llip.errors import UserError, did_you_mean
+from llip.scenes.facts import mixed_captions
+from llip.scenes.render import render
+from llip.scenes.world import sample_scene
+
+MOST_SCENE_CAPTIONS = 6
+
+
+def read_image(path: Path) -> Image.Image:
+    """Return an image file as RGB.
+
+    Raises:
+        UserError: it is not there (with the nearest names beside it), or is no picture that can be decoded.
+    """
+    if not path.is_file():
+        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"image {str(path)!r} is not there.{did_you_mean(path.name, beside)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except Exception as error:  # PIL raises a dozen kinds for broken files
+        raise UserError(f"image {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def draw_scenes(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[str]]:
+    """Return `count` scenes of `size` pixels, and captions of which each is true of one of them at least."""
+    images, captions = [], []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        scene = sample_scene(rng)
+        captions += mixed_captions(scene, max(1, MOST_SCENE_CAPTIONS // count), rng)[0]
+        images.append(render(scene, rng, size))
+    return images, list(dict.fromkeys(captions))

@@ -1,0 +1,76 @@
+"""Names that a config may use for poolings and objectives, and how a user's own file adds one. Imports no torch."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from llip.errors import UserError, did_you_mean
+
+Thing = TypeVar("Thing")
+
+
+class Registry:
+    """What is called by a name in configs and checkpoints; imported when it is first needed."""
+
+    def __init__(self, what: str, shipped: dict[str, str]) -> None:
+        """Begin with what the project ships.
+
+        Args:
+            what: one of these is called in messages.
+            shipped: name -> `module:attribute`.
+        """
+        self.what = what
+        self._places: dict[str, str] = dict(shipped)
+        self._things: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[Thing], Thing]:
+        """Decorate what configs may call `name` from now on; a file with a config of one's own is the place for it.
+
+        Raises:
+            UserError: the name is taken.
+        """
+
+        def add(thing: Thing) -> Thing:
+            taken = self._things.get(name)
+            if name in self._places or (taken is not None and _origin(taken) != _origin(thing)):
+                raise UserError(f"{self.what} {name!r} is there already; give yours another name")
+            self._things[name] = thing  # the same file may be read twice
+            return thing
+
+        return add
+
+    def find(self, name: str) -> Any:
+        """Return what is called `name`, or raise the `UserError` that names the nearest one."""
+        if name not in self:
+            raise UserError(
+                f"unknown {self.what} {name!r}.{did_you_mean(name, self)} One of your own is known once the file that "
+                "registers it has been read, for instance with a config in it: path/to/file.py:function"
+            )
+        if name not in self._things:
+            module, _, attribute = self._places[name].partition(":")
+            self._things[name] = getattr(importlib.import_module(module), attribute)
+        return self._things[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._things
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._places, *self._things]))
+
+
+def _origin(thing: Any) -> tuple[str | None, str | None]:
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+
+
+poolings = Registry(
+    "pooling",
+    {
+        "first": "llip.open_clip.pooling:FirstToken",
+        "mean": "llip.open_clip.pooling:MeanTokens",
+        "learned": "llip.open_clip.pooling:LearnedWeights",
+        "text": "llip.open_clip.pooling:TextConditionedPooling",
+    },
+)
+objectives = Registry(
+    "loss", {"sigmoid": "llip.open_clip.objectives:SIGMOID", "softmax": "llip.open_clip.objectives:SOFTMAX"}
+)
