@@ -16,17 +16,12 @@ EXAMPLE = "examples/own_pooling_and_loss.py:gated"
 def test_a_file_of_ones_own_trains_and_loads(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("llip.training.figures.draw_curves", lambda folder: None)
     pairs = write_pairs(tmp_path / "pairs", 32, 16)
-    changes = [f"train_data={pairs}", "train_num_samples=32", f"model={tiny_model}", "batch_size=16", "epochs=20"]
-    changes += [
-        "eval_steps=0",
-        "report_to=none",
-        "workers=0",
-        "name=own",
-        f"logs={tmp_path}",
-        "warmup=2",
-        "log_steps=1",
-    ]
-    config = search_config(EXAMPLE, [*changes, "save_frequency=0", "log_steps=1", "caption_keys=txt"])
+    changes = {
+        "train_data": pairs, "train_num_samples": 32, "caption_keys": "txt", "model": tiny_model, "batch_size": 16,
+        "epochs": 20, "eval_steps": 0, "report_to": "none", "workers": 0, "name": "own", "logs": tmp_path, "warmup": 2,
+        "log_steps": 1, "save_frequency": 0,
+    }  # fmt: skip
+    config = search_config(EXAMPLE, [f"{name}={value}" for name, value in changes.items()])
     assert (config.pooling, config.loss) == ("gated", "hinge")
     train(config, "cpu")
     model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt")
