@@ -1,4 +1,9 @@
-"""One process per device on this machine: started together, ended together, one message when something is wrong."""
+"""One process per device: on this machine, started and ended together; or on a SLURM cluster, one task per GPU.
+
+    python -m evals.main_distributed --fname config_evals/X.yaml --ngpus 8 --partition gpu
+
+submits an evaluation to SLURM; `python -m evals.main_mc` runs it on this machine.
+"""
 
 import logging
 import os
@@ -15,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from llip.cluster import step
 from llip.errors import EXIT_USER, UserError
 
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -44,12 +50,17 @@ def choose_devices(names: Sequence[str] | None) -> list[str]:
 def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> None:
     """Run `worker(device, *args)` for each device: in this process for one, else in a process group of new ones.
 
+    Inside a SLURM job (see `evals.slurm_job`) the job's tasks do it, each on its own of this node's devices.
+
     Args:
         worker: an importable function; its arguments must pickle when there are several devices.
 
     Raises:
         UserError: a worker raised it. Exception: a worker failed otherwise (the message holds its traceback).
     """
+    if step.is_leading():
+        step.everywhere(_on_own_device, list(devices), worker, args)
+        return
     if len(devices) == 1:
         _use_device(devices[0])
         worker(devices[0], *args)
@@ -92,6 +103,10 @@ def _child(rank: int, parent: int, worker: Callable[..., None], devices: list[st
     dist.destroy_process_group()
 
 
+def _on_own_device(devices: list[str], worker: Callable[..., None], args: tuple) -> None:
+    worker(devices[int(os.environ["LOCAL_RANK"])], *args)
+
+
 def _use_device(device: str) -> None:
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -115,3 +130,20 @@ def _end(processes: Sequence[Any], grace: float = 5.0) -> None:
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit an evaluation to SLURM and print where to look. Returns the exit code."""
+    from evals.slurm_job import parse_arguments, submit
+
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        submit(parse_arguments(argv), argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

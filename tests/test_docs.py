@@ -28,8 +28,8 @@ def program_help(words, capsys, monkeypatch):
     rest = words[start + 2 :] if words[start + 1] != "-m" else words[start + 3 :]
     texts = []
     for arguments in (["--help"], [rest[0], "--help"] if rest and rest[0].isalpha() else ["--help"]):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit):
             runpy.run_module(name, run_name="__main__")
         texts.append(capsys.readouterr().out)
     return " ".join(texts)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llip.cluster.rendezvous import join_step
 from llip.configs import Config
 from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, AgreedError, UserError
 from llip.training.distributed import Processes
@@ -43,13 +44,7 @@ def adopt_slurm() -> None:
         check=True,
         timeout=60,
     )
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"],
-        WORLD_SIZE=os.environ["SLURM_NTASKS"],
-        LOCAL_RANK=os.environ["SLURM_LOCALID"],
-        MASTER_ADDR=hosts.stdout.split()[0],
-        MASTER_PORT=str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000),
-    )
+    join_step(hosts.stdout.split()[0])
 
 
 def resolve_device(config: Config) -> str:

@@ -64,6 +64,7 @@ def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
     scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
     scontrol.chmod(0o755)
     slurm = {"PROCID": "3", "NTASKS": "4", "LOCALID": "1", "JOB_NODELIST": "node[7-8]", "JOB_ID": "123", "STEP_ID": "0"}
+    slurm["JOB_NUM_NODES"] = "2"
     task = {f"SLURM_{name}": value for name, value in slurm.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with mock.patch.dict(os.environ, task):  # puts back what adopt_slurm sets, too
         os.environ.pop("SLURM_STEP_NUM_TASKS", None)
@@ -74,6 +75,6 @@ def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
         "MASTER_ADDR": "node7",
-        "MASTER_PORT": "20123",
+        "MASTER_PORT": str(12_000 + 123 * 16),  # sixteen for each job: one for each attempt
     }
     assert "RANK" not in os.environ

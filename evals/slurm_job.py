@@ -1,0 +1,128 @@
+"""An evaluation as a SLURM job: its command line, its submission, and what each task runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals import scaffold
+from llip.clipeval.eval_config import find_eval_file
+from llip.cluster.checks import check_evaluations, check_slurm
+from llip.cluster.options import Shape, add_slurm_options, positive, sbatch_parameters, slurm_options
+from llip.cluster.snapshot import commit_file, take_snapshot, use_snapshot
+from llip.cluster.submit import JobRequest, command_line, counted, tell_submitted
+from llip.cluster.tasks import join_job
+from llip.errors import EXIT_USER, UserError
+from llip.paths import expand_path
+
+PROGRAM = "python -m evals.main_distributed"
+FROZEN = "submitted_evaluation.yaml"
+"""The file of a snapshot that holds the evaluation."""
+
+
+class EvaluationProgram:
+    """Runs an evaluation file as one task of a job; picklable, and tasks that are done are kept when it runs again."""
+
+    def __init__(self, fname: str, folder: str, device: str) -> None:
+        """Describe the task.
+
+        Args:
+            fname: the evaluation file. folder: where it was submitted; relative paths in the file belong to it.
+            device: cuda or cpu.
+        """
+        self.fname, self.folder, self.device = fname, folder, device
+
+    def __call__(self) -> int:
+        """Join the other tasks; the first runs the program, and all of them evaluate."""
+        os.chdir(self.folder)
+        join_job()
+        try:
+            code = self._run()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = EXIT_USER
+        if code:
+            raise SystemExit(code)
+        return code
+
+    def _run(self) -> int:
+        import torch
+
+        from evals.main_distributed import GROUP_TIMEOUT
+        from llip.cluster.step import lead_or_follow
+
+        count = int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_JOB_NUM_NODES"])
+        devices = ["cpu"] * count
+        if self.device != "cpu":
+            if torch.cuda.device_count() < count:
+                raise UserError(f"{count} tasks on this node, found {torch.cuda.device_count()} GPUs; each needs one")
+            devices = [f"cuda:{index}" for index in range(count)]
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        config = scaffold.load(self.fname)
+        return lead_or_follow(lambda: scaffold.program(config)(config, devices), self.device, GROUP_TIMEOUT)
+
+    def checkpoint(self, *_: object) -> Any:
+        """Called by submitit when the job is queued again: the same task."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(EvaluationProgram(self.fname, self.folder, self.device))
+
+    __submitit_checkpoint__ = checkpoint
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line of evals.main_distributed."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Evaluate a checkpoint zero-shot on a SLURM cluster, one task per GPU.",
+        epilog="The results are those of python -m evals.main_mc; docs/cluster.md tells more.",
+    )
+    parser.add_argument("--fname", required=True, metavar="YAML", help="the evaluation, e.g. config_evals/X.yaml")
+    parser.add_argument("--nodes", type=positive, default=1, help="machines [%(default)s]")
+    parser.add_argument("--ngpus", type=positive, default=1, help="tasks per machine, with one GPU each [%(default)s]")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tasks without GPUs")
+    add_slurm_options(parser, cpus="the evaluation's workers + 2")
+    return parser.parse_args(argv)
+
+
+def submit(given: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Check and submit the evaluation and tell the user; or print the script.
+
+    Args:
+        given: what `parse_arguments` gave for `argv`.
+
+    Raises:
+        UserError: a missing or wrong evaluation file or checkpoint, contradicting options, or SLURM refuses the job.
+    """
+    config = scaffold.load(given.fname)
+    if given.dry_run:
+        print(job_request(given, write=False).script())
+        return
+    check_slurm()
+    check_evaluations((given.fname,))
+    checkpoint = expand_path(config.checkpoint_path)
+    if not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint} is not there; train it first, or set checkpoint_path in the YAML")
+    request = job_request(given)
+    ids = request.submit()
+    tasks = f"{counted(given.nodes * given.ngpus, 'task')} on {counted(given.nodes, 'node')}"
+    what = f"{tasks}, results in {expand_path(config.output_dir)}"
+    tell_submitted(ids, request.logs, what, None, f"{command_line(PROGRAM, argv)}    (tasks that are done are kept)")
+
+
+def job_request(given: argparse.Namespace, write: bool = True) -> JobRequest:
+    """Return the job; the code and the evaluation file are copied beside the results unless `write` is false.
+
+    Raises:
+        UserError: a missing or wrong evaluation file, options that contradict each other, an unwritable folder.
+    """
+    config, options = scaffold.load(given.fname), slurm_options(given)
+    output = expand_path(config.output_dir)
+    files = {FROZEN: find_eval_file(given.fname).read_text(encoding="utf-8"), **commit_file()}
+    snapshot = take_snapshot(output / "code", files, output, write)
+    shape = Shape(given.nodes, given.ngpus, config.workers + 2, given.device != "cpu")
+    parameters = sbatch_parameters(options, shape, f"{Path(given.fname).stem}-eval", use_snapshot(snapshot))
+    task = EvaluationProgram(str(snapshot / FROZEN), str(Path.cwd()), given.device)
+    return JobRequest(output / "slurm", parameters, [task], options.max_timeouts)

@@ -1,0 +1,109 @@
+"""What can go wrong with a job and can be seen before it is submitted."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from llip.configs import Config
+from llip.errors import UserError
+from llip.training.run_folder import locked_folder
+
+_RUNS_FIRST = "scenes:"
+_NOT_LOOKED_AT = ("pipe:", "http:", "https:")
+
+
+def check_training(config: Config) -> list[str]:
+    """Check a config's data, schedule and evaluation files without changing anything.
+
+    Returns:
+        Sentences about what is not checked.
+
+    Raises:
+        UserError: what the run would stop at.
+    """
+    notes = [*_check_data(config), *_check_weights(config)]
+    if config.steps_per_epoch < 1:
+        raise UserError(
+            f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
+            f"{config.global_batch:,} pairs; give the number of pairs in train_data, or a smaller batch_size"
+        )
+    if config.eval_steps:
+        check_evaluations(config.evals)
+    return notes
+
+
+def check_evaluations(files: tuple[str, ...]) -> None:
+    """Check that evaluation files, their catalogs and their tasks are there.
+
+    Raises:
+        UserError: one is not, or is wrong.
+    """
+    from llip.clipeval.catalog import load_catalog
+    from llip.clipeval.eval_config import load_eval_config
+
+    for file in files:
+        evaluation = load_eval_config(file)
+        load_catalog(evaluation.catalog_name).select(evaluation.tasks)
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Check that a run's folder can be written and that no other run holds it; create it.
+
+    Returns:
+        A sentence when the nodes may not see the folder.
+
+    Raises:
+        UserError: it cannot be written, or is in use.
+    """
+    with locked_folder(folder):
+        pass
+    temporary = Path(tempfile.gettempdir()).resolve()
+    if folder.resolve().is_relative_to(temporary):
+        return [f"{folder} lies in {temporary}, which the nodes of a cluster usually do not share"]
+    return []
+
+
+def check_slurm() -> None:
+    """Check that SLURM's programs are here.
+
+    Raises:
+        UserError: they are not.
+    """
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
+            raise UserError(
+                f"no {program} on this machine: run this on a SLURM login node, use --dry-run to see the script, or "
+                "run without SLURM: python -m llip.main, python -m evals.main_mc"
+            )
+
+
+def _check_data(config: Config) -> list[str]:
+    from llip.training.shards import check_shards_exist, parse_train_data
+
+    if not config.train_data:
+        parse_train_data(config.train_data)  # says what to give
+    parts = config.train_data.split("::")
+    here = [part for part in parts if not part.startswith((_RUNS_FIRST, *_NOT_LOOKED_AT))]
+    if here:
+        check_shards_exist(parse_train_data("::".join(here)))
+    return [
+        f"{part} is not looked at before the run"
+        + ("; it is written when it is not there" if part.startswith(_RUNS_FIRST) else "")
+        for part in parts
+        if part not in here
+    ]
+
+
+def _check_weights(config: Config) -> list[str]:
+    """Check the files that fields may name; a bare word may be a name of the library's, which the run looks up."""
+    notes = []
+    for field in ("model", "pretrained", "resume"):
+        value = getattr(config, field)
+        if value is None or (field == "resume" and value == "latest") or Path(value).is_file():
+            continue
+        if os.sep in value:
+            raise UserError(f"{field} = {value!r} is not there (looked from {Path.cwd()})")
+        if field == "pretrained":
+            notes.append(f"pretrained = {value!r} is no file; the run takes it for a tag of OpenCLIP's")
+    return notes

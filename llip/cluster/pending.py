@@ -1,0 +1,174 @@
+"""Weights that wait for their evaluation in another job: `<run>/evaluating/step_<N>-<name>.pt`.
+
+A file that is there says that its results are wanted. A run that goes back to an earlier step removes those of later
+steps, and a job that still evaluates them keeps what it finds to itself: `evals.jsonl` has one line for each step and
+task.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llip.clipeval.online import evaluate_online, load_online_eval
+from llip.clipeval.task_result import TaskResult
+from llip.configs import Config
+from llip.errors import UserError
+from llip.open_clip.factory import load_pretrained
+from llip.open_clip.model import Llip, autocast_dtype
+from llip.training.checkpoint import FORMAT
+from llip.training.distributed import Processes, join_processes
+from llip.training.launch import resolve_device, tell_user
+from llip.training.online import tell_result
+from llip.training.run_folder import EVALS
+from llip.training.run_log import log, start_logging
+
+LOCK_DEADLINE = 60.0
+"""Seconds that a process waits for the run's records, which others hold for moments."""
+
+
+def put_aside(run: Path, model: Llip, step: int) -> Path:
+    """Write a model's weights for a job that evaluates them, and remove those of this step and of later ones.
+
+    Later ones are of a course that the run has left: it was resumed from an earlier step.
+
+    Args:
+        run: the run's folder.
+        model: as it is now. step: of the run.
+
+    Returns:
+        The file, a checkpoint without the optimizer. Its name is used once, so that a later one never passes for it.
+
+    Raises:
+        OSError, RuntimeError: the disk does not take it.
+    """
+    folder = run / "evaluating"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked_records(run):
+        for path in folder.glob("step_*.pt"):
+            found = re.fullmatch(r"step_(\d+)-\w+\.pt", path.name)
+            if found and int(found[1]) >= step:
+                path.unlink(missing_ok=True)
+    target = folder / f"step_{step}-{uuid.uuid4().hex[:8]}.pt"
+    temporary = target.with_suffix(".tmp")
+    content = {"format": FORMAT, "step": step, "model": model.config, "state_dict": model.state_dict()}
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def evaluate_put_aside(config: Config, weights: Path) -> int:
+    """Evaluate weights that a run has put aside, add the results to its records, and remove the file.
+
+    To be called on all processes that `config` asks for; they join each other.
+
+    Args:
+        config: the run's, with the nodes and ngpus that evaluate.
+        weights: what `put_aside` gave.
+
+    Returns:
+        The exit code: 0, 1 when some task could not be evaluated, 2 when the request is at fault.
+    """
+    try:
+        with join_processes(config, resolve_device(config)) as processes:
+            start_logging(None)
+            log.setLevel(logging.INFO if processes.is_main else logging.WARNING)
+            if not processes.from_main(weights.is_file()):
+                log.info("%s is gone: the run went back to an earlier step, or it has been evaluated", weights)
+                return 0
+            failed = _evaluate_file(config, weights, processes)
+            if processes.is_main:
+                weights.unlink(missing_ok=True)
+            return 1 if failed else 0
+    except UserError as error:
+        return tell_user(error)
+
+
+def _evaluate_file(config: Config, weights: Path, processes: Processes) -> bool:
+    """Evaluate and record; returns whether a task could not be evaluated."""
+    step = int(weights.name.removeprefix("step_").partition("-")[0])
+    model = load_pretrained(weights).to(processes.device)
+    dtype = autocast_dtype(config.precision)
+    failed = False
+    for one in map(load_online_eval, config.evals):
+        found = evaluate_online(model, model.preprocess_val, model.tokenizer, one, processes.device, dtype)
+        for result in found:
+            if not tell_result(result, step):
+                failed = True
+            elif processes.is_main and add_evaluation(config.folder, weights, step, result):
+                _draw(config, step, result)
+    return failed
+
+
+def add_evaluation(folder: Path, weights: Path, step: int, result: TaskResult) -> bool:
+    """Add a job's result to the run's `evals.jsonl`, in the place of an earlier one of the same step and task.
+
+    Returns:
+        Whether it was added; not when `weights` is gone, and with it the wish to know.
+    """
+    record = {"step": step, "task": result.task, "values": result.values}
+    path = folder / EVALS
+    with _locked_records(folder):
+        if not weights.is_file():
+            return False
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        others = [line for line in lines if not _same(line, record)]
+        if len(others) == len(lines):
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            return True
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join([*others, json.dumps(record) + "\n"]))
+        os.replace(temporary, path)
+    return True
+
+
+def _same(line: str, record: dict) -> bool:
+    """Tell whether a line is of the record's step and task; one that is torn is of none."""
+    with contextlib.suppress(json.JSONDecodeError):
+        found = json.loads(line)
+        return (found["step"], found["task"]) == (record["step"], record["task"])
+    return False
+
+
+@contextlib.contextmanager
+def _locked_records(folder: Path) -> Iterator[None]:
+    """Keep other jobs of the run from its records.
+
+    Raises:
+        OSError: another process holds them for too long.
+    """
+    with open(folder / ".evals.lock", "a") as lock:
+        deadline = time.monotonic() + LOCK_DEADLINE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"{folder / EVALS} is in use by another process for {LOCK_DEADLINE:.0f} s"
+                    ) from None
+                time.sleep(0.05)
+        yield
+
+
+def _draw(config: Config, step: int, result: TaskResult) -> None:
+    if "tensorboard" not in config.report_to:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(config.folder / "tensorboard") as board:
+        for name, value in result.values.items():
+            board.add_scalar(f"eval/{result.task}/{name}", value, step)

@@ -1,0 +1,141 @@
+"""The code as it was when a job was submitted, kept in the run's folder for as long as the job may be requeued."""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import llip
+from llip.configs import Config, config_fields
+from llip.errors import UserError
+
+PACKAGES = ("llip", "evals")
+COMMIT_FILE = "COMMIT"
+LARGEST = 1 << 20
+"""Bytes of the largest file outside the packages that is copied; whatever is larger is data."""
+
+_GIT_DEADLINE = 60
+
+
+def take_snapshot(home: Path, extra: Mapping[str, str], runs: Path, write: bool = True) -> Path:
+    """Copy the project's code to `home/<hash>` and return that folder; the same code gives the same folder.
+
+    In a git checkout these are the tracked files and the new ones that git does not ignore, elsewhere the packages.
+    What runs have written is left out, and so are large files outside the packages.
+
+    Args:
+        home: folder of the snapshots.
+        extra: further files, name -> text, written at the top.
+        runs: folder that holds the runs' folders.
+        write: False only tells which folder it would be.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    root = Path(llip.__file__).resolve().parent.parent
+    try:
+        files = {name: root / name for name in _code_files(root, [home.resolve().parent, runs.resolve()])}
+        digest = hashlib.sha256()
+        for name, path in sorted(files.items()):
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+        for name, text in sorted(extra.items()):
+            digest.update(f"{name}\0{len(text)}\0{text}".encode())
+        target = home.resolve() / digest.hexdigest()[:12]
+        if write and not target.is_dir():
+            _copy(files, extra, target)
+    except OSError as error:
+        raise UserError(f"the code cannot be copied to {str(home)!r}: {error}") from error
+    return target
+
+
+def _copy(files: Mapping[str, Path], extra: Mapping[str, str], target: Path) -> None:
+    """Make `target` appear with all its files at once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    try:
+        for name, path in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        for name, text in extra.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():  # else another submission was faster, with the same code
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def use_snapshot(snapshot: Path) -> list[str]:
+    """Return the shell lines that make Python import from the snapshot, and not from the folder it starts in.
+
+    The user's own settings of these variables stay, after ours.
+    """
+    return [
+        'export TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}"  # seconds between lines of progress: nobody watches a file',
+        "export PYTHONSAFEPATH=1",
+        f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
+
+
+def frozen_config(config: Config, function: str) -> str:
+    """Return the text of a config file whose `function` returns `config`, every value spelled out."""
+    assert function.isidentifier(), f"{function!r} does not name a function"
+    lines = [f"        {name}={getattr(config, name)!r},\n" for name in config_fields()]
+    return (
+        '"""The config as it was resolved when the job was submitted."""\n\n'
+        "from llip.configs import Config\n\n\n"
+        f"def {function}() -> Config:\n"
+        f'    """As submitted."""\n'
+        f"    return Config(\n{''.join(lines)}    )\n"
+    )
+
+
+def commit_file() -> dict[str, str]:
+    """Return the file of a snapshot that tells the commit it was taken from, `+changes` where files differ from it.
+
+    The run's passport reads it; there is none outside a checkout.
+    """
+    root = Path(llip.__file__).resolve().parent.parent
+    commit = _git(root, "rev-parse", "HEAD").strip() if _is_checkout(root) else ""
+    changed = bool(commit) and bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
+    return {COMMIT_FILE: f"{commit}{'+changes' if changed else ''}\n"} if commit else {}
+
+
+def _git(root: Path, *words: str) -> str:
+    """Return what git prints, nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=_GIT_DEADLINE, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _is_checkout(root: Path) -> bool:
+    """Tell whether `root` is a checkout of this project, and not a folder of packages inside another one."""
+    top = _git(root, "rev-parse", "--show-toplevel").strip()
+    return bool(top) and Path(top).resolve() == root and bool(_git(root, "ls-files", "llip/__init__.py"))
+
+
+def _code_files(root: Path, left_out: list[Path]) -> Iterable[str]:
+    """Yield the names, relative to `root`, of what belongs to the code."""
+    if _is_checkout(root):
+        names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    else:
+        found = (path for package in PACKAGES for path in (root / package).rglob("*"))
+        names = [str(path.relative_to(root)) for path in found if "__pycache__" not in path.parts]
+    left_out = [folder for folder in left_out if root in folder.parents]
+    for name in dict.fromkeys(filter(None, names)):
+        path = root / name
+        if not path.is_file() or any(path.is_relative_to(folder) for folder in left_out):
+            continue
+        if Path(name).parts[0] in PACKAGES or path.stat().st_size <= LARGEST:
+            yield name

@@ -1,0 +1,167 @@
+"""From a training command to its job, or to an array of jobs over seeds."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from llip.cluster.checks import check_folder, check_slurm, check_training
+from llip.cluster.options import (
+    Shape,
+    SlurmOptions,
+    add_slurm_options,
+    positive,
+    sbatch_parameters,
+    slurm_options,
+    time_limit,
+)
+from llip.cluster.snapshot import commit_file, frozen_config, take_snapshot, use_snapshot
+from llip.cluster.submit import JobRequest, command_line, counted, tell_notes, tell_submitted
+from llip.cluster.tasks import TrainTask
+from llip.configs import Config, search_config
+from llip.errors import UserError
+
+PROGRAM = "python submitit_openclip.py"
+FROZEN = "submitted_config.py"
+"""The file of a snapshot that holds the config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingCommand:
+    """What the user typed.
+
+    Attributes:
+        arguments: all of it.
+        function: the config function's name; config: as it resolves with the overrides.
+        options: SLURM's.
+        seeds: runs of the array; None: one run, not an array.
+        eval_tasks: tasks of an online evaluation's job; 0: evaluate inside the training job.
+        eval_time: limit of an evaluation's job in minutes.
+        dry_run: whether to print the script only.
+    """
+
+    arguments: list[str]
+    function: str
+    config: Config
+    options: SlurmOptions
+    seeds: int | None
+    eval_tasks: int
+    eval_time: int
+    dry_run: bool
+
+    def runs(self) -> list[Config]:
+        """Return the config of every run; those of an array have seeds and names of their own."""
+        if self.seeds is None:
+            return [self.config]
+        first, name = self.config.seed, self.config.name
+        return [self.config.replace(seed=seed, name=f"{name}-seed{seed}") for seed in range(first, first + self.seeds)]
+
+
+def parse_training(arguments: list[str]) -> TrainingCommand:
+    """Read the command line of submitit_openclip.py.
+
+    Raises:
+        UserError: an unknown config or field, a wrong value, or SLURM options that contradict each other.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train a config on a SLURM cluster, on the nodes and GPUs that it asks for, one task per GPU.",
+        epilog="The same command continues a run that was stopped. docs/cluster.md tells more.",
+    )
+    parser.add_argument("config", help="a config's name, or path/to/file.py:function")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
+    parser.add_argument(
+        "--array-seeds",
+        type=positive,
+        metavar="N",
+        help="a job array of N runs with seed, seed+1, ...; run k is called <name>-seed<k>",
+    )
+    parser.add_argument(
+        "--eval-tasks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks, with one GPU each, of the jobs that evaluate during training (eval_steps, evals); 0: the training "
+        "job stops to evaluate itself [%(default)s]",
+    )
+    parser.add_argument(
+        "--eval-time", type=time_limit, default=4 * 60, metavar="TIME", help="time limit of those jobs [4:00:00]"
+    )
+    add_slurm_options(parser, cpus="the config's workers + 2")
+    given = parser.parse_intermixed_args(arguments)
+    if given.eval_tasks < 0:
+        raise UserError(f"--eval-tasks {given.eval_tasks}: expected 0 or more")
+    return TrainingCommand(
+        arguments,
+        given.config.rpartition(":")[2],
+        search_config(given.config, given.overrides),
+        slurm_options(given),
+        given.array_seeds,
+        given.eval_tasks,
+        given.eval_time,
+        given.dry_run,
+    )
+
+
+def submit_training(command: TrainingCommand) -> None:
+    """Check everything, submit, and tell the user; or print the script.
+
+    Raises:
+        UserError: what the run would stop at, or what SLURM refuses.
+    """
+    script = training_request(command, write=False).script()
+    if command.dry_run:
+        print(script)
+        try:
+            tell_notes(check_training(command.config))
+        except UserError as problem:
+            tell_notes([f"a submission would be refused: {problem}"])
+        return
+    check_slurm()
+    tell_notes(check_training(command.config))
+    for run in command.runs():
+        tell_notes(check_folder(run.folder))
+    request = training_request(command)
+    ids = request.submit()
+    config, runs = command.config, command.runs()
+    tasks = f"{counted(config.processes, 'task')} on {counted(config.nodes, 'node')}"
+    what = f"{tasks}, run folder {config.folder}"
+    if len(runs) > 1:
+        what = f"an array of {len(runs)} runs, {tasks} each, run folders {runs[0].folder} ... {runs[-1].folder}"
+    again = f"{command_line(PROGRAM, command.arguments)}    (once the job has ended)"
+    tell_submitted(ids, request.logs, what, runs[0].folder / "log.txt", again)
+
+
+def training_request(command: TrainingCommand, write: bool = True) -> JobRequest:
+    """Return the job of a command; its code is copied to the run's folder unless `write` is false.
+
+    Raises:
+        UserError: options that contradict the config.
+    """
+    config, runs = command.config, command.runs()
+    files = {FROZEN: frozen_config(config, command.function), **commit_file()}
+    snapshot = take_snapshot(config.folder / "code", files, Path(config.logs), write)
+    setup = use_snapshot(snapshot)
+    shape = Shape(config.nodes, config.ngpus, config.workers + 2, config.device != "cpu")
+    logs = config.folder / "slurm"
+    evaluation = _evaluation_jobs(command, logs, setup)
+    tasks = []
+    for run in runs:
+        changes = [] if run is config else [f"seed={run.seed}", f"name={run.name}"]
+        words = [f"{snapshot / FROZEN}:{command.function}", *changes]
+        tasks.append(TrainTask(words, str(Path.cwd()), evaluation))
+    parameters = sbatch_parameters(command.options, shape, config.name, setup)
+    return JobRequest(logs, parameters, tasks, command.options.max_timeouts)
+
+
+def _evaluation_jobs(command: TrainingCommand, logs: Path, setup: list[str]) -> str | None:
+    """Return the options of the run's evaluation jobs as `llip.cluster.evaluation` reads them; None: there are none."""
+    config = command.config
+    if not (config.eval_steps and config.evals and command.eval_tasks):
+        return None
+    options = dataclasses.replace(command.options, time=command.eval_time, gpus_per_node=None)
+    shape = Shape(1, command.eval_tasks, config.workers + 2, config.device != "cpu")
+    options = dataclasses.replace(options, job_name=f"{options.job_name or config.name}-eval")
+    parameters = sbatch_parameters(options, shape, config.name, setup)
+    request = {"logs": str(logs.absolute()), "parameters": parameters, "max_timeouts": options.max_timeouts}
+    return json.dumps(request)

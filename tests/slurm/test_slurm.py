@@ -1,0 +1,197 @@
+"""The proof on a real Slurm: jobs are submitted, requeued, warned and failed, and nothing is lost.
+
+The quickstart's model on two CPU tasks. All jobs run at the same time, and the code they were submitted from is broken
+right after the submission.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.helpers import image_bytes, write_pairs
+from tests.slurm.cluster import DEADLINE, ENDED, Cluster, losses, read_lines, wait_until
+
+pytestmark = pytest.mark.timeout(900)  # the first one installs Slurm where it is not; each wait has its own deadline
+
+EPOCH, EPOCHS = 12, 3  # steps, epochs
+STEPS = EPOCH * EPOCHS
+STOP_AFTER = 14  # a step in the second epoch
+EVALUATED = (18, 36)
+
+
+class Job(NamedTuple):
+    """A submitted run: its job, its folder, what the submission printed."""
+
+    id: str
+    run: Path
+    printed: str
+
+
+def training_words(folder: Path, name: str, **fields: object) -> list[str]:
+    """Return the command that submits a run of 36 steps in 3 epochs."""
+    values = {
+        "train_data": folder / "pairs" / "{00000..00003}.tar",
+        "caption_keys": "txt",
+        "train_num_samples": EPOCH * 16,
+        "epochs": EPOCHS,
+        "batch_size": 8,
+        "ngpus": 2,
+        "device": "cpu",
+        "shuffle_buffer": 8,
+        "log_steps": 1,
+        "eval_steps": 0,
+        "evals": folder / "online.yaml",
+        "logs": folder / "logs",
+        "name": name,
+    } | fields
+    words = [f"{field}={value}" for field, value in values.items()]
+    return ["submitit_openclip.py", "llip_quickstart", *words, "--time", "10", "--cpus-per-task", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Shards, an evaluation set of 24 pictures in 3 classes, and the evaluation's files."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "pairs", 64)
+    write_pairs(folder / "lost", 32)
+    for index in range(24):
+        target = folder / "pictures" / ("dog", "cat", "bird")[index % 3] / f"{index}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(image_bytes(index))
+    entry = {"type": "imagefolder", "path": "pictures", "metric": "top1", "prompts": ["a {c}"], "classnames": "dataset"}
+    (folder / "catalog.json").write_text(json.dumps({"pictures": entry}))
+    common = f"eval_name: mc\ncatalog_name: {folder}/catalog.json\nworkers: 0\n"
+    (folder / "online.yaml").write_text(common)
+    checkpoint = folder / "logs" / "reference" / "checkpoints" / "latest.pt"
+    own = f"mc_config_name: llip_quickstart\ncheckpoint_path: {checkpoint}\noutput_dir: {folder}/results\n"
+    (folder / "final.yaml").write_text(common + own)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, checkout: Path, folder: Path) -> dict[str, Job]:
+    """Submit four runs, break what they were submitted from, and stop two of them in their second epoch."""
+
+    def submit(name: str, *options: str, **fields: object) -> Job:
+        job, printed = cluster.submit(checkout, *training_words(folder, name, **fields), *options)
+        return Job(job, folder / "logs" / name, printed)
+
+    lost = folder / "lost" / "{00000..00001}.tar"
+    with ThreadPoolExecutor() as together:
+        waiting = {
+            "failing": together.submit(submit, "failing", train_data=lost, train_num_samples=32),
+            "reference": together.submit(submit, "reference", "--eval-tasks", "0", eval_steps=EVALUATED[0]),
+            "requeued": together.submit(submit, "requeued"),
+            "warned": together.submit(submit, "warned", eval_steps=EVALUATED[0]),
+        }
+        waiting["failing"].result()
+        (folder / "lost" / "00001.tar").unlink()  # after the checks, before the job has started Python
+        submitted = {name: job.result() for name, job in waiting.items()}
+    main = checkout / "llip" / "main.py"
+    main.write_text('raise RuntimeError("this code was edited after the submission")\n' + main.read_text())
+    stops = {
+        "requeued": ("scontrol", "requeue", submitted["requeued"].id),
+        "warned": ("scancel", "--signal=USR2", submitted["warned"].id),
+    }
+    end = time.monotonic() + DEADLINE
+    while stops:
+        assert time.monotonic() < end, f"{', '.join(stops)} did not come to step {STOP_AFTER}"
+        for name in list(stops):
+            ended = cluster.job(submitted[name].id)["JobState"] in ENDED
+            assert not ended, f"{name} ended too early:\n{cluster.last_words(submitted[name].run)}"
+            if len(read_lines(submitted[name].run / "metrics.jsonl")) >= STOP_AFTER:
+                done = cluster.command(*stops.pop(name))
+                assert done.returncode == 0, done.stderr
+        time.sleep(0.05)
+    return submitted
+
+
+def test_an_evaluation_job_gives_what_the_run_found_at_its_end(cluster: Cluster, jobs: dict[str, Job], folder: Path):
+    cluster.wait_ended(jobs["reference"].id)
+    root = Path(__file__).parents[2]
+    words = ["-m", "evals.main_distributed", "--fname", str(folder / "final.yaml"), "--device", "cpu", "--ngpus", "2"]
+    job, printed = cluster.submit(root, *words, "--time", "5", "--cpus-per-task", "1")
+    assert cluster.wait_ended(job)["JobState"] == "COMPLETED", printed
+    found = json.loads((folder / "results" / "results.json").read_text())["tasks"]["pictures"]
+    assert found["n"] == 24
+    assert found["value"] == read_lines(jobs["reference"].run / "evals.jsonl")[-1]["values"]["top1"]
+
+
+@pytest.mark.parametrize("name", ["requeued", "warned"])
+def test_a_job_stopped_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_happened(
+    cluster: Cluster, jobs: dict[str, Job], name: str
+):
+    assert cluster.wait_ended(jobs["reference"].id)["JobState"] == "COMPLETED"
+    ended = cluster.wait_ended(jobs[name].id)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    log = (jobs[name].run / "log.txt").read_text()
+    stopped = int(re.search(rf"saved after step (\d+) of {STEPS}", log)[1])
+    assert STOP_AFTER <= stopped < 2 * EPOCH
+    assert f"resumed at step {stopped} of {STEPS}" in log
+    expected = losses(jobs["reference"].run)
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
+    assert losses(jobs[name].run) == expected  # to the last bit
+
+
+def test_an_edit_after_the_submission_does_not_reach_the_requeued_job(
+    cluster: Cluster, jobs: dict[str, Job], checkout: Path
+):
+    again = cluster.command(sys.executable, "-m", "llip.main", "--list", cwd=checkout)
+    assert "this code was edited after the submission" in again.stderr
+    assert cluster.wait_ended(jobs["requeued"].id)["Restarts"] == "1"
+    for log in (jobs["requeued"].run / "slurm").glob("*_log.*"):
+        assert "this code was edited" not in log.read_text()
+
+
+def test_online_evaluation_in_jobs_gives_what_the_run_itself_finds(cluster: Cluster, jobs: dict[str, Job]):
+    cluster.wait_ended(jobs["warned"].id)
+    warned, reference = jobs["warned"].run, jobs["reference"].run
+    wait_until(lambda: len(read_lines(warned / "evals.jsonl")) == len(EVALUATED), "the evaluations")
+    expected = read_lines(reference / "evals.jsonl")
+    assert [line["step"] for line in expected] == list(EVALUATED)
+    assert sorted(read_lines(warned / "evals.jsonl"), key=lambda line: line["step"]) == expected
+    wait_until(lambda: not any((warned / "evaluating").iterdir()), "the end of the weights")
+    assert "is evaluated by job" in (warned / "log.txt").read_text()
+    assert "is evaluated by job" not in (reference / "log.txt").read_text()
+
+
+def test_a_failing_jobs_error_reaches_the_user(cluster: Cluster, jobs: dict[str, Job]):
+    failing = jobs["failing"]
+    ended = cluster.wait_ended(failing.id)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    told = re.search(r"^logs: +(\S+)", failing.printed, re.MULTILINE)[1]
+    message = "error: train_data: 1 of 2 shards are missing, the first is"
+    assert message in Path(told).read_text()
+    logs = [path.read_text() for path in (failing.run / "slurm").glob("*_log.*")]
+    assert sum(text.count("shards are missing") for text in logs) == 1
+    assert not any("Traceback" in text for text in logs)
+
+
+def test_sbatch_takes_the_script_of_a_dry_run(cluster: Cluster, folder: Path, tmp_path: Path):
+    root = Path(__file__).parents[2]
+    words = training_words(folder, "dry")
+    dry = cluster.command(sys.executable, *words, "--dry-run", cwd=root)
+    assert dry.returncode == 0, dry.stderr
+    assert "#SBATCH --ntasks-per-node=2" in dry.stdout
+    assert not (folder / "logs" / "dry").exists()
+    script = tmp_path / "script.sh"
+    script.write_text(dry.stdout)
+    assert "to start at" in cluster.command("sbatch", "--test-only", str(script)).stderr
+
+
+def test_slurm_is_not_started_twice_nor_where_one_is(cluster: Cluster, tmp_path: Path):
+    script = Path(__file__).with_name("one_node.sh")
+    elsewhere = cluster.environment | {"CI": "true"}
+    done = subprocess.run(
+        [script, "up", tmp_path], env=elsewhere, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3
+    assert "a cluster is set up already" in done.stderr
+    assert list(tmp_path.iterdir()) == []
