@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llip.errors import UserError, did_you_mean
+from llip.registry import objectives, poolings
 
 IDENTITY = "identity"  # another value makes another experiment
 OPERATIONAL = "operational"  # another value changes how the same experiment is run
@@ -61,7 +62,9 @@ class Config:
     image_size: int | None = _field(None, "pixels per side; none: the model's own")
     context_length: int | None = _field(None, "tokens per caption; none: the model's own")
     mixture_tokens: int = _field(1, "K: outputs of the image encoder")
-    pooling: Literal["first", "mean", "learned", "text"] = _field("text", "how K tokens become the image's feature")
+    pooling: str = _field(
+        "text", "how K tokens become the image's feature: first, mean, learned, text, or one of your own"
+    )
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling")
     softmax_temperature: float = _field(5.0, "tau: divides the pooling's attention logits, in the place of sqrt(d)")
     patch_dropout: float = _field(0.0, "share of patches dropped in training")
@@ -73,7 +76,9 @@ class Config:
     )
 
     # Objective and optimisation
-    loss: Literal["sigmoid", "softmax"] = _field("sigmoid", "objective over all images x all texts of the global batch")
+    loss: str = _field(
+        "sigmoid", "objective over all images x all texts of the global batch: sigmoid, softmax, or one of your own"
+    )
     batch_size: int = _field(256, "pairs per process and per accumulation slice", DERIVED)
     accum_freq: int = _field(1, "slices per step; the contrastive batch grows with it, the memory does not", DERIVED)
     epochs: int = _field(32, "passes over train_num_samples that the schedule spans")
@@ -108,6 +113,10 @@ class Config:
     timeout_minutes: float = _operational(
         10.0, "minutes that a process may stay at one point, or wait for the others, before the run ends"
     )
+    distributed_engine: Literal["ddp", "fsdp"] = _operational(
+        "ddp",
+        "ddp: all weights on every process; fsdp: a share on each (FSDP2), without ema_decay and amp_fp16",
+    )
     grad_checkpointing: bool = _operational(False, "recompute the towers' blocks in the backward pass: memory for time")
     torchcompile: bool = _operational(False, "compile both towers with torch.compile")
 
@@ -131,6 +140,7 @@ class Config:
         for name, field in config_fields().items():
             object.__setattr__(self, name, _checked(name, field.type, getattr(self, name)))
         _check_ranges(self)
+        _check_engine(self)
 
     @property
     def processes(self) -> int:
@@ -264,9 +274,30 @@ def _check_ranges(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"config field {name} = {value}: expected more than 0")
+    for name, registry in (("pooling", poolings), ("loss", objectives)):
+        if getattr(config, name) not in registry:
+            value = getattr(config, name)
+            known = ", ".join(map(repr, registry))
+            raise UserError(f"config field {name} = {value!r}: expected one of {known}.{did_you_mean(value, registry)}")
     for logger in config.report_to:
         if logger not in LOGGERS:
             raise UserError(f"config field report_to = {logger!r}: expected {', '.join(LOGGERS)}, or none")
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse what needs all weights, or all gradients, on every process."""
+    if config.distributed_engine == "ddp":
+        return
+    if config.ema_decay is not None:
+        raise UserError(
+            f"ema_decay = {config.ema_decay} with distributed_engine = 'fsdp': the average is kept whole on every "
+            "process, which fsdp is there to avoid; set ema_decay=none or distributed_engine=ddp"
+        )
+    if config.precision == "amp_fp16":
+        raise UserError(
+            "precision = 'amp_fp16' with distributed_engine = 'fsdp': loss scaling does not look at all processes' "
+            "shares of a gradient; set precision=amp_bf16 or distributed_engine=ddp"
+        )
 
 
 def parse_value(name: str, text: str) -> Any:

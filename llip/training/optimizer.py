@@ -2,9 +2,11 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llip.configs import Config
 from llip.errors import UserError
@@ -61,24 +63,46 @@ def blocks_above(names: list[str]) -> dict[str, int]:
     return above
 
 
-def create_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW over the model's trainable parameters.
+class ParameterGroup(NamedTuple):
+    """Parameters that are trained alike."""
 
-    A group for each weight decay (matrices, and all else) and each multiple of the learning rate, `lr_scale`.
+    decays: bool
+    lr_scale: float
+    names: list[str]
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
+    """Return the trainable parameters by weight decay (matrices, and all else) and multiple of the learning rate.
+
+    The order of groups and names is that of the optimizer's state in a checkpoint, where parameters have numbers only.
     """
     named = dict(model.named_parameters())
     above = blocks_above(list(named))
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[str]] = {}
     for name, parameter in named.items():
         if parameter.requires_grad:
             key = (decays(name, parameter), config.layer_decay ** above[name])
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault(key, []).append(name)
     ordered = sorted(groups, key=lambda key: (not key[0], -key[1]))
+    return [ParameterGroup(*key, groups[key]) for key in ordered]
+
+
+def create_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Return AdamW over the model's trainable parameters, in the groups of `parameter_groups`.
+
+    Where a part of a group's parameters lies in shares on several processes (`engine_sharded`), that part is a group of
+    its own: one fused kernel does not take both kinds.
+    """
+    named = dict(model.named_parameters())
+    parts = []
+    for group in parameter_groups(model, config):
+        parameters = [named[name] for name in group.names]
+        for shared in (False, True):
+            if alike := [parameter for parameter in parameters if isinstance(parameter, DTensor) == shared]:
+                decay = config.wd if group.decays else 0.0
+                parts.append({"params": alike, "weight_decay": decay, "lr_scale": group.lr_scale})
     return torch.optim.AdamW(
-        [
-            {"params": groups[key], "weight_decay": config.wd if key[0] else 0.0, "lr_scale": key[1]}
-            for key in ordered
-        ],
+        parts,
         lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
     )  # fmt: skip
 

@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+from torch import Tensor
+
 from llip.configs import Config
 from llip.errors import RunError, UserError
 from llip.open_clip.model import Llip
@@ -43,10 +45,11 @@ class Saver:
         Raises:
             RunError: the last checkpoint cannot be written.
         """
+        weights = self.state.engine.model_state(self.model)
         content = self.state.save(self.processes)
         problem = None
         if content is not None:
-            problem = self._write(content)
+            problem = self._write(content, weights)
         problem = self.processes.from_main(problem)
         self.saved_at = time.monotonic()
         if problem is None:
@@ -58,11 +61,11 @@ class Saver:
         if self.processes.is_main:
             log.warning("%s; %s. Training goes on, and tries again at the next one", problem, remains)
 
-    def _write(self, content: dict[str, Any]) -> str | None:
+    def _write(self, content: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
         config = self.config
         content |= {
             "model": self.model.config,
-            "state_dict": self.model.state_dict(),
+            "state_dict": weights,
             "config": dict(vars(config)),
             "passport": self.passport,
         }

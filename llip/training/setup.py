@@ -21,6 +21,7 @@ from llip.training.checkpoint import newest_good_checkpoint
 from llip.training.data import make_loader
 from llip.training.data_report import DataCounts, DataReport
 from llip.training.distributed import Processes
+from llip.training.engine import create_engine
 from llip.training.optimizer import create_optimizer, lock_towers
 from llip.training.passport import differences, make_passport
 from llip.training.position import DataPosition, Layout, shards_digest
@@ -198,9 +199,6 @@ def build_run(config: Config, processes: Processes) -> Run:
         load_weights(averaged.module, found["ema_state_dict"], "the run's averaged weights")
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
-    if config.torchcompile:
-        model.visual.compile()
-        model.text.compile()
     parameters = sum(p.numel() for p in model.parameters())
     log.info(
         "model: %s, K = %d, %s pooling, %s parameters",
@@ -210,10 +208,11 @@ def build_run(config: Config, processes: Processes) -> Run:
         f"{parameters:,}",
     )
 
+    engine = create_engine(config, model, processes)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "amp_fp16")
     data = _data_start(config)
     counts = DataCounts([0] * len(data.names))
-    state = TrainState(create_optimizer(model, config), scaler, data.position, counts, averaged)
+    state = TrainState(create_optimizer(model, config), scaler, data.position, counts, averaged, engine)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
     passport = make_passport(processes, _data_digest(config)) if processes.is_main else {}
     if found:

@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from llip.errors import UserError
 from llip.training.data_report import DataCounts
 from llip.training.distributed import Processes
+from llip.training.engine import Engine
 from llip.training.position import DataPosition, Layout, continue_data
 
 
@@ -21,6 +22,7 @@ class TrainState:
     position: DataPosition
     counts: DataCounts
     averaged: ModelEmaV3 | None = None  # an exponential moving average of the model
+    engine: Engine = dataclasses.field(default_factory=Engine)  # how the weights lie on the processes
     step: int = 0
     samples_seen: int = 0
     skipped_steps: int = 0  # steps without an update, because loss or gradient was not finite
@@ -35,6 +37,7 @@ class TrainState:
             "position": self.position.plain(),
             "counts": self.counts.plain(),
         }
+        optimizer = self.engine.optimizer_state(self.optimizer)
         everyone = processes.gather_to_main(own)
         if everyone is None:
             return None
@@ -44,7 +47,7 @@ class TrainState:
             "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "processes": everyone,
         }
@@ -69,7 +72,7 @@ class TrainState:
             ) from error
         self.step, self.samples_seen = saved["step"], saved["samples_seen"]
         self.skipped_steps, self.skipped_in_a_row = saved["skipped_steps"], saved.get("skipped_in_a_row", 0)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.engine.load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if len(everyone) == processes.count:
             own = everyone[processes.rank]

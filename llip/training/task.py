@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llip.open_clip.factory import normalise_images
-from llip.open_clip.loss import sigmoid_loss, softmax_loss
 from llip.open_clip.model import Llip
+from llip.open_clip.objectives import Objective
 from llip.open_clip.score_plan import ScorePlan
+from llip.registry import objectives
 from llip.training.distributed import Processes, combine_logsumexp, gather_texts
 
 _MEASURED = 32  # pairs
@@ -35,13 +36,15 @@ class ContrastiveTask(nn.Module):
 
         Args:
             model: with a logit bias if and only if the loss is the sigmoid one.
-            loss: sigmoid or softmax.
+            loss: name of the objective.
             processes: this process's place.
             score_memory: GiB that the scores of all pairs may take; None: the default of the device.
         """
         super().__init__()
-        assert (loss == "sigmoid") == (model.logit_bias is not None), f"the model was not built for the {loss} loss"
-        self.model, self.loss, self.processes = model, loss, processes
+        self.objective: Objective = objectives.find(loss)
+        has_bias = model.logit_bias is not None
+        assert has_bias == (self.objective.bias is not None), f"the model was not built for the {loss} loss"
+        self.model, self.processes = model, processes
         self.memory_budget = None if score_memory is None else int(score_memory * 2**30)
         self.seen: Features | None = None  # the first of the last batch's features, to be measured now and then
 
@@ -95,8 +98,8 @@ class ContrastiveTask(nn.Module):
         scale = self.model.logit_scale.exp()
         report = {"logit_scale": scale.detach()}
         with torch.autocast(scores.device.type, enabled=False):
-            if self.loss == "sigmoid":
-                report["logit_bias"] = self.model.logit_bias.detach()
-                return sigmoid_loss(scores, offset, scale, self.model.logit_bias), report
             combine = combine_logsumexp if self.processes.count > 1 else None
-            return softmax_loss(scores, offset, scale, combine), report
+            loss = self.objective.loss(scores, offset, scale, self.model.logit_bias, combine)
+        if self.model.logit_bias is not None:
+            report["logit_bias"] = self.model.logit_bias.detach()
+        return loss, report

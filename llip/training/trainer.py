@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from llip.configs import Config
@@ -65,10 +64,7 @@ class Trainer:
         self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
         self.saver, self.watch, self.stop, self.evaluate = saver, watch, stop, evaluate
         self.task = task
-        self.wrapped: nn.Module = task
-        if processes.count > 1:
-            devices = [processes.device] if processes.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
+        self.wrapped: nn.Module = state.engine.wrap(task)
         dtype = autocast_dtype(config.precision)
         self.autocast: Callable[[], AbstractContextManager] = (
             nullcontext if dtype is None else partial(torch.autocast, processes.device.type, dtype=dtype)
@@ -160,7 +156,7 @@ class Trainer:
             loss, report = backward_step(self.wrapped, slices, self.autocast, scaler.scale)
         scaler.unscale_(state.optimizer)
         parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
-        total = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        total = state.engine.gradient_norm(parameters)
         norm = total.item()
         bad_loss, bad_norm, stopping = self.processes.largest(
             [not math.isfinite(loss.item()), not math.isfinite(norm), bool(self.stop)]
@@ -172,7 +168,7 @@ class Trainer:
         else:
             state.skipped_in_a_row = 0
             if self.config.grad_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, total)
+                state.engine.clip_gradients(parameters, self.config.grad_clip, total)
             scaler.step(state.optimizer)
         scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +194,8 @@ class Trainer:
                 tell("step %d is skipped: %s (%d in a row)", bad.step, what, state.skipped_in_a_row)
             return
         scale = state.scaler.get_scale()
-        folder, report = write_flight_record(bad, config, self.task.model, scale, self.processes)
+        model = state.engine.model_with_gradients(self.task.model)
+        folder, report = write_flight_record(bad, config, model, scale, self.processes)
         message = None
         if report is not None:
             record = f"flight record: {folder}; compute the step again with: python -m llip.training.replay {folder}"
@@ -258,7 +255,7 @@ class Trainer:
                     **self._data_record(window),
                 }
             )
-            progress.set_postfix_str(f"loss {loss_value:.3f}, {rate:,.0f} samples/s")
+            progress.set_postfix_str(f"loss {loss_value:.3f}, {rate:,.0f} samples/s", refresh=False)
             window.restart()
         if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_to_main(self.state.counts.plain())):
             self.run_log.data.log_epoch(counts)
@@ -283,7 +280,8 @@ class Trainer:
         assert self.evaluate is not None
         self.watch.enter("evaluation", self.state.step, limited=False)
         averaged = self.state.averaged
-        self.evaluate(self.task.model if averaged is None else averaged.module, self.state.step)
+        model = self.state.engine.whole_model(self.task.model) if averaged is None else averaged.module
+        self.evaluate(model, self.state.step)
 
     def _mixture_record(self) -> dict[str, float]:
         """Return what the mixture tokens do on the last batch of the main process; a collapse is said aloud, once."""
