@@ -110,6 +110,10 @@ def start_processes(arguments: list[str], config: Config) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    later = {  # not in the oldest PyTorch that is supported, which kills what has not left 30 s after SIGTERM
+        "signals_to_handle": ",".join(number.name for number in STOP_SIGNALS),
+        "shutdown_timeout": int(60 * config.timeout_minutes) + 60,
+    }
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -119,8 +123,7 @@ def start_processes(arguments: list[str], config: Config) -> int:
         run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle=",".join(signal.name for signal in STOP_SIGNALS),
-        shutdown_timeout=int(60 * config.timeout_minutes) + 60,
+        **{name: value for name, value in later.items() if name in LaunchConfig.__dataclass_fields__},
     )
     with tempfile.TemporaryDirectory(prefix="llip-") as notes:
         os.environ[NOTES_FOLDER] = notes
