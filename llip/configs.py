@@ -118,7 +118,7 @@ class Config:
         "ddp: all weights on every process; fsdp: a share on each (FSDP2), without ema_decay and amp_fp16",
     )
     grad_checkpointing: bool = _operational(False, "recompute the towers' blocks in the backward pass: memory for time")
-    torchcompile: bool = _operational(False, "compile both towers with torch.compile")
+    torchcompile: bool = _operational(False, "compile both towers; on a CPU that needs a C++ compiler")
 
     # Log, checkpoints, evaluation (0 switches any of them off)
     log_steps: int = _operational(10, "steps between lines of metrics.jsonl")

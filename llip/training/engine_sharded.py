@@ -52,7 +52,10 @@ class ShardedEngine(Engine):
         log.info("weights: %s of %s numbers on this process (FSDP2)", f"{own:,}", f"{_count(model):,}")
 
     def wrap(self, task: ContrastiveTask) -> nn.Module:
-        """See `Engine`: DDP for what is whole; FSDP2's own hooks look after the rest."""
+        """See `Engine`: DDP for what is whole; FSDP2's own hooks look after the rest.
+
+        What DDP leaves out is told by a method that PyTorch calls private, for want of a public one.
+        """
         shares = [name for name, parameter in task.named_parameters() if isinstance(parameter, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, shares)
         return super().wrap(task)
@@ -146,7 +149,8 @@ class ShardedEngine(Engine):
 
 def _shard_towers(model: Llip, processes: Processes, compiled: bool) -> None:
     # Weights are gathered and gradients averaged in float32, and autocast rounds in the same places as under DDP: the
-    # two engines give equal losses, at twice the traffic of bfloat16.
+    # two engines give equal losses, at twice the traffic of bfloat16. Autocast's bfloat16 copies of the weights stay
+    # whole from forward to backward, or to the end of the forward pass with grad_checkpointing.
     policy = MixedPrecisionPolicy()
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for tower in (model.visual, model.text):

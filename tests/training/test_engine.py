@@ -98,8 +98,9 @@ def test_with_locked_towers_checkpointing_and_rates_by_layer(pool, config, chang
 
 
 def test_bfloat16_rounds_in_the_same_places(pool, config):
-    ddp, fsdp = both(config, precision="amp_bf16")
-    pool.run(train_together, 2, [ddp, fsdp])
+    """Autocast's copies of weights outlive the weights being whole, over the slices of a step."""
+    ddp, fsdp = both(config, precision="amp_bf16", accum_freq=2, batch_size=4)
+    assert pool.run(train_together, 2, [ddp, fsdp]) == [[None, None]] * 2
     assert column(fsdp, "loss") == pytest.approx(column(ddp, "loss"), rel=1e-3)
 
 
@@ -121,9 +122,7 @@ def test_the_same_folder_goes_on_under_the_other_engine(pool, config):
     longer = config.replace(epochs=3, distributed_engine="fsdp")
     assert pool.run(train_together, 2, [ddp, longer]) == [[None, None]] * 2
     assert column(longer, "step") == [1, 2, 3, 4, 5, 6]
-    assert "distributed_engine changed from 'ddp' to 'fsdp'" in (longer.folder / "log.txt").read_text().replace(
-        "from ddp to fsdp", "from 'ddp' to 'fsdp'"
-    )
+    assert "distributed_engine changed from 'ddp' to 'fsdp'" in (longer.folder / "log.txt").read_text()
 
 
 def load_and_save(rank, count, config, path):

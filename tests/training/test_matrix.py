@@ -1,6 +1,7 @@
 """Options that change how a run computes, and not what: each combination gives the losses of one process without them.
 
-Compiled runs are few, as each compiles for many seconds; together they hold every pair of options.
+Compiled runs are few, as each compiles for many seconds, and their model is one whose two towers look alike to the
+compiler. Without checkpointing the same graphs are compiled, less what is computed again.
 """
 
 import itertools
@@ -18,11 +19,7 @@ from tests.training.test_engine import saved, train_together
 
 CHECKPOINTED = {"grad_checkpointing": True}
 SLICED = {"accum_freq": 2, "batch_size": 4}
-EAGER = [
-    (engine, checkpointed, sliced)
-    for engine, checkpointed, sliced in itertools.product(("ddp", "fsdp"), (False, True), (False, True))
-]
-COMPILED = [("ddp", False, False), ("ddp", True, True), ("fsdp", False, True), ("fsdp", True, False)]
+EAGER = list(itertools.product(("ddp", "fsdp"), (False, True), (False, True)))  # engine, checkpointed, in two slices
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 
@@ -31,8 +28,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 def plain(tmp_path_factory):
     """A run of one process, as simple as it gets. Its two steps each see all data, whoever reads them."""
     folder = tmp_path_factory.mktemp("matrix")
-    towers = {tower: TINY_MODEL[tower] | {"layers": 1} for tower in ("vision_cfg", "text_cfg")}
-    (folder / "model.json").write_text(json.dumps(TINY_MODEL | towers))
+    vision = TINY_MODEL["vision_cfg"] | {"layers": 1}
+    text = TINY_MODEL["text_cfg"] | {"layers": 1, "width": 32, "context_length": 7}  # as many as patches and tokens
+    (folder / "model.json").write_text(json.dumps(TINY_MODEL | {"vision_cfg": vision, "text_cfg": text}))
     config = Config(
         name="plain", logs=str(folder), train_data=write_pairs(folder / "pairs", 16, 8), train_num_samples=16,
         model=str(folder / "model.json"), mixture_tokens=3, pool_heads=4, batch_size=16, device="cpu", epochs=2,
@@ -70,20 +68,20 @@ def test_every_combination_without_compiling(pool, plain):
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", COMPILED)
-def test_compiled(pool, plain, options):
-    config = variant(plain, *options, torchcompile=True)
+def test_compiled_whole_weights(pool, plain):
+    """The average is a copy of the model, and names in the checkpoint know nothing of the compiler."""
+    config = variant(plain, "ddp", True, False, torchcompile=True, ema_decay=0.9)
     assert pool.run(train_together, 2, [config]) == [[None]] * 2
     assert_equal_losses(config, plain)
+    assert list(saved(config, 2)["ema_state_dict"]) == list(saved(plain, 2)["state_dict"])
 
 
 @needs_compiler
-def test_compiled_with_an_average_and_online_names(pool, plain):
-    """The average is a copy of the model, and names in the checkpoint know nothing of the compiler."""
-    config = plain.replace(name="averaged", torchcompile=True, ema_decay=0.9)
-    assert pool.run(train_together, 1, [config]) == [[None]]
+def test_compiled_shares(pool, plain):
+    """Block by block, inside of what is checkpointed and of the hooks that make weights whole."""
+    config = variant(plain, "fsdp", True, True, torchcompile=True)
+    assert pool.run(train_together, 2, [config]) == [[None]] * 2
     assert_equal_losses(config, plain)
-    assert list(saved(config, 2)["ema_state_dict"]) == list(saved(plain, 2)["state_dict"])
 
 
 def test_without_a_compiler_the_run_is_refused(plain, monkeypatch):
