@@ -29,7 +29,7 @@ quickstart: install
 	@echo "results:  logs/llip_quickstart/evals/results.md and results.json"
 
 test: install
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(RUN) -m ruff check .

@@ -1,8 +1,9 @@
 """Kill a run at random moments and start it again: `python -m benchmarks.kill_resume [--kills 20] [--json]`.
 
 One run goes through undisturbed. Another is killed (SIGKILL) again and again, the same command continuing it each time:
-the whole tree of processes, the launcher alone, or the tree while a checkpoint is being written. In the end its
-losses and its final weights must be those of the first run, to the last bit. Needs /proc (Linux).
+the whole tree of processes, the launcher alone, the tree while a checkpoint is being written, or the launcher while the
+run is starting up. Whoever outlives a killed launcher by long is counted. In the end the losses and the final weights
+must be those of the first run, to the last bit. Needs /proc (Linux).
 """
 
 import argparse
@@ -23,12 +24,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-KINDS = ("tree", "launcher", "writing")
-"""What is killed: everything; the process that was started; everything, in the middle of writing a checkpoint."""
+KINDS = ("tree", "launcher", "writing", "start")
+"""What is killed: everything; the process that was started; everything, in the middle of writing a checkpoint; the
+process that was started, before the first step."""
+START_MOMENTS = (0.5, 6.0)
+"""Seconds after its start between which a run that starts up is killed, unless it takes its first step earlier."""
 DEADLINE = 300.0
 """Seconds that one start may take until it is killed or has finished."""
 _MARK = "LLIP_KILL_RESUME"
 _GONE = 20.0  # seconds in which the others must be gone once the launcher is
+_STEPS = 8  # of a run for each kill: most of a start's steps, and those that go by until it is killed
 
 
 @dataclasses.dataclass
@@ -50,6 +55,7 @@ class Launched:
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.mark = uuid.uuid4().hex
+        self.began = time.time()
         self.log = open(log, "ab")  # noqa: SIM115 - as long as the command runs
         environment = os.environ | {_MARK: self.mark}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
@@ -69,17 +75,17 @@ class Launched:
 
     def kill(self, kind: str) -> int:
         """Kill, and return how many processes had to be ended because they outlived the launcher."""
-        if kind == "launcher":
+        if kind in ("launcher", "start"):
             self.process.kill()
         else:
             for each in self.members():
-                _kill(each)
+                _send(each, signal.SIGKILL)
         self.process.wait(30)
         survivors = 0
         if not wait_for(lambda: not self.members(), _GONE):
             survivors = len(self.members())
             for each in self.members():
-                _kill(each)
+                _send(each, signal.SIGKILL)
         self.log.close()
         return survivors
 
@@ -91,9 +97,9 @@ class Launched:
             self.kill("tree")
 
 
-def _kill(process: int) -> None:
+def _send(process: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
+        os.kill(process, number)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
@@ -130,19 +136,57 @@ def kill_once(command: list[str], folder: Path, kind: str, draw: random.Random, 
         (whether it was killed before its end, processes that outlived the launcher)
     """
     begin, launched = logged_steps(folder), Launched(command, folder.parent / f"{folder.name}.txt")
-    target = begin + draw.randint(1, most)
-    reached = wait_for(lambda: logged_steps(folder) >= target or launched.process.poll() is not None, DEADLINE)
-    if kind == "writing" and reached:
-        reached = wait_for(
-            lambda: (folder / "checkpoints" / "writing.tmp").exists() or launched.process.poll() is not None, DEADLINE
-        )
-    elif reached:
-        time.sleep(draw.random() * 0.3)
+
+    def come(steps: int) -> bool:
+        return logged_steps(folder) >= begin + steps or launched.process.poll() is not None
+
+    target = draw.randint(1, most)
+    if kind == "start":
+        wait_for(lambda: come(1), draw.uniform(*START_MOMENTS))
+        reached = True
+    else:
+        reached = wait_for(lambda: come(target), DEADLINE)
+        if kind == "writing" and reached:
+            reached = stop_writing(launched, folder)
+        elif reached:
+            time.sleep(draw.random() * 0.3)
     ended = launched.process.poll() is not None
     survivors = launched.kill(kind)
     if not reached:
-        raise RuntimeError(f"the run did not reach step {target} in {DEADLINE:.0f} s; see {folder}.txt")
+        what = "was not caught writing a checkpoint" if kind == "writing" else f"did not get {target} steps on"
+        raise RuntimeError(f"the run {what} in {DEADLINE:.0f} s; see {folder}.txt")
     return not ended, survivors
+
+
+def stop_writing(launched: Launched, folder: Path, seconds: float = DEADLINE) -> bool:
+    """Stop all processes of a run (SIGSTOP) in the middle of writing a checkpoint; they stay so.
+
+    A file that an earlier start has left does not count, nor one that is in its place before everybody stands still.
+
+    Returns:
+        Whether they stand still or the run has ended; False when it did not happen in time.
+    """
+    path, members = folder / "checkpoints" / "writing.tmp", launched.members()  # before: it takes a while
+
+    def writing() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime > launched.began
+        return False
+
+    def caught() -> bool:
+        if launched.process.poll() is not None:
+            return True
+        if not writing():
+            return False
+        for each in members:
+            _send(each, signal.SIGSTOP)
+        if writing():
+            return True
+        for each in members:
+            _send(each, signal.SIGCONT)
+        return False
+
+    return wait_for(caught, seconds)
 
 
 def run_killed(
@@ -166,13 +210,16 @@ def run_killed(
     if code := Launched(command("straight"), logs / "straight.txt").finish():
         raise RuntimeError(f"the undisturbed run ended with exit code {code}; see {logs / 'straight.txt'}")
     draw, done, survivors, repeated = random.Random(seed), dict.fromkeys(KINDS, 0), 0, 0
-    for kind in tqdm(kinds, desc=f"kills, {processes} processes", unit="kill"):
+    progress = tqdm(kinds, desc=f"kills, {processes} processes", unit="kill")
+    for kind in progress:
+        progress.set_postfix_str(kind)
         interrupted, outlived = kill_once(command("killed"), killed, kind, draw, most)
         if not interrupted:
             break
         done[kind] += 1
         survivors += outlived
-        repeated += logged_steps(killed) - max(saved_steps(killed), default=0)
+        if kind != "start":  # which leaves the steps of the start before it, and those are counted
+            repeated += logged_steps(killed) - max(saved_steps(killed), default=0)
     if code := Launched(command("killed"), logs / "killed.txt").finish():
         raise RuntimeError(f"the killed run ended with exit code {code}; see {logs / 'killed.txt'}")
     losses = [read_losses(folder) for folder in (straight, killed)]
@@ -207,7 +254,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Kill and resume with each number of processes; exit code 1 when anything differs."""
+    """Kill and resume with each number of processes; exit code 1 when anything differs, stays or was not killed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_resume", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="per number of processes [%(default)s]")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="[1 2]")
@@ -220,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
             logs = Path(folder) / f"processes_{processes}"
             logs.mkdir()
             kinds = [KINDS[index % len(KINDS)] for index in range(given.kills)]
-            steps = 4 * (given.kills + 2)
+            steps = _STEPS * (given.kills + 2)
 
             def command(name: str, processes: int = processes, logs: Path = logs, steps: int = steps) -> list[str]:
                 fields = {
@@ -233,22 +280,28 @@ def main(arguments: list[str] | None = None) -> int:
                 return [sys.executable, "-m", "llip.main", "llip_quickstart", *words]
 
             outcomes.append(run_killed(command, logs, kinds, given.seed, processes))
-    good = all(not (o.different_losses or o.different_weights or o.survivors) for o in outcomes)
     if given.json:
         print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
     else:
         print(table(outcomes))
-    return 0 if good else 1
+    return 0 if all(is_good(outcome, given.kills) for outcome in outcomes) else 1
+
+
+def is_good(outcome: Outcome, kills: int) -> bool:
+    """Tell whether a run was killed that often and nothing of it was lost or left behind."""
+    wrong = outcome.different_losses or outcome.different_weights or outcome.survivors
+    return not wrong and sum(outcome.kills.values()) == kills
 
 
 def table(outcomes: list[Outcome]) -> str:
     """Return the outcomes for people."""
-    rows = ["processes  kills (tree, launcher, writing)  steps  repeated  losses differ  weights differ  survivors"]
+    head = f"kills ({', '.join(KINDS)})"
+    rows = [f"processes  {head}  steps  repeated  losses differ  weights differ  survivors"]
     for one in outcomes:
         kinds = f"{sum(one.kills.values())} ({', '.join(str(one.kills[kind]) for kind in KINDS)})"
         rows.append(
-            f"{one.processes:9}  {kinds:31}  {one.steps:5}  {one.repeated_steps:8}  {one.different_losses:13}  "
-            f"{one.different_weights:14}  {one.survivors:9}"
+            f"{one.processes:9}  {kinds:{len(head)}}  {one.steps:5}  {one.repeated_steps:8}  "
+            f"{one.different_losses:13}  {one.different_weights:14}  {one.survivors:9}"
         )
     return "\n".join(rows)
 

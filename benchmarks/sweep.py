@@ -1,6 +1,6 @@
 """Variants of one config, trained over seeds and evaluated alike: what the ladder and the ablations share.
 
-A run that is finished is not repeated, and one that is half done goes on.
+A run that is finished is not repeated, and one that is half done goes on; results of another config are refused.
 """
 
 import dataclasses
@@ -9,8 +9,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from llip.configs import Config, config_fields
+from llip.cluster.snapshot import frozen_config
+from llip.configs import IDENTITY, Config, config_fields, own_files
+from llip.errors import UserError
+
+RESULT = "benchmark.json"
+"""File of a run's folder that holds its result and the values it belongs to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,30 +29,88 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A trained variant: its values (fractions) by column, and the seconds that its training took."""
+    """A trained variant: its values (fractions) by column, and the seconds of its training if it was not resumed."""
 
     variant: str
     seed: int
     values: dict[str, float]
-    train_seconds: float
+    train_seconds: float | None
 
 
 def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, prefix: str) -> list[Result]:
-    """Train and evaluate every variant with every seed, into `<logs>/<prefix>_<label>_seed<n>`."""
+    """Train and evaluate every variant with every seed, into `<logs>/<prefix>_<label>_seed<n>`.
+
+    Raises:
+        UserError: `logs` holds results of another config.
+        RuntimeError: a run did not come to its end, or could not be evaluated.
+    """
+    for variant in variants:
+        for seed in seeds:
+            read_result(_config(variant, seed, logs, prefix))  # complain before hours of training
     return [_run(variant, seed, logs, prefix) for seed in seeds for variant in variants]
 
 
-def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
+def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
     name = f"{prefix}_{variant.label}_seed{seed}".replace(" = ", "").replace("+ ", "").replace(" ", "_")
-    config = variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
-    path = config.folder / "benchmark.json"
-    if path.is_file():
-        return Result(**json.loads(path.read_text()))
+    return variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
+
+
+def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
+    config = _config(variant, seed, logs, prefix)
+    found = read_result(config)
+    if found is not None:
+        return dataclasses.replace(found, variant=variant.label)
+    resumed = (config.folder / "checkpoints").is_dir()  # nobody knows how long its earlier starts took
     started = time.monotonic()
     train(config)
-    seconds = time.monotonic() - started
+    seconds = None if resumed else time.monotonic() - started
     result = Result(variant.label, seed, evaluate(config), seconds)
-    path.write_text(json.dumps(dataclasses.asdict(result)))
+    write_result(config, result)
+    return result
+
+
+def result_identity(config: Config) -> dict[str, Any]:
+    """Return what a result depends on: identity fields, the global batch in the place of its factors, the tasks."""
+    fields = [name for name, field in config_fields().items() if field.metadata["kind"] == IDENTITY]
+    values = {name: getattr(config, name) for name in fields}
+    return values | {"global batch": config.global_batch, "evals": list(config.evals)}
+
+
+def write_result(config: Config, result: Result) -> None:
+    """Keep a run's result in its folder, beside what it depends on."""
+    path = config.folder / RESULT
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(result) | {"config": result_identity(config)}, indent=1))
+    temporary.replace(path)
+
+
+def read_result(config: Config) -> Result | None:
+    """Return the result of a run that is finished; None where there is none.
+
+    Raises:
+        UserError: the result is of another config, or does not tell of which.
+    """
+    path = config.folder / RESULT
+    if not path.is_file():
+        return None
+    fix = "choose another folder with --logs"
+    try:
+        content = json.loads(path.read_text())
+        before = content.pop("config")
+        result = Result(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not tell of which config its result is ({error!r}); {fix}, or remove it to evaluate the run "
+            "again"
+        ) from error
+    now = result_identity(config)
+    changed = [
+        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise UserError(f"{path} is the result of another config ({'; '.join(changed)}); {fix}")
     return result
 
 
@@ -54,14 +118,14 @@ def train(config: Config) -> None:
     """Train as `python -m llip.main` would, on as many processes as the config asks for.
 
     Raises:
+        UserError: the config names something that was not registered in a file.
         RuntimeError: the run did not come to its end.
     """
     from llip.main import launch
 
     file = config.folder / "sweep_config.py"
     file.parent.mkdir(parents=True, exist_ok=True)
-    fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in config_fields())
-    file.write_text(f"from llip.configs import Config\n\n\ndef run():\n    return Config({fields})\n")
+    file.write_text(frozen_config(config, "run", [str(path) for path in own_files(config)]))
     code = launch(config, [f"{file}:run"])
     if code:
         raise RuntimeError(f"run {config.folder} ended with exit code {code}")
@@ -90,7 +154,7 @@ def table(results: Sequence[Result], columns: dict[str, str]) -> str:
     """Return a Markdown table: a row per variant, mean and range over seeds in percent.
 
     Args:
-        results: of all variants and seeds.
+        results: of all variants and seeds; the time of those that were resumed is not known.
         columns: head of the column -> key of `Result.values`.
     """
     lines = ["| | " + " | ".join(columns) + " | training s |", "|---" * (len(columns) + 2) + "|"]
@@ -100,8 +164,9 @@ def table(results: Sequence[Result], columns: dict[str, str]) -> str:
         for key in columns.values():
             values = [100 * result.values[key] for result in own]
             cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})")
-        seconds = statistics.mean(result.train_seconds for result in own)
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        known = [result.train_seconds for result in own if result.train_seconds is not None]
+        seconds = f"{statistics.mean(known):.0f}" if known else "-"
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {seconds} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import math
 import pkgutil
 import types
 import typing
@@ -16,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from llip.config_checks import check_engine, check_ranges, checked, type_name
 from llip.errors import UserError, did_you_mean
 from llip.registry import objectives, poolings
 
 IDENTITY = "identity"  # another value makes another experiment
 OPERATIONAL = "operational"  # another value changes how the same experiment is run
-LOGGERS = ("tensorboard", "wandb")
 DERIVED = "derived"  # may change as long as the global batch stays
 
 
@@ -111,7 +110,7 @@ class Config:
     )
     device: Literal["auto", "cuda", "cpu"] = _operational("auto", "auto: CUDA where there is a GPU")
     timeout_minutes: float = _operational(
-        10.0, "minutes that a process may stay at one point, or wait for the others, before the run ends"
+        10.0, "minutes that a process may stay at one point before the run ends; six times as long to save or evaluate"
     )
     distributed_engine: Literal["ddp", "fsdp"] = _operational(
         "ddp",
@@ -138,9 +137,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, field in config_fields().items():
-            object.__setattr__(self, name, _checked(name, field.type, getattr(self, name)))
-        _check_ranges(self)
-        _check_engine(self)
+            object.__setattr__(self, name, checked(name, field.type, getattr(self, name)))
+        check_ranges(self)
+        check_engine(self)
 
     @property
     def processes(self) -> int:
@@ -195,111 +194,6 @@ REFUSED_NAMES = {
 """Names that users of neighbouring trainers type, with what to do instead."""
 
 
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
-        return " or ".join("none" if part is types.NoneType else _type_name(part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return "a list of strings"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
-
-
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """Return `value` as the field's declared type, or raise the error that names field, value and type."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        inner = [part for part in typing.get_args(kind) if part is not types.NoneType]
-        return _checked(name, inner[0], value)
-    if typing.get_origin(kind) is Literal:
-        if value in typing.get_args(kind):
-            return value
-    elif typing.get_origin(kind) is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    hint = did_you_mean(str(value), typing.get_args(kind)) if typing.get_origin(kind) is Literal else ""
-    raise UserError(f"config field {name} = {value!r}: expected {_type_name(kind)}.{hint}")
-
-
-def _check_ranges(config: Config) -> None:
-    positive = (
-        "batch_size",
-        "accum_freq",
-        "epochs",
-        "nodes",
-        "ngpus",
-        "mixture_tokens",
-        "pool_heads",
-        "shuffle_buffer",
-        "max_bad_steps",
-    )
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise UserError(f"config field {name} = {getattr(config, name)}: expected at least 1")
-    switches = (
-        "workers",
-        "log_steps",
-        "save_frequency",
-        "save_steps",
-        "save_minutes",
-        "keep_checkpoints",
-        "keep_every",
-        "eval_steps",
-    )
-    for name in (*switches, "warmup", "wd", "train_num_samples", "lr"):
-        value = getattr(config, name)
-        if value < 0 or not math.isfinite(value):
-            raise UserError(f"config field {name} = {value}: expected 0 or more")
-    for name in ("beta1", "beta2", "max_bad_fraction", "patch_dropout", "layer_decay", "ema_decay"):
-        value = getattr(config, name)
-        if value is not None and (
-            not 0 <= value <= 1 or (value == 1 and name not in ("max_bad_fraction", "layer_decay"))
-        ):
-            raise UserError(f"config field {name} = {value}: expected a number from 0 to 1")
-    for name in (
-        "softmax_temperature",
-        "eps",
-        "grad_clip",
-        "image_size",
-        "context_length",
-        "score_memory",
-        "timeout_minutes",
-    ):
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"config field {name} = {value}: expected more than 0")
-    for name, registry in (("pooling", poolings), ("loss", objectives)):
-        if getattr(config, name) not in registry:
-            value = getattr(config, name)
-            known = ", ".join(map(repr, registry))
-            raise UserError(f"config field {name} = {value!r}: expected one of {known}.{did_you_mean(value, registry)}")
-    for logger in config.report_to:
-        if logger not in LOGGERS:
-            raise UserError(f"config field report_to = {logger!r}: expected {', '.join(LOGGERS)}, or none")
-
-
-def _check_engine(config: Config) -> None:
-    """Refuse what needs all weights, or all gradients, on every process."""
-    if config.distributed_engine == "ddp":
-        return
-    if config.ema_decay is not None:
-        raise UserError(
-            f"ema_decay = {config.ema_decay} with distributed_engine = 'fsdp': the average is kept whole on every "
-            "process, which fsdp is there to avoid; set ema_decay=none or distributed_engine=ddp"
-        )
-    if config.precision == "amp_fp16":
-        raise UserError(
-            "precision = 'amp_fp16' with distributed_engine = 'fsdp': loss scaling does not look at all processes' "
-            "shares of a gradient; set precision=amp_bf16 or distributed_engine=ddp"
-        )
-
-
 def parse_value(name: str, text: str) -> Any:
     """Read `text` from the command line as the declared type of field `name`.
 
@@ -325,7 +219,7 @@ def parse_value(name: str, text: str) -> Any:
         if kind is float:
             return float(text)
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"config field {name} = {text!r}: expected {_type_name(kind)}") from None
+        raise UserError(f"config field {name} = {text!r}: expected {type_name(kind)}") from None
     if typing.get_origin(kind) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
@@ -358,7 +252,12 @@ def list_configs() -> dict[str, Callable[[], Config]]:
     return found
 
 
-def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
+def read_file(path: Path) -> types.ModuleType:
+    """Run a Python file of the user's, with configs in it or with what it registers, and return it as a module.
+
+    Raises:
+        UserError: it is not there, is not Python, or does not run.
+    """
     if not path.is_file():
         raise UserError(f"config file {str(path)!r} is not there; expected path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(f"llip_user_config_{path.stem}", path)
@@ -371,6 +270,21 @@ def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
         raise
     except Exception as error:
         raise UserError(f"config file {str(path)!r} does not run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def own_files(config: Config) -> list[Path]:
+    """Return the files that register what `config` names and the project does not ship: `read_file` reads them again.
+
+    Raises:
+        UserError: something was not registered in a file.
+    """
+    found = (poolings.source(config.pooling), objectives.source(config.loss))
+    return list(dict.fromkeys(path for path in found if path is not None))
+
+
+def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
+    module = read_file(path)
     functions = {
         name: value
         for name, value in vars(module).items()

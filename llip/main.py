@@ -9,11 +9,13 @@ import sys
 from llip.cli import parse_command
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
+from llip.training.launcher_watch import end_with_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Resolve the config, start or join its processes, train. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    end_with_launcher()
     try:
         command = parse_command(arguments)
     except UserError as error:
@@ -63,16 +65,16 @@ def train(config: Config, device: str) -> bool:
     ):
         check_data(config, processes)
         run = build_run(config, processes)
-        if run.state.step >= config.total_steps:
-            log.info("run %s is finished at step %d: nothing to do", config.folder, run.state.step)
-            return True
         evaluate = online_evaluation(config, run.run_log, processes)
         saver = Saver(config, run.task.model, run.state, processes, run.passport)
         trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate)
-        finished = trainer.fit(iter(run.loader))
+        nothing_to_do = run.state.step >= config.total_steps
+        finished = trainer.fit(run.loader)
         run.run_log.close()
         if processes.is_main and finished:
-            log.info("finished: %s; curves in %s", config.folder, draw_curves(config.folder))
+            already = " already: nothing to do" if nothing_to_do else ""
+            log.info("finished%s: %s", already, config.folder)
+            draw_curves(config.folder)
         processes.wait()  # nobody leaves before the checkpoint is written
         return finished
 

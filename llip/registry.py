@@ -1,7 +1,9 @@
 """Names that a config may use for poolings and objectives, and how a user's own file adds one. Imports no torch."""
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llip.errors import UserError, did_you_mean
@@ -22,6 +24,7 @@ class Registry:
         self.what = what
         self._places: dict[str, str] = dict(shipped)
         self._things: dict[str, Any] = {}
+        self._sources: dict[str, str] = {}  # of what was registered: the file that did it
 
     def register(self, name: str) -> Callable[[Thing], Thing]:
         """Decorate what configs may call `name` from now on; a file with a config of one's own is the place for it.
@@ -29,12 +32,16 @@ class Registry:
         Raises:
             UserError: the name is taken.
         """
+        source = str(Path(sys._getframe(1).f_code.co_filename).resolve())
 
         def add(thing: Thing) -> Thing:
-            taken = self._things.get(name)
-            if name in self._places or (taken is not None and _origin(taken) != _origin(thing)):
+            if name in self._places:
                 raise UserError(f"{self.what} {name!r} is there already; give yours another name")
-            self._things[name] = thing  # the same file may be read twice
+            if name in self._sources:  # the same file may be read twice, by its path and as a module
+                other = self._sources[name]
+                if (other, _called(self._things[name])) != (source, _called(thing)):
+                    raise UserError(f"{self.what} {name!r} is there already, from {other}; give yours another name")
+            self._things[name], self._sources[name] = thing, source
             return thing
 
         return add
@@ -51,6 +58,22 @@ class Registry:
             self._things[name] = getattr(importlib.import_module(module), attribute)
         return self._things[name]
 
+    def source(self, name: str) -> Path | None:
+        """Return the file that registered `name`; None for what the project ships.
+
+        Raises:
+            UserError: it was not registered in a file, so that no other process can read it.
+        """
+        if name not in self._sources:
+            return None
+        path = Path(self._sources[name])
+        if not path.is_file():
+            raise UserError(
+                f"{self.what} {name!r} was registered in {self._sources[name]!r}, which is no file, and other "
+                "processes need one; put it into path/to/file.py, beside a config that names it"
+            )
+        return path
+
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self._things
 
@@ -58,8 +81,8 @@ class Registry:
         return iter(dict.fromkeys([*self._places, *self._things]))
 
 
-def _origin(thing: Any) -> tuple[str | None, str | None]:
-    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+def _called(thing: Any) -> str | None:
+    return getattr(thing, "__qualname__", None)
 
 
 poolings = Registry(

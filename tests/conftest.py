@@ -1,8 +1,17 @@
 """Fixtures of the whole suite."""
 
+import os
+
 import pytest
 
-from tests.helpers import ProcessPool, tiny_model_file
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER and hasattr(os, "sched_setaffinity"):
+    # A core for each of pytest's processes and all that it starts: threads that wait for one another on shared cores
+    # take many times as long. Before torch is imported, which counts the cores.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_WORKER.removeprefix("gw")) % len(_cores)]})
+
+from tests.helpers import ProcessPool, tiny_model_file  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """Poolings and objectives of a user's own, in one file beside the config that names them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import llip
-from llip.configs import Config, search_config
+from llip.configs import Config, own_files, read_file, search_config
 from llip.errors import UserError
 from llip.main import train
 from llip.registry import Registry, objectives, poolings
@@ -30,9 +34,9 @@ def test_a_file_of_ones_own_trains_and_loads(tiny_model, tmp_path, monkeypatch):
     assert weights.shape == (3, 5, 1, 8)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 5, 1))
     torch.testing.assert_close(model.similarity(h, t), torch.einsum("btd,td->bt", model.contextualize(h, t), t))
-    from llip.training.figures import read_jsonl
+    from llip.training.run_folder import read_records
 
-    losses = [record["loss"] for record in read_jsonl(config.folder / "metrics.jsonl")]
+    losses = [record["loss"] for record in read_records(config.folder / "metrics.jsonl")]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -62,3 +66,55 @@ def test_a_name_belongs_to_one():
 def test_what_is_shipped_can_be_found():
     assert [poolings.find(name).__name__ for name in ("first", "text")] == ["FirstToken", "TextConditionedPooling"]
     assert objectives.find("softmax").bias is None
+
+
+REGISTERS = """
+from llip.registry import poolings
+
+@poolings.register("{name}")
+class Mine:
+    note = "{note}"
+"""
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for registry in (poolings, objectives):
+        monkeypatch.setattr(registry, "_things", dict(registry._things))
+        monkeypatch.setattr(registry, "_sources", dict(registry._sources))
+
+
+def test_the_file_of_a_name_is_known(tmp_path, own_names, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(REGISTERS.format(name="mine", note="first"))
+    monkeypatch.chdir(tmp_path)
+    read_file(Path("mine.py"))
+    assert own_files(Config(pooling="mine", loss="softmax")) == [file]
+    assert own_files(Config(pooling="first", loss="softmax")) == []
+    monkeypatch.chdir("/")
+    assert poolings.source("mine") == file
+    file.unlink()
+    with pytest.raises(UserError, match=r"pooling 'mine' was registered in .*mine\.py', which is no file"):
+        own_files(Config(pooling="mine"))
+
+
+def test_a_file_may_be_read_again_by_its_path_and_as_a_module_but_another_file_may_not(
+    tmp_path, own_names, monkeypatch
+):
+    file, other = tmp_path / "mine_again.py", tmp_path / "other.py"
+    file.write_text(REGISTERS.format(name="again", note="first"))
+    other.write_text(REGISTERS.format(name="again", note="other"))
+    read_file(file)
+    file.write_text(REGISTERS.format(name="again", note="second"))
+    read_file(file)
+    assert poolings.find("again").note == "second"
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("mine_again")
+    with pytest.raises(UserError, match=r"pooling 'again' is there already, from .*mine_again\.py"):
+        read_file(other)
+
+
+def test_no_torch_is_needed_to_know_the_names():
+    code = "import sys, llip.configs as c; c.search_config('llip_b16'); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

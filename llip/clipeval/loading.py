@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llip.clipeval.datasets import ImageSource
+from llip.lifeline import end_with_parent, held_signals
 from llip.pixels import to_rgb
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -83,4 +84,10 @@ def image_batches(
         # forked workers take any transform (no pickling) and start at once; they never touch the accelerator
         multiprocessing_context="fork" if workers else None,
     )
-    yield from loader
+    with held_signals():
+        batches = iter(loader)  # starts the workers
+    yield from batches
+
+
+def _begin_worker(_: int) -> None:
+    end_with_parent()  # what is sent to every process of a run, to stop it, is the run's business

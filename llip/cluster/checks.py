@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llip.configs import Config
+from llip.configs import Config, own_files, read_file
 from llip.errors import UserError
 from llip.training.run_folder import locked_folder
 
@@ -23,6 +23,8 @@ def check_training(config: Config) -> list[str]:
         UserError: what the run would stop at.
     """
     notes = [*_check_data(config), *_check_weights(config)]
+    for path in own_files(config):
+        read_file(path)  # by itself, as the job does: a module of a package may not run so
     if config.steps_per_epoch < 1:
         raise UserError(
             f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "

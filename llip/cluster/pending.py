@@ -5,16 +5,12 @@ steps, and a job that still evaluates them keeps what it finds to itself: `evals
 task.
 """
 
-import contextlib
-import fcntl
-import json
 import logging
 import os
 import re
-import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +24,15 @@ from llip.training.checkpoint import FORMAT
 from llip.training.distributed import Processes, join_processes
 from llip.training.launch import resolve_device, tell_user
 from llip.training.online import tell_result
-from llip.training.run_folder import EVALS
+from llip.training.run_folder import (
+    EVALS,
+    Gaps,
+    append_record,
+    keep_records,
+    locked_evaluations,
+    read_records,
+)
 from llip.training.run_log import log, start_logging
-
-LOCK_DEADLINE = 60.0
-"""Seconds that a process waits for the run's records, which others hold for moments."""
 
 
 def put_aside(run: Path, model: Llip, step: int) -> Path:
@@ -52,7 +52,7 @@ def put_aside(run: Path, model: Llip, step: int) -> Path:
     """
     folder = run / "evaluating"
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked_records(run):
+    with locked_evaluations(run):
         for path in folder.glob("step_*.pt"):
             found = re.fullmatch(r"step_(\d+)-\w+\.pt", path.name)
             if found and int(found[1]) >= step:
@@ -116,52 +116,25 @@ def add_evaluation(folder: Path, weights: Path, step: int, result: TaskResult) -
 
     Returns:
         Whether it was added; not when `weights` is gone, and with it the wish to know.
+
+    Raises:
+        OSError: the disk does not take it, or another process holds the records for too long.
     """
     record = {"step": step, "task": result.task, "values": result.values}
     path = folder / EVALS
-    with _locked_records(folder):
+    with locked_evaluations(folder):
         if not weights.is_file():
             return False
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        others = [line for line in lines if not _same(line, record)]
-        if len(others) == len(lines):
-            with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            return True
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join([*others, json.dumps(record) + "\n"]))
-        os.replace(temporary, path)
+        if any(_same(other, record) for other in read_records(path)):
+            keep_records(path, lambda other: not _same(other, record), more=record)
+        else:
+            append_record(path, record)
     return True
 
 
-def _same(line: str, record: dict) -> bool:
-    """Tell whether a line is of the record's step and task; one that is torn is of none."""
-    with contextlib.suppress(json.JSONDecodeError):
-        found = json.loads(line)
-        return (found["step"], found["task"]) == (record["step"], record["task"])
-    return False
-
-
-@contextlib.contextmanager
-def _locked_records(folder: Path) -> Iterator[None]:
-    """Keep other jobs of the run from its records.
-
-    Raises:
-        OSError: another process holds them for too long.
-    """
-    with open(folder / ".evals.lock", "a") as lock:
-        deadline = time.monotonic() + LOCK_DEADLINE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"{folder / EVALS} is in use by another process for {LOCK_DEADLINE:.0f} s"
-                    ) from None
-                time.sleep(0.05)
-        yield
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two records are of the same step and task."""
+    return (one["step"], one.get("task")) == (other["step"], other.get("task"))
 
 
 def _draw(config: Config, step: int, result: TaskResult) -> None:
@@ -169,6 +142,7 @@ def _draw(config: Config, step: int, result: TaskResult) -> None:
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(config.folder / "tensorboard") as board:
+    folder = config.folder / "tensorboard"
+    with Gaps(str(folder)).allowed(), SummaryWriter(folder) as board:  # the result is recorded already
         for name, value in result.values.items():
             board.add_scalar(f"eval/{result.task}/{name}", value, step)

@@ -6,11 +6,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import llip
-from llip.configs import Config, config_fields
+from llip.configs import Config, config_fields, own_files
 from llip.errors import UserError
 
 PACKAGES = ("llip", "evals")
@@ -84,15 +84,41 @@ def use_snapshot(snapshot: Path) -> list[str]:
     ]
 
 
-def frozen_config(config: Config, function: str) -> str:
-    """Return the text of a config file whose `function` returns `config`, every value spelled out."""
+def copies_of_own_files(config: Config) -> dict[str, str]:
+    """Return the user's files that register what `config` names, as further files of a snapshot: name -> text.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    copies = {}
+    for index, path in enumerate(own_files(config)):
+        try:
+            copies[f"own_{index}_{path.name}"] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"{str(path)!r}, which the config needs, cannot be copied: {error}") from error
+    return copies
+
+
+def frozen_config(config: Config, function: str, own: Sequence[str] = ()) -> str:
+    """Return the text of a config file whose `function` returns `config`, every value spelled out.
+
+    Args:
+        config: as it is resolved.
+        function: name of the function.
+        own: files that register what the config names, read first; their paths belong to the config file's folder.
+    """
     assert function.isidentifier(), f"{function!r} does not name a function"
     lines = [f"        {name}={getattr(config, name)!r},\n" for name in config_fields()]
+    reads = [f"read_file(Path(__file__).parent / {name!r})\n" for name in own]
+    imports = "from llip.configs import Config\n\n\n"
+    if reads:
+        imports = "from pathlib import Path\n\nfrom llip.configs import Config, read_file\n\n"
+        imports += f"{''.join(reads)}\n\n"
     return (
-        '"""The config as it was resolved when the job was submitted."""\n\n'
-        "from llip.configs import Config\n\n\n"
+        '"""The config as it was resolved when the run was asked for."""\n\n'
+        f"{imports}"
         f"def {function}() -> Config:\n"
-        f'    """As submitted."""\n'
+        f'    """As asked for."""\n'
         f"    return Config(\n{''.join(lines)}    )\n"
     )
 

@@ -15,7 +15,7 @@ from llip.cluster.options import (
     slurm_options,
     time_limit,
 )
-from llip.cluster.snapshot import commit_file, frozen_config, take_snapshot, use_snapshot
+from llip.cluster.snapshot import commit_file, copies_of_own_files, frozen_config, take_snapshot, use_snapshot
 from llip.cluster.submit import JobRequest, command_line, counted, tell_notes, tell_submitted
 from llip.cluster.tasks import TrainTask
 from llip.configs import Config, search_config
@@ -136,10 +136,11 @@ def training_request(command: TrainingCommand, write: bool = True) -> JobRequest
     """Return the job of a command; its code is copied to the run's folder unless `write` is false.
 
     Raises:
-        UserError: options that contradict the config.
+        UserError: options that contradict the config, or a file of the user's that cannot be copied.
     """
     config, runs = command.config, command.runs()
-    files = {FROZEN: frozen_config(config, command.function), **commit_file()}
+    own = copies_of_own_files(config)
+    files = {FROZEN: frozen_config(config, command.function, list(own)), **own, **commit_file()}
     snapshot = take_snapshot(config.folder / "code", files, Path(config.logs), write)
     setup = use_snapshot(snapshot)
     shape = Shape(config.nodes, config.ngpus, config.workers + 2, config.device != "cpu")

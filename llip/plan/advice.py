@@ -6,7 +6,7 @@ from llip.plan.gpus import Gpu
 from llip.plan.memory import gpu_memory
 from llip.plan.parameters import Parameters, count_parameters
 
-_FIELDS = ("grad_checkpointing", "batch_size", "accum_freq", "score_memory")
+_FIELDS = ("grad_checkpointing", "distributed_engine", "batch_size", "accum_freq", "score_memory")
 
 
 def _gib(value: int) -> str:
@@ -34,9 +34,10 @@ def advise(config: Config, gpu: Gpu) -> list[str]:
     if memory.total <= gpu.memory:
         return []
     checkpointed, small_tiles = config.replace(grad_checkpointing=True), config.replace(score_memory=0.5)
-    proposals = [checkpointed, small_tiles] + [
-        _smaller_slices(base, gpu.memory, parameters) for base in (config, checkpointed, small_tiles)
-    ]
+    bases = [checkpointed, small_tiles]
+    if config.processes > 1 and config.ema_decay is None and config.precision != "amp_fp16":
+        bases += [base.replace(distributed_engine="fsdp") for base in (config, checkpointed)]
+    proposals = bases + [_smaller_slices(base, gpu.memory, parameters) for base in (config, *bases)]
     lines, fitting = [], []
     for proposal in proposals:
         total = gpu_memory(proposal, parameters=parameters).total

@@ -112,6 +112,20 @@ def activations(config: Config, spec: ModelSpec, checkpointing: bool, norm_is_ha
     return image, text
 
 
+def parameters_on_gpu(config: Config, parameters: Parameters) -> tuple[int, int]:
+    """Return how many parameters a GPU holds, and of how many it holds gradients and optimizer state.
+
+    Under `distributed_engine=fsdp` the towers lie in shares on all processes; one block is whole at a time, which the
+    reserve covers.
+    """
+    processes = config.processes if config.distributed_engine == "fsdp" else 1
+    image, text = parameters.image_tower + parameters.mixture_tokens, parameters.text_tower
+    head = parameters.pooling + parameters.other
+    trained_image = parameters.mixture_tokens if config.lock_image else image
+    trained_text = 0 if config.lock_text else text
+    return -(-(image + text) // processes) + head, -(-(trained_image + trained_text) // processes) + head
+
+
 def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Parameters | None = None) -> Memory:
     """Return the memory of one GPU at the largest moment of a step.
 
@@ -124,6 +138,7 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     parameters = parameters or count_parameters(spec)
     checkpointing = config.grad_checkpointing if checkpointing is None else checkpointing
     product = FLOAT if config.precision == "fp32" else HALF
+    held, trained = parameters_on_gpu(config, parameters)
     width, images, texts = spec.architecture["embed_dim"], config.batch_size * config.accum_freq, config.global_batch
     towers = activations(config, spec, checkpointing)
     plan = score_plan_of(config, spec)
@@ -144,10 +159,10 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     # the gradients of an MLP's hidden layer: of what goes in, what comes out, and one more while both are there
     working = config.batch_size * product * 3 * max(image.tokens * image.hidden, text.tokens * text.hidden)
     parts = {
-        "weights": FLOAT * parameters.total,
+        "weights": FLOAT * (held + (parameters.total if config.ema_decay is not None else 0)),
         "half_weights": HALF * parameters.in_products if product == HALF else 0,
-        "gradients": FLOAT * parameters.total,
-        "optimizer": 2 * FLOAT * parameters.total,
+        "gradients": FLOAT * trained,
+        "optimizer": 2 * FLOAT * trained,
         "images": config.batch_size * pixels * (1 + product) if sum(towers) else config.batch_size * pixels,
         "image_activations": towers[0],
         "text_activations": towers[1],

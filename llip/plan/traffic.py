@@ -19,7 +19,8 @@ class Traffic:
 
     Attributes:
         gradients: all-reduce of all gradients, float32. It runs while the backward pass goes on (with accumulation:
-            that of the last slice), but for the last bucket.
+            that of the last slice), but for the last bucket. With weights in shares (fsdp): their gathering for each
+            pass of each slice, and the reduce-scatter of its gradients.
         texts: all-gather of the text features: nothing runs meanwhile.
         text_gradients: their reduce-scatter, between the backward passes of the head and of the text tower.
         normalisers: all-reduces of the softmax's column normalisers; 0 under the sigmoid loss.
@@ -48,7 +49,10 @@ def step_traffic(config: Config, parameters: int) -> Traffic:
     gpus, width = config.processes, model_spec(config).architecture["embed_dim"]
     # a ring passes (G - 1) / G of the data on, once to gather or to reduce and scatter, twice to all-reduce
     others = (gpus - 1) / gpus
-    gradients = round(2 * others * _FLOAT * parameters)
+    passes = 2
+    if config.distributed_engine == "fsdp":  # forward, backward, gradients; with accumulation one forward pass more
+        passes = 3 if config.accum_freq == 1 else 4 * config.accum_freq
+    gradients = round(passes * others * _FLOAT * parameters)
     texts = round(others * _FLOAT * config.global_batch * width)
     normalisers = 2 * round(2 * others * _FLOAT * config.global_batch) if config.loss == "softmax" else 0
     return Traffic(gradients, texts, texts, normalisers, max(0, gradients - round(2 * others * _BUCKET)))

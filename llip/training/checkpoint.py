@@ -1,6 +1,7 @@
 """Checkpoints on disk: never torn, loadable without executing anything, and found again after a crash."""
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -14,7 +15,11 @@ import torch
 from llip.errors import UserError
 from llip.open_clip.weights import read_checkpoint
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+
+_FOLDER = 0x10  # bit of a zip entry that no part has, and for which torch gives memory as it is instead of the part
 
 
 def _flush(path: Path) -> None:
@@ -65,10 +70,18 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
                 path.unlink(missing_ok=True)
         raise UserError(f"checkpoint {target} cannot be written: {error}") from error
     if keep:
-        for path in list_checkpoints(folder)[keep:]:
-            if not forever or int(path.stem.removeprefix("step_")) % forever:
-                path.unlink(missing_ok=True)
+        _remove_old(folder, keep, forever)
     return time.perf_counter() - started
+
+
+def _remove_old(folder: Path, keep: int, forever: int) -> None:
+    """Remove all but the newest; one that stays is a warning: the new checkpoint is safe, and others wait for us."""
+    for path in list_checkpoints(folder)[keep:]:
+        if not forever or int(path.stem.removeprefix("step_")) % forever:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("an old checkpoint cannot be removed and takes its room: %s", error)
 
 
 def verify(path: Path) -> None:
@@ -80,10 +93,15 @@ def verify(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(f"checkpoint {str(path)!r} is damaged: {error}") from error
+            folders = [item.filename for item in file.infolist() if item.external_attr & _FOLDER]
+    except Exception as error:  # damaged bytes make zipfile raise nearly anything: a name that is no UTF-8, a method
+        # that does not exist, a password that is asked for, a place before the file's start
+        reason = str(error) or type(error).__name__
+        raise UserError(f"checkpoint {str(path)!r} is damaged: {reason}") from error
     if damaged is not None:
         raise UserError(f"checkpoint {str(path)!r} is damaged: the checksum of its part {damaged!r} does not fit")
+    if folders:
+        raise UserError(f"checkpoint {str(path)!r} is damaged: its part {folders[0]!r} is marked as a folder")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -112,6 +130,9 @@ def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str
                 raise UserError(f"checkpoint {str(path)!r} has format {content.get('format')!r}, expected {FORMAT}")
         except UserError as error:
             rejected.append(str(error))
+            continue
+        except OSError as error:  # a disk that fails between one look and the next
+            rejected.append(f"checkpoint {str(path)!r} cannot be read: {error}")
             continue
         return path, content, rejected
     if rejected:

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llip.configs import Config
 from llip.errors import UserError
+from llip.lifeline import end_with_parent
 from llip.open_clip.factory import CROP_SCALE
 from llip.training.captions import BadSample, choose_caption, parse_caption_keys
 from llip.training.images import RandomCrops
-from llip.training.lifeline import end_with_parent
 from llip.training.order import Reader
 from llip.training.position import Cursor, DataPosition, Layout, ReaderPosition, StreamPosition
 from llip.training.read_ahead import READ_DEADLINE
@@ -90,7 +90,7 @@ class CaptionedImages(IterableDataset):
         tally = Tally(self.max_bad_fraction, len(self.sources), wanted)
         maker = _BatchMaker(self, tally, self._mixture(reader, self._start(logical), tally))
         if info:  # torch has given each worker one thread
-            end_with_parent([stream.watch for stream in maker.mixture.streams])
+            end_with_parent([stream.watch.interrupt for stream in maker.mixture.streams])
         try:
             yield from maker.batches()
         except UserError as error:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from llip.configs import Config
 from llip.errors import RunError
+from llip.machine import usable_cores
 
 _LATER = 60.0  # seconds by which a collective's own deadline comes after the watch's, which says more
+PATIENCE = 6.0
+"""Times `timeout_minutes`: what a checkpoint or an evaluation may take, for which the other processes wait."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
         if config.precision != "fp32":  # what autocast leaves in float32 may use the tensor cores' 10-bit products
             torch.set_float32_matmul_precision("high")
     else:  # the launcher pins OMP to one thread; share the cores instead, and leave one to each data worker
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ngpus - config.workers))
+        torch.set_num_threads(max(1, usable_cores() // config.ngpus - config.workers))
     store = _join_group(rank, count, device, 60 * config.timeout_minutes) if count > 1 else None
     yield Processes(rank, count, device, store)
     if dist.is_initialized():  # not after an error, with which the process ends: what died cannot take part
@@ -95,7 +98,7 @@ def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
 
 def _join_group(rank: int, count: int, device: torch.device, deadline: float) -> dist.Store:
     options = {"device_id": device} if device.type == "cuda" else {}
-    wait = datetime.timedelta(seconds=deadline + _LATER)
+    wait = datetime.timedelta(seconds=PATIENCE * deadline + _LATER)
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=datetime.timedelta(seconds=deadline)))
         dist.init_process_group(

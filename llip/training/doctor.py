@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _diagnose(arguments: argparse.Namespace) -> int:
     urls = _find_shards(arguments)
-    from llip.training.doctor_pool import usable_cores
+    from llip.machine import usable_cores
     from llip.training.doctor_report import Totals, as_table
     from llip.training.doctor_scan import ScanSettings
 

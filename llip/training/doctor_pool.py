@@ -23,11 +23,6 @@ _ORPHAN_CHECK = 5.0  # seconds
 _GRACE = 2.0  # seconds
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def scan_shards(urls: list[str], settings: ScanSettings, workers: int) -> Iterator[tuple[str, ShardFindings | int]]:
     """Look at `urls` in at most `workers` processes.
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
+from llip.machine import usable_cores
 from llip.training.captions import parse_caption_keys
-from llip.training.doctor_pool import usable_cores
 from llip.training.doctor_scan import NO_CAPTION, CaptionFindings, ScanSettings, ShardFindings, source_name
 from llip.training.samples import MISSING, ZERO_BYTES
 

@@ -1,9 +1,10 @@
 """The curves of a run as a picture."""
 
-import json
+import logging
 from pathlib import Path
+from typing import Any
 
-from llip.training.run_folder import EVALS, METRICS
+from llip.training.run_folder import EVALS, METRICS, read_records
 
 _PANELS = (
     ("loss", "loss"),
@@ -15,18 +16,20 @@ _PANELS = (
 )
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Return the objects of a jsonl file, none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def draw_curves(folder: Path) -> Path | None:
     """Draw `<folder>/figures/curves.png` from the run's metrics and online evaluations.
 
     Returns:
-        The file, or None where nothing is logged yet.
+        The file, or None where nothing is logged yet, or the disk does not take it (a warning says so).
     """
-    records = read_jsonl(folder / METRICS)
+    try:
+        return _draw(folder, read_records(folder / METRICS), read_records(folder / EVALS))
+    except OSError as error:
+        logging.getLogger("llip").warning("the curves of %s cannot be drawn: %s", folder, error)
+        return None
+
+
+def _draw(folder: Path, records: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Path | None:
     if not records:
         return None
     import matplotlib
@@ -35,7 +38,6 @@ def draw_curves(folder: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     steps = [record["step"] for record in records]
-    evals = read_jsonl(folder / EVALS)
     panels = len(_PANELS) + bool(evals)
     columns = 3
     rows = -(-panels // columns)

@@ -1,7 +1,8 @@
 """What a run leaves behind when its numbers go wrong: enough to compute the bad step again, anywhere.
 
 `<run>/flight/step_<N>/` holds `process_<r>.pt` (the batch and random state of each process), `model.pt` (the weights
-before the step) and `record.json` (the config, what was seen, and the keys of the samples).
+before the step) and `record.json` (the config, the user's files that it needs, what was seen, and the keys of the
+samples).
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llip.configs import Config
+from llip.configs import Config, own_files
+from llip.errors import UserError
 from llip.open_clip.model import Llip
 from llip.training.accumulation import RandomState, Slice
 from llip.training.distributed import Processes
@@ -115,13 +117,26 @@ def write_flight_record(
     problems = [one["problem"] for one in everyone if one["problem"]]
     try:
         torch.save({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
-        about = {"format": FORMAT, "processes": processes.count, "loss_scale": scale, "config": dict(vars(config))}
+        about = {
+            "format": FORMAT,
+            "processes": processes.count,
+            "loss_scale": scale,
+            "config": dict(vars(config)),
+            "own_files": _own_files(config),
+        }
         (folder / "record.json").write_text(json.dumps(plain(about | report), indent=1))
     except (OSError, RuntimeError) as error:
         problems.append(str(error))
     if problems:
         report["unwritten"] = "; ".join(problems)
     return folder, report
+
+
+def _own_files(config: Config) -> list[str]:
+    try:
+        return [str(path) for path in own_files(config)]
+    except UserError:  # registered where there is no file; the replay asks for one
+        return []
 
 
 def plain(value: Any) -> Any:

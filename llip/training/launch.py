@@ -16,6 +16,7 @@ from llip.cluster.rendezvous import join_step
 from llip.configs import Config
 from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, AgreedError, UserError
 from llip.training.distributed import Processes
+from llip.training.launcher_watch import LAUNCHER
 from llip.training.signals import STOP_SIGNALS
 from llip.training.watch import Watch, name_of_exit
 
@@ -109,7 +110,8 @@ def start_processes(arguments: list[str], config: Config) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.subprocess_handler.subprocess_handler"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # we say it ourselves, once
     later = {  # not in the oldest PyTorch that is supported, which kills what has not left 30 s after SIGTERM
         "signals_to_handle": ",".join(number.name for number in STOP_SIGNALS),
         "shutdown_timeout": int(60 * config.timeout_minutes) + 60,
@@ -121,12 +123,16 @@ def start_processes(arguments: list[str], config: Config) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
+        local_addr="127.0.0.1",  # the machine's name need not resolve
         max_restarts=0,
         monitor_interval=0.2,
         **{name: value for name, value in later.items() if name in LaunchConfig.__dataclass_fields__},
     )
+    signal.signal(signal.SIGUSR2, _pass_on)  # a PyTorch that knows of more signals puts its own in this place
     with tempfile.TemporaryDirectory(prefix="llip-") as notes:
-        os.environ[NOTES_FOLDER] = notes
+        os.environ |= {NOTES_FOLDER: notes, LAUNCHER: str(os.getpid())}
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes are here
         try:
             elastic_launch(launch, sys.executable)("-m", "llip.main", *arguments)
         except ChildFailedError as failure:
@@ -134,8 +140,14 @@ def start_processes(arguments: list[str], config: Config) -> int:
         except SignalException as asked:
             return _tell_stop(Path(notes), asked.sigval)
         finally:
-            del os.environ[NOTES_FOLDER]
+            del os.environ[NOTES_FOLDER], os.environ[LAUNCHER]
         return EXIT_STOPPED if _stopped(Path(notes)) else 0
+
+
+def _pass_on(number: int, _: object) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raise SignalException(f"got signal {number}", sigval=signal.SIGTERM)
 
 
 def _tell_failure(notes: Path, failure: "ChildFailedError") -> int:
@@ -199,15 +211,13 @@ def _rank() -> int:
 
 @contextlib.contextmanager
 def watched(config: Config, processes: Processes) -> Iterator[Watch]:
-    """Watch this process inside: it ends with its launcher, or when it does not move on within `timeout_minutes`.
+    """Watch this process inside: it ends when it does not move on within `timeout_minutes`.
 
     Raises:
         RunError: another process died or does not answer; names it.
     """
-    launched = NOTES_FOLDER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    parent = os.getppid() if launched else None
     deadline = 60 * config.timeout_minutes
-    watch = Watch(processes.rank, processes.count, processes.store, deadline, parent, tell_user)
+    watch = Watch(processes.rank, processes.count, processes.store, deadline, tell_user)
     try:
         with watch.explained():
             yield watch

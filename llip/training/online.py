@@ -3,6 +3,8 @@
 A run that `submitit_openclip.py` has submitted leaves it to jobs, see `llip.cluster.pending`; others do it themselves.
 """
 
+import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -17,7 +19,7 @@ from llip.training.distributed import Processes
 from llip.training.run_folder import EVALS
 from llip.training.run_log import RunLog, log
 
-Evaluate = Callable[[Llip, int], None]
+Evaluate = Callable[[Llip, int, Callable[[], bool]], None]
 
 
 def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> Evaluate | None:
@@ -33,14 +35,21 @@ def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> 
     online = [load_online_eval(path) for path in config.evals]
     options = os.environ.get(EVALUATION_JOBS)
     if options is not None:
-        return _by_jobs(config, processes, options)
+        return _by_jobs(config, run_log, processes, options)
     spec = model_spec(config)
     _, preprocess = image_transforms(spec.image_size, spec.resize_mode)
     tokenizer = spec_tokenizer(spec)
     dtype = autocast_dtype(config.precision)
 
-    def evaluate(model: Llip, step: int) -> None:
-        for one in online:
+    def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> None:
+        done = processes.from_main(run_log.evaluated_tasks(step))
+        single = [dataclasses.replace(each, tasks=(task,)) for each in online for task in each.tasks]
+        for one in single:
+            if one.tasks[0] in done:
+                continue
+            if stopping():
+                log.info("step %d: the evaluation is left off, and made up when the run goes on", step)
+                return
             for result in evaluate_online(model, preprocess, tokenizer, one, processes.device, dtype):
                 if tell_result(result, step):
                     run_log.evaluation(step, result.task, result.values)
@@ -58,13 +67,15 @@ def tell_result(result: TaskResult, step: int) -> bool:
     return True
 
 
-def _by_jobs(config: Config, processes: Processes, options: str) -> Evaluate:
+def _by_jobs(config: Config, run_log: RunLog, processes: Processes, options: str) -> Evaluate:
     """Return what submits evaluations from the main process; what goes wrong is a warning, and training goes on."""
     from llip.cluster.evaluation import submit_evaluation
     from llip.cluster.pending import put_aside
 
-    def evaluate(model: Llip, step: int) -> None:
-        if not processes.is_main:
+    tasks = {task for path in config.evals for task in load_online_eval(path).tasks}
+
+    def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> None:
+        if not processes.is_main or tasks <= run_log.evaluated_tasks(step):
             return
         weights = None
         try:
@@ -74,6 +85,7 @@ def _by_jobs(config: Config, processes: Processes, options: str) -> Evaluate:
         except (UserError, OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             log.warning("step %d is not evaluated: %s", step, error)
             if weights is not None:
-                weights.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    weights.unlink(missing_ok=True)
 
     return evaluate

@@ -5,16 +5,20 @@
 A step has one line per accumulation slice. After a restart the files are cut back to the checkpoint.
 """
 
-import json
 from pathlib import Path
 
-from llip.training.run_folder import cut_back
+from llip.training.run_folder import Gaps, append_record, cut_back
 
 FOLDER = "sample_ids"
 
 
 def cut_back_ids(folder: Path, step: int) -> None:
-    """Drop what lies after `step` from the files of all processes; for one process."""
+    """Make the place of the files, and drop what lies after `step` from those of all processes; for one process.
+
+    Raises:
+        OSError: the disk does not take it; names the file.
+    """
+    (folder / FOLDER).mkdir(exist_ok=True)
     for path in (folder / FOLDER).glob("*.jsonl"):
         cut_back(path, step)
 
@@ -23,11 +27,15 @@ class SampleLog:
     """Writes the ids of one process's samples."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        """Write below the run's folder."""
+        """Write below the run's folder, where `cut_back_ids` has made the place."""
         self.path = folder / FOLDER / f"process_{rank}.jsonl"
-        self.path.parent.mkdir(exist_ok=True)
+        self._gaps = Gaps(str(self.path))
 
     def add(self, step: int, ids: list[str]) -> None:
-        """Note that a step uses the samples `ids`, in order."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+        """Note that a step uses the samples `ids`, in order; what the disk does not take is lost, with a warning."""
+        with self._gaps.allowed():
+            append_record(self.path, {"step": step, "ids": ids})
+
+    def close(self) -> None:
+        """Say what is lost."""
+        self._gaps.close()

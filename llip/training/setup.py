@@ -56,17 +56,29 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def _agreed(processes: Processes) -> Iterator[list[str]]:
-    """Let the main process do something that may be the user's mistake; all processes then fail alike, none waits."""
-    problems: list[str] = []
-    error: UserError | None = None
+def _agreed(processes: Processes) -> Iterator[None]:
+    """Let the main process do what may be the user's mistake, or a disk's; all processes then fail alike, none waits.
+
+    Raises:
+        AgreedError: the main process's mistake, or the file that it could not read or write.
+        UserError, OSError: this process's own, where the main one has none.
+    """
+    error: UserError | OSError | None = None
     try:
-        yield problems
-    except UserError as mistake:
+        yield
+    except (UserError, OSError) as mistake:
         error = mistake
-    message = processes.from_main(str(error) if error else None)
+    message = None if error is None else str(error)
+    if isinstance(error, OSError):
+        message = (
+            f"a file cannot be read or written: {error}. Make room, or mend what is wrong there, and give the same "
+            "command again"
+        )
+    message = processes.from_main(message)
     if message is not None:
         raise AgreedError(message) from error
+    if error is not None:
+        raise error
 
 
 @contextlib.contextmanager
@@ -82,7 +94,7 @@ def open_folder(config: Config, processes: Processes) -> Iterator[None]:
                     raise UserError(
                         f"run folder {str(config.folder)!r} holds checkpoints and resume=none; choose name=NAME"
                     )
-        start_logging(config.folder if processes.is_main else None)
+            start_logging(config.folder if processes.is_main else None)
         if processes.is_main:
             for note in notes:
                 log.info(note)
@@ -253,14 +265,12 @@ def _data_digest(config: Config) -> int:
 
 
 def _open_log(config: Config, processes: Processes, state: TrainState, names: list[str]) -> RunLog:
-    samples = None
-    if config.log_sample_ids:
-        if processes.is_main:
-            cut_back_ids(config.folder, state.step)
-        processes.from_main(None)  # nobody writes before that
-        samples = SampleLog(config.folder, processes.rank)
+    samples = SampleLog(config.folder, processes.rank) if config.log_sample_ids else None
     data = DataReport(names, state.counts, config.workers)
-    return RunLog(config.folder if processes.is_main else None, config, state.step, data, samples)
+    with _agreed(processes):  # nobody writes before the main process has cut the records back
+        if processes.is_main and samples is not None:
+            cut_back_ids(config.folder, state.step)
+        return RunLog(config.folder if processes.is_main else None, config, state.step, data, samples)
 
 
 def _starting_point(config: Config, processes: Processes) -> dict | None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,17 +19,20 @@ from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.score_plan import ScorePlan
 from llip.training.accumulation import Slice, backward_step, random_state
 from llip.training.data import Batch
-from llip.training.distributed import Processes
+from llip.training.distributed import PATIENCE, Processes
 from llip.training.flight_record import BadStep, summary, write_flight_record
 from llip.training.optimizer import learning_rate, set_learning_rate
 from llip.training.profiling import StepProfiler
-from llip.training.run_log import RunLog, log
+from llip.training.run_log import RunLog, Terminal, log
 from llip.training.saving import Saver
 from llip.training.signals import StopRequest
 from llip.training.speed import Speed
 from llip.training.state import TrainState
 from llip.training.task import ContrastiveTask
 from llip.training.watch import Watch
+
+Evaluate = Callable[[Llip, int, Callable[[], bool]], None]
+"""Evaluates a model of a step, on every process; the function tells, between tasks, whether to leave off."""
 
 
 class Trainer:
@@ -45,7 +48,7 @@ class Trainer:
         saver: Saver,
         watch: Watch,
         stop: StopRequest,
-        evaluate: Callable[[Llip, int], None] | None = None,
+        evaluate: Evaluate | None = None,
     ) -> None:
         """Wrap the task.
 
@@ -59,7 +62,7 @@ class Trainer:
             watch: is told what this process does.
             stop: whether this process has been asked to stop.
             evaluate: called every `eval_steps` on every process, with the model (or the average of its weights, where
-                one is kept) and the step.
+                one is kept), the step, and what tells whether to leave off.
         """
         self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
         self.saver, self.watch, self.stop, self.evaluate = saver, watch, stop, evaluate
@@ -77,8 +80,11 @@ class Trainer:
         self.alarms: set[str] = set()  # kinds that have been told
         self.stopping = False  # whether any process has been asked to stop, as all know
 
-    def fit(self, batches: Iterator[Batch]) -> bool:
+    def fit(self, loader: Iterable[Batch]) -> bool:
         """Train to the end of the schedule, or until a process is asked to stop.
+
+        Args:
+            loader: gives this process's batches, endlessly.
 
         Returns:
             Whether the schedule is at its end; the newest checkpoint is of the last step either way.
@@ -87,8 +93,11 @@ class Trainer:
             UserError: the data, the memory or the settings do not allow to go on.
             RunError: numbers are not finite for too long, or the last checkpoint cannot be written.
         """
+        if self.state.step == self.config.total_steps:
+            self._evaluate_if_missed()
+            return not self.stopping
         self.task.train()
-        window = _Window()
+        window, batches = _Window(), iter(loader)
         if plan := self._score_plan():
             log.info("scores of %d images a process: %s", self.config.batch_size * self.config.accum_freq, plan)
         progress = tqdm(
@@ -98,13 +107,15 @@ class Trainer:
             unit="step",
             disable=not self.processes.is_main,
             dynamic_ncols=True,
+            file=Terminal(),
         )
         with progress:
             self._evaluate_if_missed()
             while self.state.step < self.config.total_steps and not self.stopping:
                 with self.profiler.step(self.state.step + 1):
                     self._train_step(batches, window, progress)
-        done = self.state.step == self.config.total_steps
+        step = self.state.step
+        done = step == self.config.total_steps and not (self.stopping and self._evaluation_is_due(step))
         if not done:
             log.info("asked to stop: saved after step %d of %d", self.state.step, self.config.total_steps)
         return done
@@ -259,10 +270,11 @@ class Trainer:
             window.restart()
         if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_to_main(self.state.counts.plain())):
             self.run_log.data.log_epoch(counts)
-        if self.saver.is_due(done) or self.stopping:
-            self.watch.enter("checkpoint", step, limited=False)
+        evaluating = self._evaluation_is_due(step)
+        if self.saver.is_due(done) or self.stopping or evaluating:  # an evaluation may take longer than a job has left
+            self.watch.enter("checkpoint", step, PATIENCE)
             self.saver.save(last=done or self.stopping)
-        if self._evaluation_is_due(step) and (done or not self.stopping):
+        if evaluating and not self.stopping:
             self._evaluate()
             window.restart()
 
@@ -271,17 +283,22 @@ class Trainer:
         return bool(self.evaluate and every and step and (step % every == 0 or done))
 
     def _evaluate_if_missed(self) -> None:
-        """Evaluate the model that the run goes on from, where it was stopped between saving and evaluating it."""
-        step = self.state.step
-        if self._evaluation_is_due(step) and not self.processes.from_main(self.run_log.has_evaluation(step)):
+        """Evaluate the model that the run goes on from, as far as it was stopped before that was done."""
+        if self._evaluation_is_due(self.state.step):
             self._evaluate()
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None
-        self.watch.enter("evaluation", self.state.step, limited=False)
+        self.watch.enter("evaluation", self.state.step, PATIENCE)
         averaged = self.state.averaged
-        model = self.state.engine.whole_model(self.task.model) if averaged is None else averaged.module
-        self.evaluate(model, self.state.step)
+        model = self.state.engine.whole_model(self.task.model if averaged is None else averaged.module)
+        self.evaluate(model, self.state.step, self._is_stopping)
+        self.watch.enter("after the evaluation", self.state.step)
+
+    def _is_stopping(self) -> bool:
+        """Agree with all processes whether one has been asked to stop."""
+        self.stopping = self.stopping or bool(self.processes.largest([float(bool(self.stop))])[0])
+        return self.stopping
 
     def _mixture_record(self) -> dict[str, float]:
         """Return what the mixture tokens do on the last batch of the main process; a collapse is said aloud, once."""

@@ -1,4 +1,4 @@
-"""Who is at what: each process tells where it stands, and ends when its launcher is gone or it does not move on.
+"""Who is at what: each process tells where it stands, and ends when it does not move on.
 
 A collective waits for all processes, and does not say which one it waits for. Here a thread of each process publishes
 its step and phase in the key-value store through which they found each other, so that whoever gives up can name the
@@ -20,7 +20,7 @@ from llip.errors import EXIT_RUN, RunError
 
 PUBLISH_EVERY = 1.0
 """Seconds between two signs of life."""
-_LOOK_EVERY = 0.2  # at the launcher
+_LOOK_EVERY = 0.2  # seconds
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
 
 
@@ -45,7 +45,6 @@ class Watch:
         count: int,
         store: dist.Store | None,
         deadline: float,
-        parent: int | None,
         tell: Callable[[RunError], None],
     ) -> None:
         """Start watching.
@@ -55,27 +54,24 @@ class Watch:
             count: of processes.
             store: that all processes share; None for a single one.
             deadline: seconds in one phase after which a process ends the run.
-            parent: process id of the launcher, whose end is ours; None where nobody launched us.
             tell: brings an error to the user, before this process leaves.
         """
-        self.rank, self.count, self.store, self.deadline, self.parent, self.tell = (
-            rank, count, store, deadline, parent, tell,
-        )  # fmt: skip
-        self.step, self.phase, self.since, self.limited = 0, "start", time.monotonic(), True
+        self.rank, self.count, self.store, self.deadline, self.tell = rank, count, store, deadline, tell
+        self.step, self.phase, self.since, self.patience = 0, "start", time.monotonic(), 1.0
         self._beat = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
-    def enter(self, phase: str, step: int, limited: bool = True) -> None:
+    def enter(self, phase: str, step: int, patience: float = 1.0) -> None:
         """Note what this process begins to do.
 
         Args:
             phase: a word for people.
             step: of the run.
-            limited: whether the deadline applies; not to what has deadlines of its own.
+            patience: times the deadline, what it may take.
         """
-        self.step, self.phase, self.since, self.limited = step, phase, time.monotonic(), limited
+        self.step, self.phase, self.since, self.patience = step, phase, time.monotonic(), patience
 
     def stop(self) -> None:
         """End the thread."""
@@ -85,12 +81,10 @@ class Watch:
     def _look(self) -> None:
         published = 0.0
         while not self._stopped.wait(_LOOK_EVERY):
-            if self.parent is not None and os.getppid() != self.parent:
-                os._exit(EXIT_RUN)  # the launcher was killed: nobody waits for what we do
             if time.monotonic() - published >= PUBLISH_EVERY:
                 published = time.monotonic()
                 self._publish()
-            if self.limited and time.monotonic() - self.since > self.deadline:
+            if time.monotonic() - self.since > self.patience * self.deadline:
                 self.tell(self._stuck())
                 sys.stderr.flush()
                 os._exit(EXIT_RUN)
@@ -144,7 +138,8 @@ class Watch:
         where = Sign(self._beat, self.step, self.phase, time.monotonic() - self.since)
         others = f" The others: {self.missing()}." if self.store is not None else ""
         return RunError(
-            f"process {self.rank} is stuck at {where} (deadline {self.deadline:.0f} s, set by timeout_minutes).{others}"
+            f"process {self.rank} is stuck at {where} (deadline {self.patience * self.deadline:.0f} s, set by "
+            f"timeout_minutes).{others}"
         )
 
     @contextlib.contextmanager

@@ -1,14 +1,22 @@
-"""Images of other modes than 8-bit RGB, against numbers worked out by hand; and files that are none."""
+"""Images of other modes than 8-bit RGB, against numbers worked out by hand; files that are none; signals to workers."""
 
 import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from llip.clipeval import loading
 from llip.clipeval.catalog import load_catalog
 from llip.clipeval.loading import image_batches
+from llip.lifeline import STOP_SIGNALS
 from llip.pixels import to_rgb
 from tests.clipeval.fakes import preprocess, write_catalog, write_imagefolder
 
@@ -65,3 +73,58 @@ def test_files_that_are_no_images_are_named_with_the_reason(tmp_path: Path) -> N
     assert [Path(item.name).name for item in batch.unreadable] == ["000.png", "001.png", "002.tiff", "003.png"]
     assert all(item.reason for item in batch.unreadable)
     assert "floating-point" in batch.unreadable[2].reason
+
+
+def slowly(image: Image.Image) -> torch.Tensor:
+    time.sleep(0.03)
+    return preprocess(image)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path):
+    """An image source of 24 pictures, in a process that notes signals and goes on, as a run does that is evaluating."""
+    write_imagefolder(tmp_path / "set", ["ant", "bee"], 12)
+    entry = {"type": "imagefolder", "path": "set", "prompts": ["a {c}"]}
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    yield load_catalog(write_catalog(tmp_path / "catalog.json", {"t": entry}))["t"].data.open()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+EXPECTED = [[first, first + 1] for first in range(0, 24, 2)]
+
+
+def test_signals_to_every_process_of_a_run_do_not_end_its_workers(pictures) -> None:
+    batches = image_batches(pictures, slowly, range(24), 2, workers=2)
+    found = [next(batches).indices]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in STOP_SIGNALS:  # from a process of its own: the parent's are for the worker
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True, timeout=10)
+    found += [batch.indices for batch in batches]
+    assert found == EXPECTED
+    assert [worker.is_alive() for worker in workers] == [False, False]
+
+
+def test_nor_do_signals_in_the_moment_of_their_start(pictures, monkeypatch) -> None:
+    begin = loading._begin_worker
+
+    def signalled(number: int) -> None:
+        for each in STOP_SIGNALS:
+            os.kill(os.getpid(), each)
+        begin(number)
+
+    monkeypatch.setattr(loading, "_begin_worker", signalled)
+    assert [batch.indices for batch in image_batches(pictures, slowly, range(24), 2, workers=2)] == EXPECTED
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS), "this process listens again"
+
+
+def test_an_iteration_that_is_left_takes_its_workers_along(pictures) -> None:
+    batches = image_batches(pictures, slowly, range(24), 2, workers=2)
+    next(batches)
+    workers = multiprocessing.active_children()
+    batches.close()
+    for worker in workers:
+        worker.join(10)
+    assert [worker.exitcode for worker in workers] == [0, 0]

@@ -8,11 +8,11 @@ import torch
 
 import llip
 from llip.clipeval.task_result import TaskResult
-from llip.cluster import pending
 from llip.cluster.pending import add_evaluation, evaluate_put_aside, put_aside
 from llip.cluster.tasks import EVALUATION_JOBS
 from llip.configs import Config
 from llip.open_clip.factory import create_model, model_spec
+from llip.training import run_folder
 from tests.cluster.evaluated_run import evaluated_run, recorded
 
 
@@ -79,9 +79,20 @@ def test_there_is_one_line_for_each_step_and_task(config, model):
 
 
 def test_records_that_stay_locked_do_not_hang(config, model, monkeypatch):
-    monkeypatch.setattr(pending, "LOCK_DEADLINE", 0.2)
+    monkeypatch.setattr(run_folder, "RECORDS_PATIENCE", 0.2)
     weights = put_aside(config.folder, model, 5)
     with open(config.folder / ".evals.lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(TimeoutError, match=r"evals\.jsonl"):
             add_evaluation(config.folder, weights, 5, result())
+
+
+@pytest.mark.parametrize("task", ["here", "other"])
+def test_half_a_line_of_a_killed_job_does_not_spoil_the_next(config, model, task):
+    weights = put_aside(config.folder, model, 5)
+    add_evaluation(config.folder, weights, 5, result())
+    with open(config.folder / "evals.jsonl", "a") as file:
+        file.write('{"step": 5, "task": "th')
+    assert add_evaluation(config.folder, weights, 5, result(task, 0.75))
+    expected = {"here": 0.75} if task == "here" else {"here": 0.25, "other": 0.75}
+    assert {line["task"]: line["values"]["top1"] for line in recorded(config)} == expected

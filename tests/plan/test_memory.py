@@ -119,3 +119,17 @@ def test_parts_follow_the_fields(tiny_model):
     slices = gpu_memory(b16.replace(batch_size=64, accum_freq=4))
     assert slices.image_activations == gpu_memory(b16).image_activations // 4
     assert slices.total < gpu_memory(b16).total
+
+
+def test_shares_averages_and_locked_towers(tiny_model):
+    config = config_of(tiny_model, ngpus=4)
+    counted = count_parameters(model_spec(config))
+    towers, head = counted.image_tower + counted.mixture_tokens + counted.text_tower, counted.pooling + counted.other
+    whole, shared = gpu_memory(config), gpu_memory(config.replace(distributed_engine="fsdp"))
+    assert whole.weights == 4 * counted.total
+    assert shared.weights == shared.gradients == 4 * (-(-towers // 4) + head)
+    assert shared.optimizer == 2 * shared.gradients
+    assert gpu_memory(config.replace(ema_decay=0.99)).weights == 2 * whole.weights
+    locked = gpu_memory(config.replace(lock_text=True))
+    assert locked.weights == whole.weights
+    assert locked.gradients == whole.gradients - 4 * counted.text_tower

@@ -22,6 +22,10 @@ def test_traffic_by_hand(tiny_model):
     assert traffic.normalisers == 0
     assert traffic.gradients - traffic.overlapped == 2 * 3 / 4 * 25 * 2**20  # the last bucket
     assert traffic.exposed == traffic.total - traffic.overlapped
+    shares = config.replace(distributed_engine="fsdp")
+    assert 2 * step_traffic(shares, parameters=50 * 2**20).gradients == 3 * traffic.gradients
+    sliced = step_traffic(shares.replace(accum_freq=2), parameters=50 * 2**20)
+    assert sliced.gradients == 4 * traffic.gradients  # four passes of each of two slices, to two of an all-reduce
     softmax = step_traffic(config.replace(loss="softmax"), parameters=50 * 2**20)
     assert softmax.normalisers == 2 * 2 * 3 / 4 * 32 * 4
     alone = step_traffic(config.replace(ngpus=1), parameters=50 * 2**20)
@@ -89,7 +93,11 @@ def test_advice_fits_and_keeps_the_global_batch():
         assert proposal.global_batch == config.global_batch
         assert gpu_memory(proposal).total <= gpu.memory < gpu_memory(config).total
     assert advise(search_config("llip_b16_k32"), gpu) == []
-    (_, hopeless) = advise(config, find_gpu("l4-24g"))
+    _, *shared = advise(config, find_gpu("l4-24g"))
+    assert shared
+    assert all("distributed_engine=fsdp" in line for line in shared), "24 GiB do not hold the whole model"
+    alone = search_config("llip_G14_k64", ["nodes=1", "ngpus=1", "accum_freq=256"])
+    (_, hopeless) = advise(alone, find_gpu("l4-24g"))
     assert "no batch size fits" in hopeless
 
 

@@ -13,7 +13,7 @@ from llip.main import train
 from llip.open_clip.weights import read_checkpoint
 from llip.training import replay, trainer
 from llip.training.distributed import Processes
-from llip.training.figures import read_jsonl
+from llip.training.run_folder import read_records
 from tests.helpers import write_pairs
 
 
@@ -50,7 +50,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(config, monkeypatch):
     config = config.replace(save_steps=1, keep_checkpoints=0)
     spoil(monkeypatch, {2})
     train(config, "cpu")
-    records = read_jsonl(config.folder / "metrics.jsonl")
+    records = read_records(config.folder / "metrics.jsonl")
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
     assert [record["loss"] is None for record in records] == [False, False, True, False, False, False]
     (before, moments_before), (after, moments_after) = states(config, 2), states(config, 3)
@@ -65,7 +65,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(config, monkeypatch):
 def test_bad_steps_that_are_not_in_a_row_do_not_end_a_run(config, monkeypatch):
     spoil(monkeypatch, {0, 1, 3, 4})
     train(config, "cpu")
-    assert read_jsonl(config.folder / "metrics.jsonl")[-1]["skipped_steps"] == 4
+    assert read_records(config.folder / "metrics.jsonl")[-1]["skipped_steps"] == 4
 
 
 def test_too_many_in_a_row_end_the_run_with_a_flight_record(config, monkeypatch):
@@ -179,3 +179,17 @@ def test_a_passport_is_in_the_checkpoint_and_a_difference_is_told(config, monkey
     text = (config.folder / "log.txt").read_text()
     assert f"not as at the checkpoint: host: {passport['host']} -> elsewhere" in text
     assert "commit" not in text
+
+
+def test_records_that_do_not_fit_on_the_disk_do_not_end_a_run(config, monkeypatch):
+    config.folder.mkdir()
+    (config.folder / "metrics.jsonl").symlink_to("/dev/full")
+    (config.folder / "sample_ids").mkdir()
+    (config.folder / "sample_ids" / "process_0.jsonl").symlink_to("/dev/full")
+    train(config.replace(log_sample_ids=True), "cpu")
+    text = (config.folder / "log.txt").read_text()
+    assert text.count("metrics.jsonl cannot be written") == 1
+    assert text.count("process_0.jsonl cannot be written") == 1
+    assert "metrics.jsonl lacks the last 6 records" in text
+    assert "process_0.jsonl lacks the last 6 records" in text
+    assert (config.folder / "checkpoints" / "step_6.pt").is_file()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llip.errors import RunError, UserError
+from llip.open_clip.weights import read_checkpoint
 from llip.training import checkpoint
 from llip.training.checkpoint import list_checkpoints, newest_good_checkpoint, verify, write_checkpoint
 
@@ -92,3 +93,80 @@ def test_only_plain_tensors_and_containers_are_read(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "odd": RunError("an object of ours")}, tmp_path / "step_1.pt")
     with pytest.raises(UserError, match="no checkpoint of the run can be read"):
         newest_good_checkpoint(tmp_path)
+
+
+def test_damage_anywhere_is_noticed_or_harmless(tmp_path):
+    """One bit of every byte of a small file, most of which is the zip's own: names, sizes, methods, places."""
+    path = tmp_path / "step_1.pt"
+    weight = torch.arange(8.0)
+    torch.save({"format": checkpoint.FORMAT, "weight": weight}, path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            verify(path)
+            found = read_checkpoint(path)
+        except UserError:
+            refused += 1
+        else:
+            assert torch.equal(found["weight"], weight), place
+    assert refused > len(whole) // 3
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [(6, 99), (8, 1), (8, 1 << 5), (10, 77), (46, 0xFF)],
+    ids=["version", "encrypted", "patched", "method", "name"],
+)
+def test_a_damaged_directory_means_the_checkpoint_before(tmp_path, offset, value):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, content(step), keep=0)
+    newest = tmp_path / "step_2.pt"
+    data = bytearray(newest.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # the first of the directory; offsets as in PKWARE's description, 4.3.12
+    data[entry + offset] = value
+    data[entry + 9] |= 8  # names are UTF-8
+    newest.write_bytes(data)
+    path, _, warnings = newest_good_checkpoint(tmp_path)
+    assert path.name == "step_1.pt"
+    assert "damaged" in warnings[0]
+
+
+def test_a_part_that_is_marked_as_a_folder_is_damage(tmp_path):
+    """Its checksum fits, and torch would take whatever lies in memory for the weights."""
+    write_checkpoint(tmp_path, 1, content(), keep=0)
+    path = tmp_path / "step_1.pt"
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
+    data[entry + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged: its part '.*/data/0' is marked as a folder"):
+        verify(path)
+
+
+def test_a_disk_that_fails_between_two_looks_means_the_checkpoint_before(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, content(step), keep=0)
+
+    def failing(path):
+        if path.name == "step_2.pt":
+            raise OSError(5, "Input/output error", str(path))
+        return read_checkpoint(path)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", failing)
+    path, _, warnings = newest_good_checkpoint(tmp_path)
+    assert path.name == "step_1.pt"
+    assert "step_2.pt" in warnings[0]
+
+
+def test_an_old_checkpoint_that_stays_is_a_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoint.log, "warning", lambda text, *values: said.append(text % values))
+    (tmp_path / "step_2.pt").mkdir()  # what cannot be unlinked, not even by root
+    (tmp_path / "step_1.pt").write_bytes(b"old")
+    write_checkpoint(tmp_path, 3, content(3), keep=1)
+    assert names(tmp_path) == ["latest.pt", "step_2.pt", "step_3.pt"]
+    assert len(said) == 1
+    assert "step_2.pt" in said[0]

@@ -10,7 +10,7 @@ import yaml
 from llip.configs import Config
 from llip.errors import RunError, UserError
 from llip.open_clip.weights import read_checkpoint
-from llip.training.figures import read_jsonl
+from llip.training.run_folder import read_records
 from tests.helpers import write_pairs
 
 ENGINES = ("ddp", "fsdp")
@@ -58,7 +58,7 @@ def both(config, **changes):
 
 
 def column(config, name):
-    return [record[name] for record in read_jsonl(config.folder / "metrics.jsonl")]
+    return [record[name] for record in read_records(config.folder / "metrics.jsonl")]
 
 
 def saved(config, step=6):
@@ -178,7 +178,7 @@ def test_evaluation_and_flight_records_have_whole_weights(pool, config, pairs, t
     yaml_file.write_text(yaml.safe_dump({**fields, "workers": 0}))
     ddp, fsdp = both(config, eval_steps=2, evals=(str(yaml_file),), max_bad_steps=1)
     ends = pool.run(train_and_spoil, 2, [ddp, fsdp])
-    results = [read_jsonl(one.folder / "evals.jsonl") for one in (ddp, fsdp)]
+    results = [read_records(one.folder / "evals.jsonl") for one in (ddp, fsdp)]
     assert [(one["step"], one["task"]) for one in results[1]] == [(2, "pairs"), (4, "pairs")]
     for found, expected in zip(results[1], results[0], strict=True):
         assert found["values"] == pytest.approx(expected["values"], abs=0.04)

@@ -14,8 +14,8 @@ from llip.errors import UserError
 from llip.main import train
 from llip.open_clip.weights import read_checkpoint
 from llip.training import trainer
-from llip.training.figures import read_jsonl
 from llip.training.profiling import parse_window
+from llip.training.run_folder import read_records
 from tests.helpers import write_pairs
 
 
@@ -92,7 +92,7 @@ def test_a_locked_tower_keeps_its_weights(config, changes):
 
 def test_the_log_tells_speed_and_mixture(config):
     train(config, "cpu")
-    record = read_jsonl(config.folder / "metrics.jsonl")[-1]
+    record = read_records(config.folder / "metrics.jsonl")[-1]
     rate = record["samples_per_second"]
     assert record["tokens_per_second"] == pytest.approx(rate * (4 + 4 + 12))  # 4 patches, 4 mixture tokens, 12 words
     assert record["tflops"] > 0
@@ -100,7 +100,7 @@ def test_the_log_tells_speed_and_mixture(config):
     assert 1 <= record["mixture_usage_effective"] <= 4
     assert -1 <= record["mixture_token_similarity"] <= 1
     train(config.replace(name="first", pooling="first", mixture_tokens=1), "cpu")
-    first = read_jsonl(config.replace(name="first").folder / "metrics.jsonl")[-1]
+    first = read_records(config.replace(name="first").folder / "metrics.jsonl")[-1]
     assert not any(name.startswith("mixture_") for name in first)
 
 
@@ -148,7 +148,7 @@ def test_weights_and_biases_keeps_its_run_over_a_restart(config, monkeypatch):
     train(config, "cpu")
     assert fake.ids[0] == fake.ids[1]
     assert [values["step"] for values in fake.logged] == [1, 2, 3, 4, 5, 6]
-    assert fake.logged[-1]["train/loss"] == read_jsonl(config.folder / "metrics.jsonl")[-1]["loss"]
+    assert fake.logged[-1]["train/loss"] == read_records(config.folder / "metrics.jsonl")[-1]["loss"]
     assert fake.finished
 
 
@@ -170,5 +170,5 @@ def test_an_older_versions_folder_goes_on(config):
     path.write_text(yaml.safe_dump(fields))
     train(config.replace(report_to=("tensorboard",)), "cpu")
     text = (config.folder / "log.txt").read_text()
-    assert "is finished" in text
+    assert "finished already" in text
     assert "changed from" not in text

@@ -13,7 +13,7 @@ import pytest
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
-from llip.training.figures import read_jsonl
+from llip.training.run_folder import read_records
 from tests.helpers import TINY_MODEL, write_pairs
 from tests.training.test_engine import saved, train_together
 
@@ -50,7 +50,7 @@ def variant(plain, engine, checkpointed, sliced, **changes):
 
 
 def losses(config):
-    return [(record["loss"], record["grad_norm"]) for record in read_jsonl(config.folder / "metrics.jsonl")]
+    return [(record["loss"], record["grad_norm"]) for record in read_records(config.folder / "metrics.jsonl")]
 
 
 def assert_equal_losses(found, plain):

@@ -21,6 +21,12 @@ from llip.training.online import online_evaluation
 from tests.cluster.evaluated_run import evaluated_run, recorded
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+NOTHING_YET = SimpleNamespace(evaluated_tasks=lambda step: set())
+
+
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
 
 
 @pytest.fixture
@@ -43,9 +49,9 @@ def alone(monkeypatch):
 def in_process(config: Config, model) -> list[tuple]:
     """Return what a run outside a job records."""
     found: list[tuple] = []
-    log = SimpleNamespace(evaluation=lambda *record: found.append(record))
+    log = SimpleNamespace(evaluation=lambda *record: found.append(record), evaluated_tasks=lambda step: set())
     evaluate = online_evaluation(config, log, ALONE)
-    evaluate(model, 5)
+    evaluate(model, 5, never)
     return found
 
 
@@ -83,8 +89,8 @@ def in_a_job(monkeypatch) -> list[EvaluationTask]:
 
 
 def test_a_training_job_submits_the_evaluation_and_trains_on(config, model, in_a_job):
-    evaluate = online_evaluation(config, None, ALONE)
-    evaluate(model, 5)
+    evaluate = online_evaluation(config, NOTHING_YET, ALONE)
+    evaluate(model, 5, never)
     (task,) = in_a_job
     assert task.weights.is_file()
     assert (task.config.nodes, task.config.ngpus, task.config.evals) == (1, 2, config.evals)
@@ -92,8 +98,16 @@ def test_a_training_job_submits_the_evaluation_and_trains_on(config, model, in_a
     assert recorded(config) == []
 
 
+def test_what_is_evaluated_already_is_not_submitted_again(config, model, in_a_job):
+    done = SimpleNamespace(evaluated_tasks=lambda step: {"here"} if step == 5 else set())
+    online_evaluation(config, done, ALONE)(model, 5, never)
+    assert in_a_job == []
+    online_evaluation(config, done, ALONE)(model, 6, never)
+    assert len(in_a_job) == 1
+
+
 def test_the_main_process_alone_submits(config, model, in_a_job):
-    online_evaluation(config, None, Processes(1, 2, torch.device("cpu")))(model, 5)
+    online_evaluation(config, NOTHING_YET, Processes(1, 2, torch.device("cpu")))(model, 5, never)
     assert in_a_job == []
     assert not (config.folder / "evaluating").exists()
 
@@ -105,7 +119,7 @@ def test_a_submission_that_fails_is_a_warning(config, model, in_a_job, monkeypat
 
     monkeypatch.setattr(evaluation.JobRequest, "submit", refuse)
     monkeypatch.setattr(logging.getLogger("llip"), "propagate", True)
-    online_evaluation(config, None, ALONE)(model, 5)
+    online_evaluation(config, NOTHING_YET, ALONE)(model, 5, never)
     assert "step 5 is not evaluated: no" in caplog.text
     assert list((config.folder / "evaluating").iterdir()) == []
 

@@ -18,9 +18,8 @@ from llip.open_clip.factory import get_tokenizer
 from llip.open_clip.weights import read_checkpoint
 from llip.training.checkpoint import list_checkpoints, newest_good_checkpoint
 from llip.training.data import make_loader
-from llip.training.figures import read_jsonl
 from llip.training.position import DataPosition
-from llip.training.run_folder import locked_folder
+from llip.training.run_folder import locked_folder, read_records
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def no_figures(request, monkeypatch):
 
 
 def losses(config):
-    return [record["loss"] for record in read_jsonl(config.folder / "metrics.jsonl")]
+    return [record["loss"] for record in read_records(config.folder / "metrics.jsonl")]
 
 
 def final_state(config):
@@ -76,7 +75,7 @@ def test_files_of_a_run(config):
     config = config.replace(report_to=("tensorboard",))
     train(config, "cpu")
     folder = config.folder
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert [record["samples_seen"] for record in records] == [16 * i for i in range(1, 7)]
     wanted = "step samples_seen epoch loss lr grad_norm logit_scale logit_bias samples_per_second data_wait_fraction"
@@ -96,7 +95,7 @@ def test_a_finished_run_says_so(config, capsys):
     train(config, "cpu")
     before = (config.folder / "metrics.jsonl").read_bytes()
     train(config, "cpu")
-    assert "is finished at step 6" in (config.folder / "log.txt").read_text()
+    assert "finished already: nothing to do" in (config.folder / "log.txt").read_text()
     assert (config.folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -197,7 +196,7 @@ def test_resume_from_a_path(config, tmp_path):
     train(config, "cpu")
     other = config.replace(name="other", epochs=5, resume=str(config.folder / "checkpoints" / "latest.pt"))
     train(other, "cpu")
-    assert [record["step"] for record in read_jsonl(other.folder / "metrics.jsonl")] == [7, 8, 9, 10]
+    assert [record["step"] for record in read_records(other.folder / "metrics.jsonl")] == [7, 8, 9, 10]
 
 
 def _hold(folder, ready):
@@ -296,7 +295,7 @@ def test_online_evaluation_is_recorded_and_changes_nothing(config, pairs, tmp_pa
     train(config, "cpu")
     watched = config.replace(name="watched", eval_steps=4, evals=(f"{tmp_path}/online.yaml",))
     train(watched, "cpu")
-    records = read_jsonl(watched.folder / "evals.jsonl")
+    records = read_records(watched.folder / "evals.jsonl")
     assert [(record["step"], record["task"]) for record in records] == [(4, "pairs"), (6, "pairs")]
     assert all(0 <= value <= 1 for record in records for value in record["values"].values())
     assert losses(watched) == losses(config)

@@ -5,7 +5,7 @@ import pytest
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
-from llip.training.figures import read_jsonl
+from llip.training.run_folder import read_records
 from tests.helpers import image_bytes, write_pairs, write_tar
 
 
@@ -25,7 +25,7 @@ def test_records_and_log_tell_what_was_used_and_dropped(config, tmp_path):
     write_tar(tmp_path / "more" / "bad.tar", fine + bad)
     train_data = f"{config.train_data}@0.5::{tmp_path}/more/bad.tar@0.5"
     train(config.replace(train_data=train_data, max_bad_fraction=1.0), "cpu")
-    records = read_jsonl(config.folder / "metrics.jsonl")
+    records = read_records(config.folder / "metrics.jsonl")
     assert [sum(record["dataset_samples"]) for record in records] == [8 * i for i in range(1, 9)]
     last = records[-1]
     assert set(last["dropped"]) == {"not an image", "no caption"}
@@ -41,7 +41,7 @@ def test_records_and_log_tell_what_was_used_and_dropped(config, tmp_path):
 def test_the_slow_stage_is_logged(config, monkeypatch):
     monkeypatch.setattr("llip.training.data_report.WAIT_WORTH_A_LINE", 0.0)
     train(config, "cpu")
-    records = read_jsonl(config.folder / "metrics.jsonl")
+    records = read_records(config.folder / "metrics.jsonl")
     named = [record["data_bottleneck"] for record in records]
     for record, stage in zip(records, named, strict=True):
         assert record[f"data_{stage}_seconds"] == max(

@@ -9,7 +9,9 @@ import pytest
 
 from llip.configs import Config
 from llip.main import train
-from llip.training.figures import read_jsonl
+from llip.training import run_folder
+from llip.training.run_folder import read_records
+from llip.training.sample_log import SampleLog, cut_back_ids
 from tests.helpers import write_pairs
 
 
@@ -25,7 +27,7 @@ def config(tiny_model, tmp_path, monkeypatch):
 
 
 def used(config):
-    return read_jsonl(config.folder / "sample_ids" / "process_0.jsonl")
+    return read_records(config.folder / "sample_ids" / "process_0.jsonl")
 
 
 def test_killed_and_resumed_uses_the_same_samples(config, tmp_path):
@@ -52,5 +54,21 @@ def test_killed_and_resumed_uses_the_same_samples(config, tmp_path):
     train(killed, "cpu")
     assert "resumed at step" in (killed.folder / "log.txt").read_text()
     assert used(killed) == used(config)
-    last = read_jsonl(killed.folder / "metrics.jsonl")[-1]
+    last = read_records(killed.folder / "metrics.jsonl")[-1]
     assert (last["dataset_samples"], last["dropped_samples"]) == ([384], 0)
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(run_folder.log, "warning", lambda text, *values: said.append(text % values))
+    cut_back_ids(tmp_path, 0)
+    log = SampleLog(tmp_path, 3)
+    log.path.symlink_to("/dev/full")
+    for step in (1, 2, 3):
+        log.add(step, ["a"])
+    log.path.unlink()
+    log.add(4, ["b", "c"])
+    assert read_records(tmp_path / "sample_ids" / "process_3.jsonl") == [{"step": 4, "ids": ["b", "c"]}]
+    assert len(said) == 2
+    assert "process_3.jsonl cannot be written: [Errno 28] No space left on device" in said[0]
+    assert "3 records are lost" in said[1]

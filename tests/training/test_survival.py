@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,11 @@ def make_command(tmp_path_factory):
         config = Config(**fields)
         file = folder / f"{name}.py"
         values = ", ".join(f"{key}={value!r}" for key, value in vars(config).items())
-        # The tiny model is faster than a test can aim.
-        slow = "import time\nfrom llip.training.trainer import Trainer\nstep = Trainer._step\n"
-        slow += "def slowly(*a):\n    time.sleep(0.15)\n    return step(*a)\nTrainer._step = slowly\n"
+        # The tiny model is faster than a test can aim; and a step can be held.
+        slow = "import os, time\nfrom llip.training.trainer import Trainer\nstep = Trainer._step\n"
+        slow += "def slowly(*a):\n    time.sleep(0.15)\n"
+        slow += f"    while os.path.exists({str(logs / 'hold')!r}):\n        time.sleep(0.05)\n"
+        slow += "    return step(*a)\nTrainer._step = slowly\n"
         text = f"from llip.configs import Config\ndef run():\n    return Config({values})\n"
         file.write_text(text + (slow if name != "straight" else ""))
         return [sys.executable, "-m", "llip.main", f"{file}:run"]
@@ -117,9 +120,14 @@ def test_one_process_saves_at_ctrl_c_and_leaves_at_the_second(make_command, tmp_
     assert (runs.folder / "checkpoints" / f"step_{step}.pt").is_file(), "what was trained is saved"
     assert f"saved after step {step} of 18" in runs.log.read_text()
     launched = runs.start(1)
+    (tmp_path / "hold").touch()
+    time.sleep(0.5)
     launched.process.send_signal(signal.SIGINT)
-    launched.process.send_signal(signal.SIGTERM)  # as a launcher passes on the second Ctrl-C
-    assert runs.end(launched, 10) in (128 + signal.SIGINT, EXIT_STOPPED)
+    time.sleep(0.5)
+    assert launched.process.poll() is None, "the step is not done yet"
+    launched.process.send_signal(signal.SIGINT)
+    assert runs.end(launched, 5) == 128 + signal.SIGINT
+    (tmp_path / "hold").unlink()
     assert runs.errors() == []
 
 

@@ -1,4 +1,4 @@
-"""Workers and their commands end with the process that started them."""
+"""Workers and their commands end with the process that started them, and not with a signal to everybody."""
 
 import os
 import signal

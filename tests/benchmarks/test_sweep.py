@@ -1,0 +1,90 @@
+"""Sweeps: a result is used again for the config it belongs to and for no other; poolings of one's own train too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import sweep
+from benchmarks.sweep import Result, Variant, run_variants, table
+from llip.configs import Config, search_config
+from llip.errors import UserError
+
+BASE = Config(model="ViT-B-32", train_num_samples=1000, batch_size=10, lr=0.25)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Config]:
+    """Stand in for training and evaluation; note what is trained."""
+    configs: list[Config] = []
+
+    def train(config: Config) -> None:
+        configs.append(config)
+        (config.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(sweep, "evaluate", lambda config: {"task top1": config.lr})
+    return configs
+
+
+def run(logs: Path, **changes) -> list[Result]:
+    return run_variants([Variant("+ mine", BASE.replace(**changes))], [0, 1], logs, "p")
+
+
+def test_a_result_is_used_again(trained, tmp_path):
+    first = run(tmp_path)
+    assert [config.name for config in trained] == ["p_mine_seed0", "p_mine_seed1"]
+    assert [result.values for result in first] == [{"task top1": 0.25}] * 2
+    assert run(tmp_path, workers=7, name="other") == first  # operational: the same experiment
+    assert run(tmp_path, batch_size=5, accum_freq=2) == first  # the same global batch
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, r"lr: 0\.25 there, 0\.5 now"),
+        ({"batch_size": 20}, "global batch: 10 there, 20 now"),
+        ({"evals": ("mine.yaml",)}, r"evals: \[\] there, \['mine.yaml'\] now"),
+    ],
+)
+def test_a_result_of_another_config_is_refused_before_anything_trains(trained, tmp_path, changes, message):
+    run_variants([Variant("+ mine", BASE)], [1], tmp_path, "p")
+    with pytest.raises(UserError, match=message + r".*another folder with --logs"):
+        run(tmp_path, **changes)
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"variant": "a", "seed": 0, "values": {}, "train_seconds": 1})])
+def test_a_result_that_does_not_tell_its_config_is_refused(trained, tmp_path, text):
+    (tmp_path / "p_mine_seed0").mkdir()
+    (tmp_path / "p_mine_seed0" / sweep.RESULT).write_text(text)
+    with pytest.raises(UserError, match="does not tell of which config"):
+        run(tmp_path)
+    assert trained == []
+
+
+def test_the_time_of_a_resumed_run_is_not_known(trained, tmp_path):
+    (tmp_path / "p_mine_seed0" / "checkpoints").mkdir(parents=True)
+    resumed, straight = run(tmp_path)
+    assert resumed.train_seconds is None
+    assert straight.train_seconds >= 0
+    results = [Result("a", 0, {"k": 0.5}, None), Result("a", 1, {"k": 0.7}, 30.0), Result("b", 0, {"k": 1.0}, None)]
+    assert table(results, {"head": "k"}).splitlines()[2:] == [
+        "| a | 60.0 (50.0-70.0) | 30 |",
+        "| b | 100.0 (100.0-100.0) | - |",
+    ]
+
+
+def test_other_processes_read_the_file_of_a_pooling_of_ones_own(tmp_path, monkeypatch):
+    config = search_config("examples/own_pooling_and_loss.py:gated", [f"logs={tmp_path}", "name=own", "ngpus=2"])
+    seen = []
+    monkeypatch.setattr("llip.main.launch", lambda config, words: seen.append((config, words)) or 0)
+    sweep.train(config)
+    ((launched, (word,)),) = seen
+    assert launched == config
+    code = f"from llip.configs import search_config as s; c = s({word!r}); print(c.pooling, c.loss, c.ngpus, c.name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "gated hinge 2 own\n", done.stderr

@@ -1,0 +1,77 @@
+"""The task of an evaluation job, as the training job hands it over: another process, which knows nothing yet."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llip.cluster import evaluation
+from llip.configs import search_config
+from llip.errors import EXIT_USER
+from llip.registry import poolings
+
+ROOT = Path(__file__).parents[2]
+OWN = """
+from llip.configs import Config
+from llip.registry import poolings
+
+
+@poolings.register("evaluated")
+class Mine:
+    pass
+
+
+def mine() -> Config:
+    return Config(pooling="evaluated", name="run")
+"""
+JOB = """
+import pickle, sys
+from llip.cluster import evaluation, pending
+from llip.registry import poolings
+evaluation.join_job = lambda: None
+pending.evaluate_put_aside = lambda config, weights: print(config.pooling, config.pooling in poolings, weights)
+task = pickle.load(open(sys.argv[1], "rb"))
+task()
+task.checkpoint().function()  # what submitit runs after a requeue
+"""
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A submitted task of a config with a pooling of its own, which this process forgets after the test."""
+    for kept in ("_things", "_sources"):
+        monkeypatch.setattr(poolings, kept, dict(getattr(poolings, kept)))
+    (tmp_path / "mine.py").write_text(OWN)
+    config = search_config(f"{tmp_path / 'mine.py'}:mine")
+    taken = []
+
+    class Request:
+        def __init__(self, logs, parameters, tasks, max_timeouts):
+            taken.extend(tasks)
+
+        def submit(self):
+            return ["77"]
+
+    monkeypatch.setattr(evaluation, "JobRequest", Request)
+    options = {"logs": "slurm", "parameters": {"nodes": 1, "ntasks_per_node": 2}, "max_timeouts": 3}
+    assert evaluation.submit_evaluation(json.dumps(options), config, tmp_path / "step_5.pt") == "77"
+    return taken[0]
+
+
+def test_the_job_knows_a_pooling_of_ones_own(task, tmp_path):
+    (tmp_path / "task.pkl").write_bytes(pickle.dumps(task))
+    command = [sys.executable, "-c", JOB, str(tmp_path / "task.pkl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.splitlines() == [f"evaluated True {tmp_path / 'step_5.pt'}"] * 2, done.stderr
+
+
+def test_a_file_that_is_gone_is_one_message(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and back after the test: the task changes folders
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(SystemExit) as left:
+        task()
+    assert left.value.code == EXIT_USER
+    assert "mine.py' is not there" in capsys.readouterr().err
