@@ -76,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         base = search_config(given.config, given.overrides)
         variants = make_variants(given.kind, base, given.values)
+        results = run_variants(variants, given.seeds, given.logs, f"{base.name}_{given.kind}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    results = run_variants(variants, given.seeds, given.logs, f"{base.name}_{given.kind}")
     columns = {key: key for key in results[0].values}
     stem = given.logs / f"{base.name}_{given.kind}"
     if given.kind == "ladder":

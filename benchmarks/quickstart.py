@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         variants = [Variant(rung, search_config(RUNGS[rung], given.overrides)) for rung in given.rungs]
+        results = run_variants(variants, given.seeds, given.logs, "ladder")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    results = run_variants(variants, given.seeds, given.logs, "ladder")
     draw_bars(results, COLUMNS, "Llip", given.logs / "ladder.png")
     if given.json:
         print(json.dumps({"results": [dataclasses.asdict(result) for result in results], "llip_wins": wins(results)}))

@@ -1,5 +1,6 @@
 """Names that a config may use for poolings and objectives, and how a user's own file adds one. Imports no torch."""
 
+import filecmp
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -37,9 +38,9 @@ class Registry:
         def add(thing: Thing) -> Thing:
             if name in self._places:
                 raise UserError(f"{self.what} {name!r} is there already; give yours another name")
-            if name in self._sources:  # the same file may be read twice, by its path and as a module
+            if name in self._sources:  # the same file may be read twice: by its path, as a module, as a job's copy
                 other = self._sources[name]
-                if (other, _called(self._things[name])) != (source, _called(thing)):
+                if not _same_file(other, source) or _called(self._things[name]) != _called(thing):
                     raise UserError(f"{self.what} {name!r} is there already, from {other}; give yours another name")
             self._things[name], self._sources[name] = thing, source
             return thing
@@ -79,6 +80,12 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._places, *self._things]))
+
+
+def _same_file(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    return Path(one).is_file() and Path(other).is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _called(thing: Any) -> str | None:

@@ -83,6 +83,7 @@ def image_batches(
         timeout=WORKER_TIMEOUT if workers else 0,
         # forked workers take any transform (no pickling) and start at once; they never touch the accelerator
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_begin_worker,
     )
     with held_signals():
         batches = iter(loader)  # starts the workers

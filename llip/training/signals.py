@@ -7,8 +7,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""What ends a run in good order: a scheduler's and a launcher's way to ask, Ctrl-C, and SLURM's warning."""
+from llip.lifeline import STOP_SIGNALS
 
 
 class StopRequest:

@@ -107,16 +107,18 @@ def test_signals_to_every_process_of_a_run_do_not_end_its_workers(pictures) -> N
     assert [worker.is_alive() for worker in workers] == [False, False]
 
 
-def test_nor_do_signals_in_the_moment_of_their_start(pictures, monkeypatch) -> None:
+def test_nor_do_signals_in_the_moment_of_their_start(pictures, monkeypatch, tmp_path: Path) -> None:
     begin = loading._begin_worker
 
     def signalled(number: int) -> None:
         for each in STOP_SIGNALS:
             os.kill(os.getpid(), each)
+        (tmp_path / f"signalled_{number}").touch()
         begin(number)
 
     monkeypatch.setattr(loading, "_begin_worker", signalled)
     assert [batch.indices for batch in image_batches(pictures, slowly, range(24), 2, workers=2)] == EXPECTED
+    assert len(list(tmp_path.glob("signalled_*"))) == 2
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS), "this process listens again"
 
 
@@ -124,7 +126,9 @@ def test_an_iteration_that_is_left_takes_its_workers_along(pictures) -> None:
     batches = image_batches(pictures, slowly, range(24), 2, workers=2)
     next(batches)
     workers = multiprocessing.active_children()
+    workers[0].terminate()  # as torch does with one that does not leave: the parent is listened to
+    workers[0].join(10)
+    assert not workers[0].is_alive()
     batches.close()
-    for worker in workers:
-        worker.join(10)
+    workers[1].join(10)
     assert [worker.exitcode for worker in workers] == [0, 0]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from evals.slurm_job import parse_arguments
 from llip.cluster.options import add_slurm_options
@@ -45,7 +46,7 @@ def test_options_exist():
     ).stdout
     parser = argparse.ArgumentParser()
     add_slurm_options(parser, cpus="")
-    known += parser.format_help() + "--nodes"
+    known += parser.format_help() + "--nodes" + get_args_parser().format_help()
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
         assert option in known or any(option in words for words in EVALUATION), option
 

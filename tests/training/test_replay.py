@@ -44,11 +44,11 @@ def record(tiny_model, tmp_path, monkeypatch):
     own = tmp_path / "lab" / "mine.py"
     own.parent.mkdir()
     own.write_text(OWN)
-    fields = dict(
-        name="run", logs=str(tmp_path), train_data=write_pairs(tmp_path / "pairs", 16, 16), train_num_samples=16,
-        model=tiny_model, mixture_tokens=4, batch_size=16, epochs=1, warmup=2, precision="fp32",
-        workers=0, log_steps=1, save_frequency=0, report_to=(), max_bad_steps=1,
-    )  # fmt: skip
+    fields = {
+        "name": "run", "logs": str(tmp_path), "train_data": write_pairs(tmp_path / "pairs", 16, 16),
+        "train_num_samples": 16, "model": tiny_model, "mixture_tokens": 4, "batch_size": 16, "epochs": 1, "warmup": 2,
+        "precision": "fp32", "workers": 0, "log_steps": 1, "save_frequency": 0, "report_to": (), "max_bad_steps": 1,
+    }  # fmt: skip
     encode = Llip.encode_image
 
     def poisoned(self, images):
