@@ -18,7 +18,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
+from llip.machine import usable_cores
 from llip.open_clip.factory import CROP_SCALE, get_tokenizer
 from llip.training.captions import choose_caption, parse_caption_keys
 from llip.training.data import make_loader
@@ -70,7 +70,7 @@ class Setup:
     @property
     def busy_cores(self) -> int:
         """Cores that load data: one per worker, as far as there are cores for this process."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         return min(max(1, self.workers), cores)
 
 

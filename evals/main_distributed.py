@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 
 from llip.cluster import step
 from llip.errors import EXIT_USER, UserError
+from llip.machine import usable_cores
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """Longest that a process waits for the others; they differ by how fast their share of the images is read."""
@@ -86,7 +87,7 @@ def _child(rank: int, parent: int, worker: Callable[..., None], devices: list[st
     device = devices[rank]
     _use_device(device)
     if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
+        torch.set_num_threads(max(1, usable_cores() // len(devices)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes are here; host names need not resolve
     backend = "gloo" if device == "cpu" else "nccl"

@@ -4,14 +4,11 @@ import os
 
 import pytest
 
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if _WORKER and hasattr(os, "sched_setaffinity"):
-    # A core for each of pytest's processes and all that it starts: threads that wait for one another on shared cores
-    # take many times as long. Before torch is imported, which counts the cores.
-    _cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {_cores[int(_WORKER.removeprefix("gw")) % len(_cores)]})
+from tests.helpers import ProcessPool, tiny_model_file
 
-from tests.helpers import ProcessPool, tiny_model_file  # noqa: E402
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side: threads that wait for one another on shared cores take many times as long.
+    os.environ |= {"LLIP_CORES": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
