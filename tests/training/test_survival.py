@@ -40,6 +40,8 @@ def make_command(tmp_path_factory):
         slow += "def slowly(*a):\n    time.sleep(0.15)\n"
         slow += f"    while os.path.exists({str(logs / 'hold')!r}):\n        time.sleep(0.05)\n"
         slow += "    return step(*a)\nTrainer._step = slowly\n"
+        slow += "from llip.training import checkpoint\nverify = checkpoint.verify\n"  # nor is its checkpoint large
+        slow += "def thoroughly(path):\n    time.sleep(0.2)\n    verify(path)\ncheckpoint.verify = thoroughly\n"
         text = f"from llip.configs import Config\ndef run():\n    return Config({values})\n"
         file.write_text(text + (slow if name != "straight" else ""))
         return [sys.executable, "-m", "llip.main", f"{file}:run"]
@@ -83,31 +85,30 @@ class Runs:
         return re.findall(r"^error: .*$", self.log.read_text(), re.MULTILINE)
 
 
-def test_killed_and_signalled_runs_are_undisturbed(make_command, tmp_path):
-    """Two processes: the launcher killed, all killed in the middle of a checkpoint, one signalled, the launcher too."""
-    runs = Runs(make_command(tmp_path, "killed", ngpus=2), tmp_path / "killed")
-    signals = iter([lambda launched: ranks(launched)[1], lambda launched: launched.process.pid])
-
-    def stop(number):
-        launched = runs.start(1)
-        os.kill(next(signals)(launched), number)
-        assert runs.end(launched, 30) == EXIT_STOPPED
-        step = logged_steps(runs.folder)
-        assert (runs.folder / "checkpoints" / f"step_{step}.pt").is_file(), "what was trained is saved"
+def test_killed_and_resumed_is_undisturbed(make_command, tmp_path):
+    """Two processes: the launcher is killed, and then all of them in the middle of a checkpoint."""
 
     def command(name):
-        if name == "killed" and (runs.folder / "checkpoints").is_dir() and not stopped:
-            stopped.append(name)
-            stop(signal.SIGUSR2)
-            stop(signal.SIGTERM)
         return make_command(tmp_path, name, ngpus=2)
 
-    stopped = []
     outcome = run_killed(command, tmp_path, ["launcher", "writing"], seed=2, processes=2, most=3)
-    assert stopped, "the run was signalled between its kills"
     assert (outcome.kills["launcher"], outcome.kills["writing"]) == (1, 1)
     assert (outcome.steps, outcome.different_losses, outcome.different_weights) == (18, 0, 0)
     assert outcome.survivors == 0
+
+
+def test_two_processes_agree_when_one_is_signalled(make_command, tmp_path):
+    """One of them, and then their launcher, which passes it on."""
+    runs = Runs(make_command(tmp_path, "stopped", ngpus=2), tmp_path / "stopped")
+    for victim, number in (
+        (lambda: ranks(launched)[1], signal.SIGUSR2),
+        (lambda: launched.process.pid, signal.SIGTERM),
+    ):
+        launched = runs.start(1)
+        os.kill(victim(), number)
+        assert runs.end(launched, 30) == EXIT_STOPPED
+        step = logged_steps(runs.folder)
+        assert (runs.folder / "checkpoints" / f"step_{step}.pt").is_file(), "what was trained is saved"
     assert runs.errors() == []
 
 
