@@ -100,12 +100,9 @@ def test_killed_and_resumed_is_undisturbed(make_command, tmp_path):
 def test_two_processes_agree_when_one_is_signalled(make_command, tmp_path):
     """One of them, and then their launcher, which passes it on."""
     runs = Runs(make_command(tmp_path, "stopped", ngpus=2), tmp_path / "stopped")
-    for victim, number in (
-        (lambda: ranks(launched)[1], signal.SIGUSR2),
-        (lambda: launched.process.pid, signal.SIGTERM),
-    ):
+    for number, to_launcher in ((signal.SIGUSR2, False), (signal.SIGTERM, True)):
         launched = runs.start(1)
-        os.kill(victim(), number)
+        os.kill(launched.process.pid if to_launcher else ranks(launched)[1], number)
         assert runs.end(launched, 30) == EXIT_STOPPED
         step = logged_steps(runs.folder)
         assert (runs.folder / "checkpoints" / f"step_{step}.pt").is_file(), "what was trained is saved"
