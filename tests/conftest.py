@@ -21,3 +21,11 @@ def pool() -> ProcessPool:
 def tiny_model(tmp_path_factory) -> str:
     """Path of a tiny architecture in OpenCLIP's format."""
     return tiny_model_file(tmp_path_factory.mktemp("model"))
+
+
+LONG = ("test_survival.py", "test_slurm.py", "test_matrix.py", "test_engine.py")
+"""Files that take minutes: begun first, so that no process is left alone with one of them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
