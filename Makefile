@@ -17,7 +17,7 @@ help:
 install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements-test.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@if command -v uv >/dev/null; then uv pip install -q --python $(RUN) $(PIP_ARGS) -r requirements-test.txt; \
+	@if command -v uv >/dev/null; then uv pip install -q --compile-bytecode --python $(RUN) $(PIP_ARGS) -r requirements-test.txt; \
 	else $(RUN) -m pip install -q $(PIP_ARGS) -r requirements-test.txt; fi
 	@touch $@
 
