@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llip.cluster.rendezvous import join_step
 from llip.configs import Config
@@ -152,7 +152,7 @@ def _pass_on(number: int, _: object) -> None:
 
 def _tell_failure(notes: Path, failure: "ChildFailedError") -> int:
     """Say once why the run ended; what processes say of others is only news if nobody speaks for himself."""
-    told = [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+    told = _told(notes)
     mistakes = [one for one in told if one["code"] == EXIT_USER]
     if mistakes:
         print(f"error: {mistakes[0]['message']}", file=sys.stderr)
@@ -170,11 +170,16 @@ def _tell_failure(notes: Path, failure: "ChildFailedError") -> int:
 
 
 def _tell_stop(notes: Path, number: signal.Signals) -> int:
-    told = [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+    told = _told(notes)
     if told:
         print(f"error: {told[0]['message']}", file=sys.stderr)
         return told[0]["code"]
     return EXIT_STOPPED if _stopped(notes) else 128 + number
+
+
+def _told(notes: Path) -> list[dict[str, Any]]:
+    """Return what processes have left to tell, by rank: `rank`, `message`, `code`."""
+    return [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
 
 
 def _stopped(notes: Path) -> bool:

@@ -18,8 +18,7 @@ from llip.open_clip.model import Llip, autocast_dtype
 from llip.training.distributed import Processes
 from llip.training.run_folder import EVALS
 from llip.training.run_log import RunLog, log
-
-Evaluate = Callable[[Llip, int, Callable[[], bool]], None]
+from llip.training.trainer import Evaluate
 
 
 def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> Evaluate | None:
@@ -35,7 +34,7 @@ def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> 
     online = [load_online_eval(path) for path in config.evals]
     options = os.environ.get(EVALUATION_JOBS)
     if options is not None:
-        return _by_jobs(config, run_log, processes, options)
+        return _by_jobs(config, {task for one in online for task in one.tasks}, run_log, processes, options)
     spec = model_spec(config)
     _, preprocess = image_transforms(spec.image_size, spec.resize_mode)
     tokenizer = spec_tokenizer(spec)
@@ -67,12 +66,10 @@ def tell_result(result: TaskResult, step: int) -> bool:
     return True
 
 
-def _by_jobs(config: Config, run_log: RunLog, processes: Processes, options: str) -> Evaluate:
+def _by_jobs(config: Config, tasks: set[str], run_log: RunLog, processes: Processes, options: str) -> Evaluate:
     """Return what submits evaluations from the main process; what goes wrong is a warning, and training goes on."""
     from llip.cluster.evaluation import submit_evaluation
     from llip.cluster.pending import put_aside
-
-    tasks = {task for path in config.evals for task in load_online_eval(path).tasks}
 
     def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> None:
         if not processes.is_main or tasks <= run_log.evaluated_tasks(step):

@@ -154,10 +154,6 @@ class RunLog:
             return set()
         return {record["task"] for record in records if record["step"] == step and "task" in record}
 
-    def has_evaluation(self, step: int) -> bool:
-        """Tell whether a model of `step` has been evaluated already, on some task."""
-        return bool(self.evaluated_tasks(step))
-
     def _scalars(self, prefix: str, record: dict[str, Any]) -> None:
         values = {
             f"{prefix}/{name}": value

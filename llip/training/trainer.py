@@ -93,7 +93,7 @@ class Trainer:
             UserError: the data, the memory or the settings do not allow to go on.
             RunError: numbers are not finite for too long, or the last checkpoint cannot be written.
         """
-        if self.state.step == self.config.total_steps:
+        if self.state.step >= self.config.total_steps:  # beyond it: a longer run's checkpoint, named by `resume`
             self._evaluate_if_missed()
             return not self.stopping
         self.task.train()

@@ -99,3 +99,11 @@ def test_a_signal_leaves_the_evaluation_off(config, monkeypatch, step):
     assert (config.folder / "checkpoints" / f"step_{step}.pt").is_file(), "saved before the evaluation"
     assert train(config, "cpu")
     assert evaluated(config) == [(at, task) for at in (2, 4) for task in TASKS]
+
+
+def test_a_checkpoint_beyond_the_schedule_is_a_finished_run(config):
+    config = config.replace(eval_steps=0)
+    train(config, "cpu")
+    shorter = config.replace(name="shorter", epochs=1, resume=str(config.folder / "checkpoints" / "latest.pt"))
+    assert train(shorter, "cpu"), "finished, not stopped"
+    assert "finished already: nothing to do" in (shorter.folder / "log.txt").read_text()

@@ -150,7 +150,7 @@ def test_the_tasks_of_a_step_that_are_done(tmp_path):
     assert run_log.evaluated_tasks(5) == {"here", "there"}
     assert run_log.evaluated_tasks(10) == {"here"}
     assert run_log.evaluated_tasks(15) == set()
-    assert [run_log.has_evaluation(step) for step in (5, 15)] == [True, False]
+    assert [bool(run_log.evaluated_tasks(step)) for step in (5, 15)] == [True, False]
     assert open_log(None).evaluated_tasks(5) == set()
 
 
