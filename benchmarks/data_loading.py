@@ -34,14 +34,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from llip.configs import Config
+from llip.data.captions import choose_caption, parse_caption_keys
+from llip.data.images import RandomCrops, decode_image
+from llip.data.loader import make_loader
+from llip.data.position import DataPosition
+from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
 from llip.errors import EXIT_USER, UserError
-from llip.machine import usable_cores
 from llip.open_clip.factory import CROP_SCALE, get_tokenizer
-from llip.training.captions import choose_caption, parse_caption_keys
-from llip.training.data import make_loader
-from llip.training.images import RandomCrops, decode_image
-from llip.training.position import DataPosition
-from llip.training.shards import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
+from llip.system.cores import usable_cores
 
 CONTEXT_LENGTH = 77
 MADE_SHARDS, MADE_PER_SHARD = 8, 250

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llip.open_clip.pooling import TextConditionedPooling, create_pooling, unit_norm
-from llip.open_clip.score_plan import plan_scores
+from llip.open_clip.scores.plan import plan_scores
 
 HEADS, TEMPERATURE = 8, 5.0
 AMPLE, TIGHT = 16 << 30, 1 << 27  # memory budgets: everything is kept, no tile of the large shapes is

@@ -23,7 +23,7 @@ from llip.open_clip.factory import create_model, model_spec, normalise_images
 from llip.open_clip.loss import sigmoid_loss, softmax_loss
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.pooling import unit_norm
-from llip.training.optimizer import create_optimizer
+from llip.training.step.optimizer import create_optimizer
 
 
 class Stepper:

@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 
 from llip.cluster import step
 from llip.errors import EXIT_USER, UserError
-from llip.machine import usable_cores
+from llip.system.cores import usable_cores
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """Longest that a process waits for the others; they differ by how fast their share of the images is read."""

@@ -10,7 +10,7 @@ from evals.chart import bar_chart
 from evals.main_distributed import launch
 from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, read_results
 from evals.tables import format_results, notes
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.processes import Processes
@@ -18,7 +18,7 @@ from llip.clipeval.task_result import TaskResult
 from llip.configs import search_config
 from llip.errors import UserError
 from llip.open_clip.model import autocast_dtype
-from llip.paths import expand_path, unset_variables
+from llip.system.paths import expand_path, unset_variables
 
 WAYS = ("image_to_text", "text_to_image")
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from evals.tables import format_results, notes
-from llip.clipeval.catalog import Entry
+from llip.clipeval.catalog.catalog import Entry
 from llip.clipeval.metrics import RETRIEVAL
 from llip.clipeval.outcomes import outcomes_file, save_outcomes
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import UserError
-from llip.paths import expand_path
+from llip.system.paths import expand_path
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from llip.cluster.snapshot import commit_file, take_snapshot, use_snapshot
 from llip.cluster.submit import JobRequest, command_line, counted, tell_submitted
 from llip.cluster.tasks import join_job
 from llip.errors import EXIT_USER, UserError
-from llip.paths import expand_path
+from llip.system.paths import expand_path
 
 PROGRAM = "python -m evals.main_distributed"
 FROZEN = "submitted_evaluation.yaml"

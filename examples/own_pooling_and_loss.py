@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.configs import Config
+from llip.extensions import objectives, poolings
 from llip.open_clip.objectives import CombineColumns, Objective
 from llip.open_clip.pooling import TextFreePooling, unit_norm
-from llip.registry import objectives, poolings
 from llip.run_configs.quickstart import llip_quickstart
 
 

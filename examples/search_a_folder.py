@@ -18,15 +18,15 @@ from PIL import Image
 
 import llip
 from llip.clipeval.zero_shot import Scorer
-from llip.diagnose.measures import mixture_measures
-from llip.explain.explanation import explain
-from llip.explain.figure import draw
+from llip.open_clip.mixture_statistics import mixture_measures
 from llip.scenes.render import render
 from llip.scenes.world import sample_scene
-from llip.search.build import build_index
-from llip.search.query import Searcher
-from llip.search.show import contact_sheet
-from llip.search.store import open_index
+from llip.tools.explain.explanation import explain
+from llip.tools.explain.figure import draw
+from llip.tools.search.build import build_index
+from llip.tools.search.query import Searcher
+from llip.tools.search.show import contact_sheet
+from llip.tools.search.store import open_index
 
 checkpoint = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/llip_quickstart/checkpoints/latest.pt")
 out = Path(sys.argv[2] if len(sys.argv) > 2 else "search_example")

@@ -6,7 +6,7 @@ import typing
 from typing import TYPE_CHECKING, Any, Literal
 
 from llip.errors import UserError, did_you_mean
-from llip.registry import objectives, poolings
+from llip.extensions import objectives, poolings
 
 if TYPE_CHECKING:
     from llip.configs import Config

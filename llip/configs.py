@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from llip.config_checks import check_engine, check_ranges, checked, type_name
 from llip.errors import UserError, did_you_mean
-from llip.registry import objectives, poolings
+from llip.extensions import objectives, poolings
 
 IDENTITY = "identity"  # another value makes another experiment
 OPERATIONAL = "operational"  # another value changes how the same experiment is run

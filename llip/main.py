@@ -9,7 +9,7 @@ import sys
 from llip.cli import parse_command
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
-from llip.training.launcher_watch import end_with_launcher
+from llip.training.distributed.exit_with_launcher import end_with_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command.config is None:
         return 0
     if command.print_only:
-        from llip.training.run_folder import config_yaml
+        from llip.training.checkpoints.run_folder import config_yaml
 
         print(config_yaml(command.config), end="")
         return 0
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def launch(config: Config, arguments: list[str]) -> int:
     """Run this process's part of the config, or start the processes that do."""
-    from llip.training import launch
+    from llip.training.distributed import launch
 
     try:
         launch.adopt_slurm()
@@ -47,14 +47,14 @@ def launch(config: Config, arguments: list[str]) -> int:
 
 def train(config: Config, device: str) -> bool:
     """Train as one process of the run: join the others, build or restore, fit. Returns whether the run is finished."""
-    from llip.training.distributed import join_processes
-    from llip.training.figures import draw_curves
-    from llip.training.launch import watched
-    from llip.training.online import online_evaluation
-    from llip.training.run_log import log
-    from llip.training.saving import Saver
+    from llip.training.checkpoints.saver import Saver
+    from llip.training.distributed.launch import watched
+    from llip.training.distributed.processes import join_processes
+    from llip.training.distributed.signals import stop_on_signals
+    from llip.training.evaluation import online_evaluation
+    from llip.training.reporting.figures import draw_curves
+    from llip.training.reporting.run_log import log
     from llip.training.setup import build_run, check_data, open_folder
-    from llip.training.signals import stop_on_signals
     from llip.training.trainer import Trainer
 
     with (

@@ -18,7 +18,7 @@ from PIL import Image
 
 from llip.clipeval.metrics import CLASSIFICATION
 from llip.errors import UserError, nearest
-from llip.paths import unset_variables
+from llip.system.paths import unset_variables
 
 
 class ImageSource(ABC):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from llip.errors import UserError, did_you_mean, nearest
-from llip.paths import expand_path, unset_variables
+from llip.system.paths import expand_path, unset_variables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llip.clipeval import retrieval, zero_shot
-from llip.clipeval.catalog import Catalog, Entry
+from llip.clipeval.catalog.catalog import Catalog, Entry
+from llip.clipeval.catalog.opening import check_batch, check_targets, labels_of, open_source
 from llip.clipeval.datasets import ImageSource
-from llip.clipeval.labels import Labels, hash_texts
 from llip.clipeval.loading import Batch, Preprocess, Unreadable, image_batches
 from llip.clipeval.metrics import CLASSIFICATION, METRICS, MULTI_LABEL, NEED_SCORES, RETRIEVAL, Predictions
-from llip.clipeval.opening import check_batch, check_targets, labels_of, open_source
 from llip.clipeval.outcomes import Outcomes, hash_samples
 from llip.clipeval.processes import Processes, TaskError
 from llip.clipeval.shortlist import Shortlist, text_free_features
 from llip.clipeval.task_result import TaskResult
-from llip.clipeval.text_cache import TextCache
+from llip.clipeval.texts.cache import TextCache
+from llip.clipeval.texts.labels import Labels, hash_texts
 from llip.clipeval.zero_shot import PROMPT_ENSEMBLES, Scorer
 from llip.errors import UserError, did_you_mean
 

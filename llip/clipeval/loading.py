@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llip.clipeval.datasets import ImageSource
-from llip.lifeline import end_with_parent, held_signals
-from llip.pixels import to_rgb
+from llip.data.pixels import to_rgb
+from llip.system.exit_with_parent import end_with_parent, held_signals
 
 Preprocess = Callable[[Image.Image], Tensor]
 

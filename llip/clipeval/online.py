@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llip.clipeval.catalog import Catalog, load_catalog
+from llip.clipeval.catalog.catalog import Catalog, load_catalog
 from llip.clipeval.eval_config import load_eval_config
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.loading import Preprocess

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llip.clipeval.labels import Labels
 from llip.clipeval.loading import Batch, Preprocess
 from llip.clipeval.metrics import TOP
+from llip.clipeval.texts.labels import Labels
 
 PROMPT_ENSEMBLES = ("feature", "score")
 TEXT_BATCH = 512

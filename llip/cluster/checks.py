@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llip.configs import Config, own_files, read_file
 from llip.errors import UserError
-from llip.training.run_folder import locked_folder
+from llip.training.checkpoints.run_folder import locked_folder
 
 _RUNS_FIRST = "scenes:"
 _NOT_LOOKED_AT = ("pipe:", "http:", "https:")
@@ -41,7 +41,7 @@ def check_evaluations(files: tuple[str, ...]) -> None:
     Raises:
         UserError: one is not, or is wrong.
     """
-    from llip.clipeval.catalog import load_catalog
+    from llip.clipeval.catalog.catalog import load_catalog
     from llip.clipeval.eval_config import load_eval_config
 
     for file in files:
@@ -81,7 +81,7 @@ def check_slurm() -> None:
 
 
 def _check_data(config: Config) -> list[str]:
-    from llip.training.shards import check_shards_exist, parse_train_data
+    from llip.data.sources import check_shards_exist, parse_train_data
 
     if not config.train_data:
         parse_train_data(config.train_data)  # says what to give

@@ -27,7 +27,7 @@ class EvaluationTask:
     def __call__(self) -> int:
         """Join the other tasks and evaluate; leaves with a code other than 0 when something could not be evaluated."""
         from llip.cluster.pending import evaluate_put_aside
-        from llip.training.launch import tell_user
+        from llip.training.distributed.launch import tell_user
 
         os.chdir(self.folder)
         try:

@@ -20,11 +20,8 @@ from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import load_pretrained
 from llip.open_clip.model import Llip, autocast_dtype
-from llip.training.checkpoint import FORMAT
-from llip.training.distributed import Processes, join_processes
-from llip.training.launch import resolve_device, tell_user
-from llip.training.online import tell_result
-from llip.training.run_folder import (
+from llip.training.checkpoints.checkpoint import FORMAT
+from llip.training.checkpoints.run_folder import (
     EVALS,
     Gaps,
     append_record,
@@ -32,7 +29,10 @@ from llip.training.run_folder import (
     locked_evaluations,
     read_records,
 )
-from llip.training.run_log import log, start_logging
+from llip.training.distributed.launch import resolve_device, tell_user
+from llip.training.distributed.processes import Processes, join_processes
+from llip.training.evaluation import tell_result
+from llip.training.reporting.run_log import log, start_logging
 
 
 def put_aside(run: Path, model: Llip, step: int) -> Path:

@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from llip.cluster.rendezvous import join_step
 from llip.errors import EXIT_STOPPED
+from llip.training.distributed.slurm_environment import join_step
 
 EVALUATION_JOBS = "LLIP_EVALUATION_JOBS"
 """Variable in which a training job carries the options of its evaluation jobs, as json."""

@@ -14,7 +14,7 @@ import timm
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from llip.errors import UserError, did_you_mean
-from llip.open_clip.weight_files import read_json
+from llip.open_clip.weights.files import read_json
 
 _OURS = Path(__file__).parent / "model_configs"
 RESIZE_MODES = ("shortest", "squash")

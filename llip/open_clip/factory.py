@@ -26,7 +26,7 @@ from llip.open_clip.timm_vision import timm_tower
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
 from llip.open_clip.tower import MixtureTower
 from llip.open_clip.vision import MixtureTokenViT
-from llip.open_clip.weight_files import (
+from llip.open_clip.weights.files import (
     WeightSource,
     find_weights,
     is_ours,
@@ -34,7 +34,7 @@ from llip.open_clip.weight_files import (
     read_json,
     weights_in_folder,
 )
-from llip.open_clip.weights import load_weights
+from llip.open_clip.weights.load import load_weights
 
 IMAGE_MEAN, IMAGE_STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 CROP_SCALE = (0.9, 1.0)
@@ -261,7 +261,7 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
     The model carries `.config` (a plain dict), `.preprocess_val` and `.tokenizer`.
 
     Args:
-        path: a checkpoint file, or a folder written by `python -m llip.export`.
+        path: a checkpoint file, or a folder written by `python -m llip.tools.export`.
         tokenizer: folder of the tokenizer's files, if they have moved since the checkpoint was written.
         ema: take the moving average of the weights (`ema_decay`) in their place.
 

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llip.open_clip.gram import full_precision
+from llip.extensions import objectives
 from llip.open_clip.objectives import Objective
 from llip.open_clip.pooling import unit_norm
-from llip.registry import objectives
+from llip.open_clip.scores.gram import full_precision
 
 MAX_LOGIT_SCALE = math.log(100)
 """Ceiling of `logit_scale` (Radford et al. 2021)."""

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llip.open_clip import similarity
-from llip.open_clip.gram import full_precision
-from llip.open_clip.score_plan import ScorePlan, plan_scores
-from llip.registry import poolings
+from llip.extensions import poolings
+from llip.open_clip.scores import similarity
+from llip.open_clip.scores.gram import full_precision
+from llip.open_clip.scores.plan import ScorePlan, plan_scores
 
 NORM_EPS = 1e-6
 """Norms below this count as this, so that features of degenerate tokens stay finite."""

@@ -13,23 +13,10 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
 from llip.configs import Config
-from llip.errors import AgreedError, UserError
-from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
-from llip.open_clip.weights import load_weights, read_checkpoint
-from llip.paths import expand_variables
-from llip.training.checkpoint import newest_good_checkpoint
-from llip.training.data import make_loader
-from llip.training.data_report import DataCounts, DataReport
-from llip.training.distributed import Processes
-from llip.training.engine import create_engine
-from llip.training.optimizer import create_optimizer, lock_towers
-from llip.training.passport import differences, make_passport
-from llip.training.position import DataPosition, Layout, shards_digest
-from llip.training.run_folder import claim_folder, locked_folder
-from llip.training.run_log import RunLog, log, start_logging
-from llip.training.sample_log import SampleLog, cut_back_ids
-from llip.training.shard_index import load_index
-from llip.training.shards import (
+from llip.data.index import load_index
+from llip.data.loader import make_loader
+from llip.data.position import DataPosition, Layout, shards_digest
+from llip.data.sources import (
     IMAGE_KEYS,
     SCENES_SCHEME,
     ShardSource,
@@ -39,8 +26,21 @@ from llip.training.shards import (
     parse_train_data,
     shard_name,
 )
-from llip.training.state import TrainState
-from llip.training.task import ContrastiveTask
+from llip.errors import AgreedError, UserError
+from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
+from llip.open_clip.weights.load import load_weights, read_checkpoint
+from llip.system.paths import expand_variables
+from llip.training.checkpoints.checkpoint import newest_good_checkpoint
+from llip.training.checkpoints.provenance import differences, make_passport
+from llip.training.checkpoints.run_folder import claim_folder, locked_folder
+from llip.training.checkpoints.train_state import TrainState
+from llip.training.distributed.processes import Processes
+from llip.training.reporting.data_report import DataCounts, DataReport
+from llip.training.reporting.run_log import RunLog, log, start_logging
+from llip.training.reporting.sample_log import SampleLog, cut_back_ids
+from llip.training.step.engine import create_engine
+from llip.training.step.optimizer import create_optimizer, lock_towers
+from llip.training.step.task import ContrastiveTask
 
 _COUNTED_BYTES = 2 << 30  # local shards up to this size are counted before the start
 
@@ -139,7 +139,7 @@ def _known_counts(sources: tuple[ShardSource, ...]) -> dict[str, int]:
         counts |= {url: _count_samples(url) for url in unknown}
     elif unknown:
         log.info(
-            "data: the samples of %d shards are not counted; python -m llip.training.doctor PATTERN --index does that",
+            "data: the samples of %d shards are not counted; python -m llip.data.doctor PATTERN --index does that",
             len(unknown),
         )
     return counts

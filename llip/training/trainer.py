@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llip.configs import Config
-from llip.diagnose.alarms import find_alarms
-from llip.diagnose.measures import mixture_measures
+from llip.data.loader import Batch
 from llip.errors import RunError, UserError
+from llip.open_clip.mixture_alarms import find_alarms
+from llip.open_clip.mixture_statistics import mixture_measures
 from llip.open_clip.model import Llip, autocast_dtype
-from llip.open_clip.score_plan import ScorePlan
-from llip.training.accumulation import Slice, backward_step, random_state
-from llip.training.data import Batch
-from llip.training.distributed import PATIENCE, Processes
-from llip.training.flight_record import BadStep, summary, write_flight_record
-from llip.training.optimizer import learning_rate, set_learning_rate
-from llip.training.profiling import StepProfiler
-from llip.training.run_log import RunLog, Terminal, log
-from llip.training.saving import Saver
-from llip.training.signals import StopRequest
-from llip.training.speed import Speed
-from llip.training.state import TrainState
-from llip.training.task import ContrastiveTask
-from llip.training.watch import Watch
+from llip.open_clip.scores.plan import ScorePlan
+from llip.training.checkpoints.saver import Saver
+from llip.training.checkpoints.train_state import TrainState
+from llip.training.debug.nan_dump import BadStep, summary, write_flight_record
+from llip.training.distributed.processes import PATIENCE, Processes
+from llip.training.distributed.signals import StopRequest
+from llip.training.distributed.watchdog import Watch
+from llip.training.reporting.profiling import StepProfiler
+from llip.training.reporting.run_log import RunLog, Terminal, log
+from llip.training.reporting.speed import Speed
+from llip.training.step.accumulation import Slice, backward_step, random_state
+from llip.training.step.optimizer import learning_rate, set_learning_rate
+from llip.training.step.task import ContrastiveTask
 
 Evaluate = Callable[[Llip, int, Callable[[], bool]], None]
 """Evaluates a model of a step, on every process; the function tells, between tasks, whether to leave off."""
@@ -209,7 +209,9 @@ class Trainer:
         folder, report = write_flight_record(bad, config, model, scale, self.processes)
         message = None
         if report is not None:
-            record = f"flight record: {folder}; compute the step again with: python -m llip.training.replay {folder}"
+            record = (
+                f"flight record: {folder}; compute the step again with: python -m llip.training.debug.replay {folder}"
+            )
             if "unwritten" in report:
                 record = f"the flight record could not be written whole: {report['unwritten']}"
             message = (

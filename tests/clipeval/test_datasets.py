@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.datasets import ImageSource
 from llip.clipeval.loading import image_batches
 from llip.errors import UserError

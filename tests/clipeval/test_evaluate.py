@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.evaluate import evaluate_tasks
-from llip.clipeval.labels import Labels
 from llip.clipeval.online import evaluate_online, load_online_eval
 from llip.clipeval.task_result import TaskResult, classification_mean
+from llip.clipeval.texts.labels import Labels
 from llip.clipeval.zero_shot import Scorer, class_features, class_scores
 from llip.errors import UserError
 from tests.clipeval.fakes import (

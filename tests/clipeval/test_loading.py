@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from llip.clipeval import loading
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.loading import image_batches
-from llip.lifeline import STOP_SIGNALS
-from llip.pixels import to_rgb
+from llip.data.pixels import to_rgb
+from llip.system.exit_with_parent import STOP_SIGNALS
 from tests.clipeval.fakes import preprocess, write_catalog, write_imagefolder
 
 

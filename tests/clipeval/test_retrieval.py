@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.clipeval import retrieval
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.retrieval import join, recalls, score_share
 from llip.clipeval.shortlist import Shortlist, candidate_scores, text_free_features

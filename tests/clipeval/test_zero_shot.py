@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import llip
 from llip.clipeval import zero_shot
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.evaluate import evaluate_tasks
-from llip.clipeval.labels import Labels
 from llip.clipeval.loading import image_batches
-from llip.clipeval.text_sources import TextSource
+from llip.clipeval.texts.labels import Labels
+from llip.clipeval.texts.sources import TextSource
 from llip.clipeval.zero_shot import Scorer, class_features, class_scores
 from tests.clipeval.fakes import write_catalog, write_imagefolder
 from tests.helpers import TINY_MODEL

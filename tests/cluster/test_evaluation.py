@@ -11,12 +11,12 @@ import pytest
 from llip.cluster import evaluation
 from llip.configs import search_config
 from llip.errors import EXIT_USER
-from llip.registry import poolings
+from llip.extensions import poolings
 
 ROOT = Path(__file__).parents[2]
 OWN = """
 from llip.configs import Config
-from llip.registry import poolings
+from llip.extensions import poolings
 
 
 @poolings.register("evaluated")
@@ -30,7 +30,7 @@ def mine() -> Config:
 JOB = """
 import pickle, sys
 from llip.cluster import evaluation, pending
-from llip.registry import poolings
+from llip.extensions import poolings
 evaluation.join_job = lambda: None
 pending.evaluate_put_aside = lambda config, weights: print(config.pooling, config.pooling in poolings, weights)
 task = pickle.load(open(sys.argv[1], "rb"))

@@ -12,7 +12,7 @@ from llip.cluster.pending import add_evaluation, evaluate_put_aside, put_aside
 from llip.cluster.tasks import EVALUATION_JOBS
 from llip.configs import Config
 from llip.open_clip.factory import create_model, model_spec
-from llip.training import run_folder
+from llip.training.checkpoints import run_folder
 from tests.cluster.evaluated_run import evaluated_run, recorded
 
 

@@ -18,7 +18,7 @@ from llip.cluster.snapshot import (
 )
 from llip.configs import Config, list_configs, search_config
 from llip.errors import UserError
-from llip.registry import poolings
+from llip.extensions import poolings
 
 
 def git(folder: Path, *words: str) -> str:
@@ -144,7 +144,7 @@ def test_a_frozen_config_is_the_config(name: str, tmp_path: Path):
 
 OWN = """
 from llip.configs import Config
-from llip.registry import poolings
+from llip.extensions import poolings
 
 
 @poolings.register("snapped")
@@ -158,7 +158,7 @@ def mine() -> Config:
 JOB = """
 import sys
 from llip.configs import search_config
-from llip.registry import poolings
+from llip.extensions import poolings
 config = search_config(sys.argv[1])
 print(config.pooling, config.lr, poolings.find("snapped").note)
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evals import main_mc, scaffold
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.eval_config import load_eval_config
 from llip.errors import EXIT_USER, UserError
 

@@ -12,11 +12,11 @@ from torch import nn
 
 import llip
 from llip.errors import UserError
-from llip.export import export
 from llip.open_clip.architecture import list_further_models, resolve_architecture
 from llip.open_clip.factory import ModelSpec, create_model
 from llip.open_clip.timm_vision import timm_tower
-from llip.open_clip.weights import load_weights
+from llip.open_clip.weights.load import load_weights
+from llip.tools.export.__main__ import export
 from tests.helpers import TINY_MODEL
 
 TEXT = {**TINY_MODEL["text_cfg"], "pool_type": "last", "no_causal_mask": True, "proj_bias": True}

@@ -52,7 +52,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
 
 
 def test_model_checkpoint_and_export_bring_the_tokenizer(folder, tmp_path):
-    from llip.export import export
+    from llip.tools.export.__main__ import export
 
     (tmp_path / "m.json").write_text(json.dumps({**TINY_MODEL, "text_cfg": text_cfg()}))
     model, _, _ = llip.create_model_and_transforms(str(tmp_path / "m.json"), pool_heads=4, tokenizer=str(folder))

@@ -12,10 +12,10 @@ import llip
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
-from llip.open_clip.weights import read_checkpoint
+from llip.open_clip.weights.load import read_checkpoint
 from llip.training import trainer
-from llip.training.profiling import parse_window
-from llip.training.run_folder import read_records
+from llip.training.checkpoints.run_folder import read_records
+from llip.training.reporting.profiling import parse_window
 from tests.helpers import write_pairs
 
 
@@ -26,7 +26,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def config(tiny_model, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr("llip.training.figures.draw_curves", lambda folder: None)
+    monkeypatch.setattr("llip.training.reporting.figures.draw_curves", lambda folder: None)
     return Config(
         name="run", logs=str(tmp_path), train_data=pairs, train_num_samples=32, model=tiny_model, mixture_tokens=4,
         pool_heads=4, batch_size=16, epochs=3, lr=1e-3, warmup=2, precision="fp32", workers=0, log_steps=1,

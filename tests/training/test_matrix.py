@@ -13,9 +13,9 @@ import pytest
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
-from llip.training.run_folder import read_records
+from llip.training.checkpoints.run_folder import read_records
 from tests.helpers import TINY_MODEL, write_pairs
-from tests.training.test_engine import saved, train_together
+from tests.training.step.test_engine import saved, train_together
 
 CHECKPOINTED = {"grad_checkpointing": True}
 SLICED = {"accum_freq": 2, "batch_size": 4}
@@ -37,7 +37,7 @@ def plain(tmp_path_factory):
         lr=1e-3, warmup=1, precision="fp32", workers=0, log_steps=1, save_frequency=1, seed=3, report_to=(),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llip.training.figures.draw_curves", lambda folder: None)
+        patch.setattr("llip.training.reporting.figures.draw_curves", lambda folder: None)
         train(config, "cpu")
     return config
 

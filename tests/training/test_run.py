@@ -12,14 +12,14 @@ import yaml
 
 import llip
 from llip.configs import Config
+from llip.data.loader import make_loader
+from llip.data.position import DataPosition
 from llip.errors import UserError
 from llip.main import main, train
 from llip.open_clip.factory import get_tokenizer
-from llip.open_clip.weights import read_checkpoint
-from llip.training.checkpoint import list_checkpoints, newest_good_checkpoint
-from llip.training.data import make_loader
-from llip.training.position import DataPosition
-from llip.training.run_folder import locked_folder, read_records
+from llip.open_clip.weights.load import read_checkpoint
+from llip.training.checkpoints.checkpoint import list_checkpoints, newest_good_checkpoint
+from llip.training.checkpoints.run_folder import locked_folder, read_records
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def config(pairs, tiny_model, tmp_path):
 def no_figures(request, monkeypatch):
     """Drawing takes longer than training here; `test_files_of_a_run` draws."""
     if request.node.name != "test_files_of_a_run":
-        monkeypatch.setattr("llip.training.figures.draw_curves", lambda folder: None)
+        monkeypatch.setattr("llip.training.reporting.figures.draw_curves", lambda folder: None)
 
 
 def losses(config):

@@ -5,13 +5,13 @@ import pytest
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
-from llip.training.run_folder import read_records
+from llip.training.checkpoints.run_folder import read_records
 from tests.helpers import image_bytes, write_pairs, write_tar
 
 
 @pytest.fixture
 def config(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("llip.training.figures.draw_curves", lambda folder: None)
+    monkeypatch.setattr("llip.training.reporting.figures.draw_curves", lambda folder: None)
     return Config(
         name="run", logs=str(tmp_path / "logs"), train_data=write_pairs(tmp_path / "pairs", 16, 8),
         train_num_samples=16, model=tiny_model, mixture_tokens=2, pool_heads=4, batch_size=4, epochs=4,
@@ -39,7 +39,7 @@ def test_records_and_log_tell_what_was_used_and_dropped(config, tmp_path):
 
 
 def test_the_slow_stage_is_logged(config, monkeypatch):
-    monkeypatch.setattr("llip.training.data_report.WAIT_WORTH_A_LINE", 0.0)
+    monkeypatch.setattr("llip.training.reporting.data_report.WAIT_WORTH_A_LINE", 0.0)
     train(config, "cpu")
     records = read_records(config.folder / "metrics.jsonl")
     named = [record["data_bottleneck"] for record in records]

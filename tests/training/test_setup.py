@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from llip.configs import Config
+from llip.data.index import describe_shard, write_index
 from llip.errors import UserError
-from llip.training.distributed import Processes
-from llip.training.run_log import start_logging
+from llip.training.distributed.processes import Processes
+from llip.training.reporting.run_log import start_logging
 from llip.training.setup import check_data
-from llip.training.shard_index import describe_shard, write_index
 from tests.helpers import write_pairs
 
 ONE = Processes(0, 1, torch.device("cpu"))

@@ -5,8 +5,8 @@ import importlib.util
 import numpy as np
 import pytest
 
-from llip.clipeval.catalog import load_catalog
-from llip.clipeval.opening import labels_of, open_source
+from llip.clipeval.catalog.catalog import load_catalog
+from llip.clipeval.catalog.opening import labels_of, open_source
 from llip.errors import UserError
 
 

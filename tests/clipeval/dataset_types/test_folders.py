@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
+from llip.clipeval.catalog.opening import labels_of, open_source
 from llip.clipeval.datasets import ImageSource
-from llip.clipeval.opening import labels_of, open_source
 from llip.errors import UserError
 from tests.clipeval.fakes import picture, png, write_catalog
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.datasets import ImageSource
 from llip.errors import UserError
 from tests.clipeval.fakes import picture, png, write_catalog, write_tar, write_wds

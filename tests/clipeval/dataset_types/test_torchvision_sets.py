@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llip.clipeval.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.datasets import ImageSource
 from llip.errors import UserError
 from tests.clipeval.fakes import picture, png, write_catalog

@@ -1,0 +1,1 @@
+"""The dataset catalog: entries, opening, and `llip catalog --check`."""

@@ -1,0 +1,221 @@
+"""The catalog: a JSON file `name -> entry` that says where each dataset is, its metric, class names and prompts.
+
+    python -m llip.clipeval.catalog --check [CATALOG] [--json]      what is on this machine, and where to get the rest
+
+Relative paths belong to the catalog's folder; `$VARS`, `${VAR:-default}` and `~` are expanded (see `paths`). An entry
+is checked by a JSON Schema: the common fields of `catalog.schema.json` and those that its dataset type declares.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from llip.clipeval.datasets import DATASET_TYPES, DatasetSpec, load_dataset_types
+from llip.clipeval.metrics import CLASSIFICATION, metric_names
+from llip.clipeval.texts.sources import TextSource
+from llip.errors import UserError, did_you_mean, nearest
+from llip.system.paths import expand_path
+
+CATALOG_FOLDER = Path(__file__).parents[1]
+DEFAULT_CATALOG = "dataset_catalog.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One task of a catalog.
+
+    Attributes:
+        data: the dataset, an instance of its type.
+        classnames, prompts: where class names and templates come from (classification only).
+        class_keys: the dataset's own names of `classnames`, where it may have fewer classes; see `resolve_labels`.
+        num_classes, num_images: what the dataset is expected to have; None: not checked.
+        source, download: where the dataset comes from, in words, and a command that fetches it; for people only.
+        fingerprint: hash of the entry, its paths and its texts; another one means another task.
+    """
+
+    name: str
+    type: str
+    metric: str
+    data: DatasetSpec
+    classnames: TextSource
+    prompts: TextSource
+    class_keys: TextSource | None
+    num_classes: int | None
+    num_images: int | None
+    source: str | None
+    download: str | None
+    fingerprint: str
+
+    @property
+    def kind(self) -> str:
+        """classification or retrieval."""
+        return self.data.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog(Mapping[str, Entry]):
+    """The entries of one catalog file, in its order."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise UserError(f"unknown task {name!r} in catalog {self.path}.{did_you_mean(name, self.entries)}")
+        return self.entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def select(self, tasks: Sequence[str] | None) -> tuple[Entry, ...]:
+        """Return the entries of `tasks` (all of them for None) or raise the `UserError` of the first unknown one."""
+        return tuple(self[name] for name in (self.entries if tasks is None else tasks))
+
+
+def load_catalog(name: str | Path = DEFAULT_CATALOG) -> Catalog:
+    """Read and check a catalog.
+
+    Args:
+        name: a file of this package (`dataset_catalog.json`) or a path.
+
+    Raises:
+        UserError: no such file, not JSON, or an entry that the schema refuses (names entry, field, value, expectation).
+    """
+    path = find_catalog(str(name))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=functools.partial(_unique, path))
+    except ValueError as error:
+        raise UserError(f"catalog {path} is not JSON: {error}") from error
+    if not isinstance(raw, dict) or not raw:
+        raise UserError(f"catalog {path} holds {type(raw).__name__}; expected an object of task name -> entry")
+    load_dataset_types()
+    return Catalog(path, {task: _parse_entry(path, task, entry) for task, entry in raw.items()})
+
+
+def find_catalog(name: str) -> Path:
+    """Return the file that `name` means: a path, else a catalog of this package."""
+    for path in (expand_path(name), CATALOG_FOLDER / name, CATALOG_FOLDER / f"{name}.json"):
+        if path.is_file():
+            return path
+    shipped = [path.name for path in CATALOG_FOLDER.glob("*.json") if not path.name.endswith(".schema.json")]
+    raise UserError(f"catalog {name!r} is neither a file nor a catalog of llip.clipeval.{did_you_mean(name, shipped)}")
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"catalog {path} has {twice!r} twice")
+    return dict(pairs)
+
+
+def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
+    where = f"catalog {path}, entry {task!r}"
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: {raw!r:.60} is not an object; expected {{'type': ..., 'path': ..., ...}}")
+    if "root" in raw and "path" not in raw:
+        raw = {"path" if key == "root" else key: value for key, value in raw.items()}
+    kind = raw.get("type")
+    if not isinstance(kind, str) or kind not in DATASET_TYPES:
+        close = nearest(str(kind), DATASET_TYPES)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{where}: type = {kind!r}; the known types are {', '.join(sorted(DATASET_TYPES))}.{hint}")
+    spec = DATASET_TYPES[kind]
+    _check_schema(where, entry_schema(spec), raw)
+    base, metrics = path.parent, metric_names(spec.kind)
+    metric = raw.get("metric", metrics[0])
+    if metric not in metrics:
+        expected = f"a {spec.kind} task has one of {', '.join(metrics)}"
+        raise UserError(f"{where}: metric = {metric!r}; {expected}.{did_you_mean(metric, metrics)}")
+    fields = {field.name: field for field in dataclasses.fields(spec)}
+    data = spec(**{key: _typed(fields[key].type, value, base) for key, value in raw.items() if key in fields})
+    classnames = TextSource.parse(raw.get("classnames", "dataset"), base)
+    prompts = TextSource.parse(raw.get("prompts", "dataset"), base)
+    class_keys = TextSource.parse(raw["class_keys"], base) if "class_keys" in raw else None
+    told = {key: value for key, value in raw.items() if key not in FOR_PEOPLE}
+    texts = [source.content() for source in (classnames, prompts, class_keys) if source is not None]
+    identity = json.dumps([told, str(data), *texts], sort_keys=True)
+    return Entry(
+        name=task,
+        type=kind,
+        metric=metric,
+        data=data,
+        classnames=classnames,
+        prompts=prompts,
+        class_keys=class_keys,
+        num_classes=raw.get("num_classes"),
+        num_images=raw.get("num_images"),
+        source=raw.get("source"),
+        download=_with_path(raw.get("download"), data),
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+    )
+
+
+FOR_PEOPLE = ("note", "source", "download")
+"""Fields that no result depends on."""
+
+
+def _with_path(command: str | None, data: DatasetSpec) -> str | None:
+    """Return a download command with the dataset's own folder in it."""
+    if command is None or not isinstance(path := getattr(data, "path", None), Path):
+        return command
+    return command.replace("{path}", str(path)).replace("{parent}", str(path.parent))
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return the type of a field of a dataset type, without `| None` and without what a container holds."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+    if isinstance(annotation, types.UnionType):
+        assert len(kinds) == 1, f"a catalog field has one type, not {annotation}"
+        return kinds[0]
+    return typing.get_origin(annotation) or annotation
+
+
+def _typed(annotation: Any, value: Any, base: Path) -> Any:
+    return expand_path(value, base) if _plain_type(annotation) is Path else value
+
+
+_JSON_TYPES = {str: "string", Path: "string", int: "integer", float: "number", bool: "boolean", Mapping: "object"}
+
+
+@functools.cache
+def entry_schema(spec: type[DatasetSpec]) -> dict[str, Any]:
+    """Return the JSON Schema of entries of one dataset type: the common fields and those of the dataclass `spec`."""
+    schema = json.loads(Path(__file__).with_name("catalog.schema.json").read_text(encoding="utf-8"))
+    if spec.kind != CLASSIFICATION:
+        for field in ("classnames", "prompts", "class_keys", "num_classes"):
+            del schema["properties"][field]
+    for field in dataclasses.fields(spec):
+        schema["properties"][field.name] = {"type": _JSON_TYPES[_plain_type(field.type)]}
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            schema["required"].append(field.name)
+    return schema
+
+
+def _check_schema(where: str, schema: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Raise the first mistake of an entry in a user's words."""
+    known = schema["properties"]
+    for field in raw:
+        if field not in known:
+            raise UserError(f"{where}: type {raw['type']!r} has no field {field!r}.{did_you_mean(field, known)}")
+    for field in schema["required"]:
+        if field not in raw:
+            raise UserError(f"{where}: field {field!r} is missing; type {raw['type']!r} needs it")
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(raw))
+    if error is not None:
+        field = ".".join(map(str, error.absolute_path))
+        expected = error.schema.get("description") or error.schema.get("type") or error.message
+        raise UserError(f"{where}: {field} = {error.instance!r:.80}; expected {expected}")

@@ -1,0 +1,121 @@
+"""Class names and prompts of a task: whether they fit the dataset, and their hashes."""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llip.clipeval.texts.sources import Texts, TextSource
+from llip.errors import UserError, did_you_mean
+
+Name = str | tuple[str, ...]
+"""What a class is called: one name, or several that stand for it alike."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class names in the order of the labels, and templates with `{c}` for the class."""
+
+    classnames: tuple[Name, ...]
+    templates: tuple[str, ...]
+
+    @functools.cached_property
+    def prompts_per_class(self) -> int:
+        """How many prompts `prompts_of` gives, for every class alike."""
+        return len(self.templates) * math.lcm(*(len(_names(name)) for name in self.classnames))
+
+    def prompts_of(self, label: int) -> list[str]:
+        """Return the class's prompts: every template with every name.
+
+        A class with fewer names than another has its prompts repeated, each equally often: the mean over them stays
+        what it is, and all classes have the same number.
+        """
+        prompts = [
+            template.replace("{c}", name) for template in self.templates for name in _names(self.classnames[label])
+        ]
+        return prompts * (self.prompts_per_class // len(prompts))
+
+    @property
+    def classnames_hash(self) -> str:
+        return hash_texts(self.classnames)
+
+    @property
+    def prompts_hash(self) -> str:
+        return hash_texts(self.templates)
+
+
+def _names(name: Name) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
+
+
+def hash_texts(texts: Sequence[Name]) -> str:
+    """Return 16 hex digits of the SHA-256 of the texts in their order."""
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def resolve_labels(
+    classnames: TextSource,
+    prompts: TextSource,
+    own_classnames: Sequence[str] | None,
+    own_templates: Sequence[str] | None,
+    num_classes: int | None,
+    class_keys: TextSource | None = None,
+) -> Labels:
+    """Read class names and templates and hold them against the dataset's.
+
+    Args:
+        class_keys: the dataset's own name of each of `classnames`, in the same order; so a dataset may have fewer
+            classes than there are names. None: `classnames` are in the order of the dataset's labels.
+
+    Raises:
+        UserError: no such source; another number or order of classes than the dataset's; a template without {c}.
+    """
+    names = classnames.read(own_classnames, "classnames")
+    if class_keys is not None:
+        names = _keyed(names, class_keys.read(None, "class_keys"))
+    if isinstance(names, Mapping):
+        names = _rename(names, own_classnames, classnames)
+    elif own_classnames is not None:
+        _check_order([name if isinstance(name, str) else name[0] for name in names], own_classnames)
+    if num_classes is not None and len(names) != num_classes:
+        raise UserError(f"{len(names)} class names, but the entry expects num_classes = {num_classes}")
+    if len(names) < 2:
+        raise UserError(f"{len(names)} class names; zero-shot classification needs at least 2")
+    templates = tuple(template.replace("{}", "{c}") for template in prompts.read(own_templates, "prompts"))
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"prompt {template!r} has no {{c}} where the class name goes")
+    return Labels(tuple(name if isinstance(name, str) else tuple(name) for name in names), templates)
+
+
+def _keyed(names: Texts, keys: Texts) -> dict[str, Name]:
+    if isinstance(names, Mapping) or len(names) != len(keys):
+        given = "an object" if isinstance(names, Mapping) else f"{len(names)} names"
+        raise UserError(f"class_keys has {len(keys)} keys, but classnames is {given}; expected one name for each key")
+    return dict(zip(keys, names, strict=True))
+
+
+def _rename(names: Mapping[str, Name], own: Sequence[str] | None, source: TextSource) -> list[Name]:
+    if own is None:
+        raise UserError(f"{source.value} maps the dataset's class names, but the dataset has none; use a list")
+    folded = {key.replace("_", " "): name for key, name in names.items()}  # a dataset shows its folders' names as words
+    for name in own:
+        if name.replace("_", " ") not in folded:
+            raise UserError(f"{source.value} has no name for the dataset's class {name!r}.{did_you_mean(name, names)}")
+    return [folded[name.replace("_", " ")] for name in own]
+
+
+def _check_order(names: Sequence[str], own: Sequence[str]) -> None:
+    """Refuse another count, and the dataset's own names in another order (the labels would be shuffled)."""
+    folded, expected = ([name.lower().replace("_", " ") for name in part] for part in (names, own))
+    first = next((i for i, pair in enumerate(zip(folded, expected, strict=False)) if pair[0] != pair[1]), None)
+    if first is None:
+        first = min(len(folded), len(expected))
+    described = [repr(part[first]) if first < len(part) else "nothing" for part in (names, own)]
+    where = f"the first difference is class {first}: {described[0]}, in the dataset {described[1]}"
+    if len(names) != len(own):
+        raise UserError(f"{len(names)} class names for a dataset of {len(own)} classes; {where}")
+    if folded != expected and sorted(folded) == sorted(expected):
+        raise UserError(f"the class names are in another order than the dataset's labels; {where}")

@@ -1,0 +1,1 @@
+"""Shards to batches: sources, index, tar reader, order, position, stream, images, captions, loader."""

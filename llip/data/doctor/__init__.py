@@ -1,0 +1,1 @@
+"""`llip doctor`: validate shards before training."""

@@ -1,0 +1,213 @@
+"""One shard -> what it holds and what of it cannot be used, in numbers that are small however large the shard is."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from open_clip import SimpleTokenizer
+from PIL import Image
+
+from llip.data.captions import BadSample, CaptionSource, parse_caption_keys
+from llip.data.images import EMPTY, MAX_PIXELS, NOT_AN_IMAGE, TOO_LARGE, decode_image
+from llip.data.index import ShardEntry, describe_shard
+from llip.data.prefetch import READ_DEADLINE, ReadWatch, read_ahead
+from llip.data.sources import IMAGE_KEYS
+from llip.data.tar_reader import COMMAND_FAILED, MISSING, STALLED, UNREADABLE, Damage, read_samples
+from llip.errors import UserError
+
+NO_IMAGE = "no image"
+NO_CAPTION = "no caption"
+NO_SAMPLES = "shard holds no samples"
+
+_CAPTION_FIELD = re.compile(r"caption|^(alt|alt_text|description|prompt|texts?|title)$", re.IGNORECASE)
+_PASSING = {COMMAND_FAILED, MISSING, STALLED, UNREADABLE}  # the next time there may be more samples
+_FIELDS_LISTED = 100  # json fields of one shard: where names are data, listing them all says nothing
+_CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for ever
+_CHARACTERS = 10_000  # of a caption that are tokenised
+_REPORT_EVERY = 0.5  # seconds
+
+Outcome = tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]
+"""Of one sample: why its image is of no use ('' if it is), the caption sources that are good, and the bad ones, why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanSettings:
+    """How shards are looked at."""
+
+    caption_keys: str | None  # None: every source that looks like captions
+    full_images: bool  # decode every image, or read its header only
+    context_length: int  # tokens
+    deadline: float = READ_DEADLINE  # seconds without a byte
+
+
+@dataclasses.dataclass
+class CaptionFindings:
+    """What one caption source holds."""
+
+    kinds: Counter[str] = dataclasses.field(default_factory=Counter)
+    per_image: Counter[int] = dataclasses.field(default_factory=Counter)  # captions
+    tokens: Counter[int] = dataclasses.field(default_factory=Counter)  # of a caption, with start and end
+    characters: int = 0
+
+    def add(self, other: "CaptionFindings") -> None:
+        self.kinds += other.kinds
+        self.per_image += other.per_image
+        self.tokens += other.tokens
+        self.characters += other.characters
+
+
+@dataclasses.dataclass
+class ShardFindings:
+    """What one shard holds. `keys` are 64-bit digests of its samples' keys, sorted."""
+
+    url: str
+    entry: ShardEntry | None = None  # without counts; None: not all of it could be read this time
+    samples: int = 0
+    outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)
+    damage: Counter[str] = dataclasses.field(default_factory=Counter)  # beside unusable samples
+    details: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> the first case
+    suffixes: Counter[str] = dataclasses.field(default_factory=Counter)
+    fields: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (json field, type)
+    captions: dict[str, CaptionFindings] = dataclasses.field(default_factory=dict)
+    formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    modes: Counter[str] = dataclasses.field(default_factory=Counter)
+    widths: Counter[int] = dataclasses.field(default_factory=Counter)
+    heights: Counter[int] = dataclasses.field(default_factory=Counter)
+    keys: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+
+    @property
+    def cases(self) -> int:
+        """Damage that does not depend on the choice of captions."""
+        return self.damage.total() + sum(count for (image, _, _), count in self.outcomes.items() if image)
+
+    def count_damage(self, reason: str, detail: str = "") -> None:
+        """Count one case of damage that is no sample."""
+        self.damage[reason] += 1
+        self.details.setdefault(reason, detail)
+
+
+class ShardScanner:
+    """Looks at one shard after another; keeps a tokenizer."""
+
+    def __init__(self, settings: ScanSettings) -> None:
+        self.settings = settings
+        self.sources = parse_caption_keys(settings.caption_keys) if settings.caption_keys else None
+        self.tokenizer = SimpleTokenizer(context_length=settings.context_length)
+        self._known_words = dict(self.tokenizer.cache)
+
+    def scan(self, url: str, progress: Callable[[int], None]) -> ShardFindings:
+        """Return what the shard holds; `progress` is told now and then how many samples have been looked at."""
+        found = ShardFindings(url)
+        watch, digests, told = ReadWatch(), [], time.monotonic()
+        with contextlib.suppress(OSError):  # reading will say why
+            found.entry = describe_shard(url, 0, 0)  # before reading: a later change makes the entry stale
+        try:
+            for item in read_ahead(read_samples(url, watch=watch), watch, self.settings.deadline):
+                if isinstance(item, Damage):
+                    found.count_damage(item.reason, item.detail)
+                    continue
+                digests.append(hashlib.blake2b(item["__key__"].encode("utf-8", "replace"), digest_size=8).digest())
+                self._look_at(item, found)
+                if time.monotonic() - told > _REPORT_EVERY:
+                    progress(found.samples)
+                    told = time.monotonic()
+        except UserError as error:
+            found.count_damage(STALLED, str(error))
+        if found.damage.keys() & _PASSING:
+            found.entry = None
+        if found.samples == 0 and not found.damage:
+            found.count_damage(NO_SAMPLES)
+        found.keys = np.sort(np.frombuffer(b"".join(digests), np.uint64))
+        return found
+
+    def _look_at(self, sample: Mapping[str, Any], found: ShardFindings) -> None:
+        found.samples += 1
+        found.suffixes.update(suffix for suffix in sample if not suffix.startswith("__"))
+        record, unreadable = _record(sample)
+        for field, value in record.items():
+            kind = (field, _kind(value))
+            if kind in found.fields or len(found.fields) < _FIELDS_LISTED:
+                found.fields[kind] += 1
+        image = self._look_at_image(sample, found)
+        good: list[str] = []
+        bad = [] if self.sources or not unreadable else [("json", unreadable)]
+        for source in self.sources or _likely_sources(sample, record):
+            name = source_name(source)
+            try:
+                captions = source.captions(sample)
+            except BadSample as error:
+                bad.append((name, error.reason))
+                continue
+            if captions:
+                good.append(name)
+                kind = "text" if source.field is None else _kind(record[source.field])
+                self._look_at_captions(captions, kind, found.captions.setdefault(name, CaptionFindings()))
+        found.outcomes[image, tuple(good), tuple(bad)] += 1
+
+    def _look_at_captions(self, captions: list[str], kind: str, found: CaptionFindings) -> None:
+        found.kinds[kind] += 1
+        found.per_image[len(captions)] += 1
+        for caption in captions:
+            found.tokens[len(self.tokenizer.encode(caption[:_CHARACTERS])) + 2] += 1
+            found.characters += len(caption)
+        if len(self.tokenizer.cache) > _CACHED_WORDS:
+            self.tokenizer.cache = dict(self._known_words)
+
+    def _look_at_image(self, sample: Mapping[str, Any], found: ShardFindings) -> str:
+        key = next((key for key in IMAGE_KEYS if key in sample), None)
+        if key is None:
+            return NO_IMAGE
+        reason = "" if sample[key] else EMPTY
+        try:
+            with Image.open(io.BytesIO(sample[key])) as image:  # the header only
+                found.formats[image.format or "?"] += 1
+                found.modes[image.mode] += 1
+                found.widths[image.width] += 1
+                found.heights[image.height] += 1
+                if image.width * image.height > MAX_PIXELS:
+                    reason = TOO_LARGE
+        except Image.DecompressionBombError:
+            reason = TOO_LARGE
+        except Exception:  # PIL raises many kinds for damaged bytes
+            reason = reason or NOT_AN_IMAGE
+        if self.settings.full_images:
+            try:
+                decode_image(sample[key])
+            except BadSample as error:
+                return error.reason
+            return ""
+        return reason
+
+
+def source_name(source: CaptionSource) -> str:
+    """Return a caption source as it is written in `caption_keys`."""
+    return source.member if source.field is None else f"{source.member}.{source.field}"
+
+
+def _likely_sources(sample: Mapping[str, Any], record: Mapping[str, Any]) -> list[CaptionSource]:
+    fields = [field for field in record if _CAPTION_FIELD.search(field) and re.fullmatch(r"[^:,]+", field)]
+    return [CaptionSource("txt", None, 1.0)] * ("txt" in sample) + [CaptionSource("json", f, 1.0) for f in fields]
+
+
+def _record(sample: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return what the `json` member says, and why it says nothing."""
+    try:
+        record = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}, "json is not json"
+    return (record, "") if isinstance(record, dict) else ({}, "json is not an object")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return "list of strings" if value and all(isinstance(item, str) for item in value) else "list"
+    names = {str: "string", bool: "true/false", int: "number", float: "number", dict: "object", type(None): "null"}
+    return names[type(value)]

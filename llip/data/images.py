@@ -1,0 +1,185 @@
+"""Encoded image bytes to the pixels a model trains on: decoded, randomly cropped, resized. Fast, on one thread.
+
+The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not cut off), crop, bicubic resize, with
+EXIF orientation ignored as OpenCLIP does. An ordinary JPEG takes a fast decoder that gives the same pixels; whatever
+that decoder does not take or complains about, be it unusual or damaged, goes to PIL, whose word is final.
+
+Shapes: H, W of the picture, S image size. Tensors are views of row-major RGB memory: their strides are channels-last.
+"""
+
+import functools
+import io
+import math
+import random
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from llip.data.captions import BadSample
+from llip.data.pixels import to_rgb
+
+MAX_PIXELS = 89_478_485
+"""Pictures of more pixels are refused unread. It is where PIL starts to warn of decompression bombs."""
+
+EMPTY, NOT_AN_IMAGE, TRUNCATED, DAMAGED, TOO_LARGE = (
+    "empty image",
+    "not an image",
+    "truncated image",
+    "damaged image",
+    "image of too many pixels",
+)
+"""Reasons of a `BadSample` that is raised here."""
+
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_COLORS = ("YCbCr", "Gray", "RGB")  # not the four-channel ones, which PIL inverts or not by the Adobe marker
+_SCRATCH_BYTES = 24 * 2**20  # largest picture that is decoded into the kept memory, so that a worker stays small
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not all of PIL's: for EPS it starts a program
+
+
+class CropBox(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class RandomCrops:
+    """Reads pictures as randomly cropped training images. Keeps memory between pictures: for one thread."""
+
+    def __init__(self, size: int, scale: tuple[float, float], max_pixels: int = MAX_PIXELS) -> None:
+        """Prepare for images of `size` pixels a side that show a share within `scale` of a picture's area."""
+        self.size, self.scale, self.max_pixels = size, scale, max_pixels
+        self._scratch = np.empty(0, np.uint8)
+
+    def read(self, data: bytes, rng: random.Random) -> Tensor:
+        """Return the picture in `data`, cropped as `rng` draws, [3, S, S] uint8.
+
+        Raises:
+            BadSample: the picture cannot be used.
+        """
+        pixels = self._decode(data)
+        _, height, width = pixels.shape
+        return resize_crop(pixels, crop_box(height, width, rng, self.scale), self.size)
+
+    def _decode(self, data: bytes) -> Tensor:
+        """As `decode_image`, but the result may share the kept memory: it is good until the next picture."""
+        shape = _jpeg_shape(data)
+        if shape is None:
+            return _decode_other(data, self.max_pixels)
+        needed = 3 * math.prod(shape)
+        if needed > _SCRATCH_BYTES:
+            return _decode_jpeg(data, shape, self.max_pixels)
+        if needed > self._scratch.size:
+            self._scratch = np.empty(needed, np.uint8)
+        return _decode_jpeg(data, shape, self.max_pixels, self._scratch)
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Return the picture in `data`, the first one of an animation, as RGB [3, H, W] uint8.
+
+    Args:
+        data: bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF or (where PIL has it) AVIF file.
+        max_pixels: largest H x W that is decoded. What PIL reads must also be within PIL's own limit.
+
+    Raises:
+        BadSample: no bytes, not an image, a torn or damaged one, or one of too many pixels.
+    """
+    shape = _jpeg_shape(data)
+    return _decode_other(data, max_pixels) if shape is None else _decode_jpeg(data, shape, max_pixels)
+
+
+def crop_box(
+    height: int,
+    width: int,
+    rng: random.Random,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = _RATIO,
+) -> CropBox:
+    """Draw a box inside a picture of `height` x `width`, distributed as by torchvision's `RandomResizedCrop`.
+
+    The share of the area is uniform in `scale` and the logarithm of width / height uniform over `ratio`. When no draw
+    fits into the picture, the box is the largest one in the middle whose aspect ratio is allowed.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_TRIES):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = rng.randrange(height - box_height + 1)
+            return CropBox(top, rng.randrange(width - box_width + 1), box_height, box_width)
+    box_height = min(height, max(1, round(width / ratio[0])))
+    box_width = min(width, max(1, round(height * ratio[1])))
+    return CropBox((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def resize_crop(image: Tensor, box: CropBox, size: int) -> Tensor:
+    """Return the part `box` of `image` [3, H, W] uint8, resized to [3, size, size] uint8 (bicubic, antialiased).
+
+    Only pixels inside the box count, as in PIL's crop and resize. The result never shares memory with `image`.
+    """
+    assert image.dtype == torch.uint8, f"expected uint8 pixels, got {image.dtype}"
+    part = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
+    # torch resizes channels-last bytes with vector instructions; copying the part there costs less than it saves
+    part = part.contiguous(memory_format=torch.channels_last)
+    return interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Return (H, W) from the header of a JPEG that the fast decoder takes, None for everything else."""
+    if data[:3] != _JPEG_START:
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if colors in _JPEG_COLORS else None
+
+
+def _decode_jpeg(data: bytes, shape: tuple[int, int], max_pixels: int, buffer: np.ndarray | None = None) -> Tensor:
+    """Decode a JPEG of the given (H, W), into `buffer` (bytes, large enough) if there is one."""
+    if math.prod(shape) > max_pixels:
+        raise BadSample(TOO_LARGE)
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
+    except ValueError:  # libjpeg warned or failed; PIL ignores some of its warnings
+        return _decode_other(data, max_pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()  # imports all of PIL's formats: a fraction of a second, which a set of JPEGs never spends
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _decode_other(data: bytes, max_pixels: int) -> Tensor:
+    if not data:
+        raise BadSample(EMPTY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns of odd metadata, once per picture
+        try:
+            with Image.open(io.BytesIO(data), formats=_known_formats()) as image:  # reads the header only
+                if image.width * image.height > max_pixels:
+                    raise BadSample(TOO_LARGE)
+                return pil_to_tensor(to_rgb(image))
+        except (BadSample, MemoryError):
+            raise
+        except UnidentifiedImageError as error:
+            raise BadSample(NOT_AN_IMAGE) from error
+        except Image.DecompressionBombError as error:
+            raise BadSample(TOO_LARGE) from error
+        except Exception as error:  # PIL raises many kinds for damaged bytes, and tells a torn file in words only
+            raise BadSample(TRUNCATED if "truncated" in str(error).lower() else DAMAGED) from error

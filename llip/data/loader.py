@@ -1,0 +1,251 @@
+"""Batches of images and token ids from webdataset shards: deterministic, resumable, and never silently empty.
+
+Shapes: B pairs of a batch, S image size, C context length.
+
+Each data worker is a reader of its own share of the shards. It streams raw samples (`stream`), decodes them and puts
+whole batches together. What is drawn for a sample (caption, crop) depends on the seed, the pass, the shard's name and
+the sample's key alone. A batch carries its reader's cursor; a restart goes on from there without decoding.
+"""
+
+import random
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from llip.configs import Config
+from llip.data.captions import BadSample, choose_caption, parse_caption_keys
+from llip.data.images import RandomCrops
+from llip.data.order import Reader
+from llip.data.position import Cursor, DataPosition, Layout, ReaderPosition, StreamPosition
+from llip.data.prefetch import READ_DEADLINE
+from llip.data.sources import IMAGE_KEYS, by_name, parse_train_data, shard_name
+from llip.data.stream import DatasetStream, Mixture
+from llip.data.tar_reader import RawSample
+from llip.data.worker_stats import Tally, WorkerReport
+from llip.errors import UserError
+from llip.open_clip.factory import CROP_SCALE
+from llip.system.exit_with_parent import end_with_parent
+
+BATCH_DEADLINE = 300.0
+"""Seconds without a batch after which a run ends with a message: nothing waits for ever."""
+STAGES = ("read", "decode", "tokenize", "idle")
+"""Where a worker's time goes: waiting for bytes, decoding and cropping, tokenizing, and having batches in stock."""
+_CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for ever
+
+
+class Batch(NamedTuple):
+    """What a data worker hands over."""
+
+    images: Tensor  # [B, 3, S, S] uint8, channels last
+    tokens: Tensor  # [B, C] int64
+    cursor: Cursor  # where this reader stands
+    passes: int  # whole passes over its share that this reader has finished
+    report: WorkerReport  # since its last batch
+    ids: list[str]  # `shard/key` of each sample
+    error: str  # not empty: the reader gives up, with this message
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (images, tokens) on `device`, the images in the layout [B, 3, S, S]."""
+        images = self.images.to(device, non_blocking=True).contiguous()  # cheaper there than in a worker
+        return images, self.tokens.to(device, non_blocking=True)
+
+
+class CaptionedImages(IterableDataset):
+    """An endless stream of `Batch`es for one training process."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Any,
+        image_size: int,
+        rank: int,
+        processes: int,
+        position: DataPosition,
+        deadline: float,
+    ) -> None:
+        super().__init__()
+        self.sources = [by_name(source) for source in parse_train_data(config.train_data)]
+        self.layout = Layout(config.seed, config.shuffle_buffer, [len(source.urls) for source in self.sources])
+        self.caption_sources = parse_caption_keys(config.caption_keys)
+        self.batch_size, self.max_bad_fraction = config.batch_size, config.max_bad_fraction
+        self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
+        self.rank, self.processes, self.position = rank, processes, position
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        # The loader asks its workers in turn, from 0 on: after a restart worker 0 must be the one whose turn it is.
+        logical = ((info.id if info else 0) + self.position.batches) % workers
+        reader = Reader(self.rank * workers + logical, self.processes * workers)
+        captions = " or ".join(
+            source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
+        )
+        wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({captions})"
+        tally = Tally(self.max_bad_fraction, len(self.sources), wanted)
+        maker = _BatchMaker(self, tally, self._mixture(reader, self._start(logical), tally))
+        if info:  # torch has given each worker one thread
+            end_with_parent([stream.watch.interrupt for stream in maker.mixture.streams])
+        try:
+            yield from maker.batches()
+        except UserError as error:
+            # An exception would reach the trainer wrapped in a traceback; a user's mistake is one message.
+            nothing = torch.empty(0)
+            yield Batch(nothing, nothing, Cursor(0, []), 0, tally.report(), [], str(error))
+
+    def _start(self, logical: int) -> ReaderPosition:
+        if self.position.readers:
+            return self.position.readers[logical]
+        return ReaderPosition(0, [StreamPosition() for _ in self.sources])
+
+    def _mixture(self, reader: Reader, position: ReaderPosition, tally: Tally) -> Mixture:
+        check = _Check(self, tally)
+        streams = [
+            DatasetStream(source, number, reader, self.layout, start, tally, check.usable, self.deadline)
+            for number, (source, start) in enumerate(zip(self.sources, position.streams, strict=True))
+        ]
+        return Mixture(streams, [source.weight for source in self.sources], self.layout.seed, position)
+
+    def decode(self, sample: RawSample, pass_index: int, crops: RandomCrops) -> tuple[Tensor, str]:
+        """Return an augmented image [3, S, S] uint8 and one caption.
+
+        Raises:
+            BadSample: one of them cannot be used.
+        """
+        visit = f"{self.layout.seed}/{pass_index}/{shard_name(sample['__url__'])}/{sample['__key__']}"
+        draw = zlib.crc32(visit.encode(errors="surrogateescape"))
+        caption = choose_caption(sample, self.caption_sources, random.Random(draw))
+        key = next((key for key in IMAGE_KEYS if key in sample), None)
+        if key is None:
+            raise BadSample("no image")
+        return crops.read(sample[key], random.Random(draw + 2**32)), caption  # draws of its own, whatever captions take
+
+
+class _Check:
+    """Looks at the first samples of a reader as they come, until one can be used."""
+
+    def __init__(self, dataset: CaptionedImages, tally: Tally) -> None:
+        self.dataset, self.tally = dataset, tally
+        self.bad: Counter[tuple[str, str]] = Counter()
+        self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
+
+    def usable(self, sample: RawSample) -> bool:
+        try:
+            self.dataset.decode(sample, 0, self.crops)
+        except BadSample as error:
+            self.bad[sample["__url__"], error.reason] += 1
+            self.tally.check_start(self.bad, sample)
+            return False
+        return True
+
+
+class _Filled(NamedTuple):
+    images: Tensor  # [B, 3, S, S]
+    captions: list[str]
+    ids: list[str]
+    passes: int  # of the last sample
+
+
+class _BatchMaker:
+    """Fills one batch after another from a reader's samples."""
+
+    def __init__(self, dataset: CaptionedImages, tally: Tally, mixture: Mixture) -> None:
+        self.dataset, self.tally, self.mixture = dataset, tally, mixture
+        self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
+        self.known_words = dict(getattr(dataset.tokenizer, "cache", {}))
+
+    def batches(self) -> Iterator[Batch]:
+        samples = self.mixture.samples()
+        while True:
+            images, captions, ids, passes = self._fill(samples)
+            start = time.perf_counter()
+            tokens = self._tokenize(captions)
+            self.tally.seconds["tokenize"] += time.perf_counter() - start
+            cursor, report = self.mixture.cursor(), self.tally.report()
+            start = time.perf_counter()
+            yield Batch(images, tokens, cursor, passes, report, ids, "")
+            self.tally.seconds["idle"] += time.perf_counter() - start
+
+    def _fill(
+        self, samples: Iterator[tuple[DatasetStream, RawSample | None]]
+    ) -> tuple[Tensor, list[str], list[str], int]:
+        count, size = self.dataset.batch_size, self.dataset.image_size
+        images = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as the crops lie
+        captions: list[str] = []
+        ids: list[str] = []
+        clock, seconds = time.perf_counter, self.tally.seconds
+        self.tally.batch_began = time.monotonic()
+        while True:
+            start = clock()
+            stream, sample = next(samples)
+            read = clock()
+            seconds["read"] += read - start
+            if sample is None:  # counted where it was missed
+                continue
+            try:
+                image, caption = self.dataset.decode(sample, stream.pass_index, self.crops)
+            except BadSample as error:
+                self.tally.drop(error.reason, sample["__url__"], sample)
+                continue
+            images[len(captions)] = image
+            captions.append(caption)
+            self.tally.use(stream.dataset)
+            ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
+            seconds["decode"] += clock() - read
+            if len(captions) == count:
+                return _Filled(images, captions, ids, stream.pass_index)
+
+    def _tokenize(self, captions: list[str]) -> Tensor:
+        tokenizer = self.dataset.tokenizer
+        tokens = tokenizer(captions)
+        if len(getattr(tokenizer, "cache", ())) > _CACHED_WORDS:
+            tokenizer.cache = dict(self.known_words)
+        return tokens
+
+
+def make_loader(
+    config: Config,
+    tokenizer: Any,
+    image_size: int,
+    rank: int,
+    processes: int,
+    position: DataPosition,
+    pin: bool,
+    deadline: float = READ_DEADLINE,
+) -> DataLoader:
+    """Return a loader of this process's `Batch`es from `position` on.
+
+    With `workers=0` batches are made in the training process, whose random state is left as it was.
+
+    Args:
+        config: the run.
+        tokenizer: of the model's texts.
+        image_size: pixels a side.
+        rank: of this process.
+        processes: of the run.
+        position: where to start; not changed by reading.
+        pin: hand over pinned memory, for CUDA.
+        deadline: seconds without a byte after which a shard counts as stalled.
+
+    Raises:
+        UserError: `train_data` or `caption_keys` cannot be read.
+    """
+    dataset = CaptionedImages(config, tokenizer, image_size, rank, processes, position, deadline)
+    own = torch.Generator()  # the loader draws a seed when it starts: not from the run's random state
+    if config.workers == 0:
+        return DataLoader(dataset, batch_size=None, pin_memory=pin, generator=own)
+    return DataLoader(
+        dataset,
+        batch_size=None,  # workers make whole batches
+        num_workers=config.workers,
+        pin_memory=pin,
+        generator=own,
+        prefetch_factor=2,
+        timeout=BATCH_DEADLINE,
+        multiprocessing_context="fork",  # the parent has imported everything a worker needs
+    )

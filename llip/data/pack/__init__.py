@@ -1,0 +1,1 @@
+"""`llip pack`: images and captions into webdataset shards."""

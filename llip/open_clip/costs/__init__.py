@@ -1,0 +1,1 @@
+"""FLOPs and activations of a model, by count."""

@@ -1,0 +1,180 @@
+"""FLOPs of a step by part, from shapes alone. A multiply-add counts as two; products and convolutions count, no more.
+
+Shapes: B images of a process, T texts of the global batch, N tokens of a tower, W its width, K mixture tokens, M heads
+of the pooling, D embedding width, d = D / M, R = MK.
+
+Attention counts in full, although the text tower's mask leaves half of it unused (so does PyTorch's own flop counter).
+"""
+
+import dataclasses
+from typing import Any
+
+from llip.configs import Config
+from llip.open_clip.costs.shapes import Tower, fewest_tokens, kept_patches, timm_image_tower
+from llip.open_clip.factory import ModelSpec, model_spec
+from llip.open_clip.scores.gram import upper_blocks
+from llip.open_clip.scores.plan import ScorePlan, plan_scores
+
+
+def image_tower(spec: ModelSpec, mixture_tokens: int | None = None) -> Tower:
+    """Return the image tower in training; with another number of mixture tokens where one is given.
+
+    Towers from timm come in many shapes: they are run without memory, under PyTorch's own flop counter.
+    """
+    vision: dict[str, Any] = spec.architecture["vision_cfg"]
+    tokens = spec.mixture_tokens if mixture_tokens is None else mixture_tokens
+    if vision.get("timm_model_name"):
+        return timm_image_tower(dataclasses.replace(spec, mixture_tokens=tokens))
+    width, patch = vision.get("width", 768), vision["patch_size"]
+    patches = (vision["image_size"] // patch) ** 2
+    return Tower(
+        tokens=tokens + kept_patches(patches, vision.get("patch_dropout", 0.0)),
+        width=width,
+        layers=vision.get("layers", 12),
+        heads=width // vision.get("head_width", 64),
+        hidden=int(width * vision.get("mlp_ratio", 4.0)),
+        stem=2 * patches * 3 * patch**2 * width,
+        projected=tokens,
+        embedding=spec.architecture["embed_dim"],
+    )
+
+
+def text_tower(spec: ModelSpec) -> Tower:
+    """Return the text tower."""
+    text: dict[str, Any] = spec.architecture["text_cfg"]
+    width = text.get("width", 512)
+    return Tower(
+        tokens=spec.context_length,
+        width=width,
+        layers=text.get("layers", 12),
+        heads=text.get("heads", 8),
+        hidden=int(width * text.get("mlp_ratio", 4.0)),
+        stem=0,
+        projected=1,
+        embedding=spec.architecture["embed_dim"],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """FLOPs of the scores of one process's images against all texts.
+
+    Attributes:
+        forward, backward: with tiles kept from the one to the other.
+        again: what is executed beyond that where tiles are not kept, or less what the plain forward pass saves.
+    """
+
+    forward: int
+    backward: int
+    again: int
+
+
+def _upper(rows: int) -> int:
+    """Multiply-adds of a product with the upper block triangle of a symmetric [rows, rows]."""
+    return sum((min(block.stop, rows) - block.start) * (rest.stop - rest.start) for block, rest in upper_blocks(rows))
+
+
+def text_head(images: int, texts: int, tokens: int, heads: int, width: int, plan: ScorePlan) -> Head:
+    """Return the FLOPs of text-conditioned scores, as `similarity.pairwise_scores` and its caller do them."""
+    rows, size = heads * tokens, width // heads
+    pairs, projected = images * texts, 2 * 2 * texts * width**2  # queries and targets
+    keys_values = 2 * 2 * images * tokens * width**2
+    product = 2 * pairs * tokens * width  # of attention weights, or logits, with what a token has for a head
+    if plan.form == "features":
+        forward = keys_values + projected // 2 + 2 * product + 2 * pairs * width**2
+        return Head(forward, 2 * forward, 0)
+    shared = 2 * width**3
+    triangle = heads * (heads + 1)  # twice the pairs of heads m <= m'
+    left, grams = images * tokens * size**2 * triangle, images * tokens**2 * size * triangle
+    if plan.form == "image_gram":
+        once, norm, half_norm = left + grams, 2 * pairs * rows**2, 2 * pairs * _upper(rows)
+        gram_backward = half_norm + 3 * left + 2 * grams
+    else:
+        once, norm, half_norm = 0, 2 * pairs * width**2, 2 * pairs * _upper(width)
+        gram_backward = norm
+    tiles = 2 * product + norm
+    forward = keys_values + shared + once + projected + tiles
+    backward = 2 * keys_values + 2 * shared + 3 * projected + 4 * product + gram_backward
+    blocks = -(-images // plan.block_images)
+    plain = half_norm - norm + (blocks - 1) * projected  # the forward pass that keeps nothing
+    again = 0 if plan.keep else plain + once + tiles + (blocks - 1) * 3 * projected
+    return Head(forward, backward, again)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step by part, per pair of the batch (an image and its text), forward and backward.
+
+    Attributes:
+        image_tower: of the tower with one token, or those that a tower from timm has of its own. extra_tokens: what
+            the others add to it. text_tower.
+        head: scores of the image against all texts of the global batch.
+        recomputed: executed beyond these, by gradient checkpointing, accumulation and score tiles that are not kept.
+    """
+
+    image_tower: float
+    extra_tokens: float
+    text_tower: float
+    head: float
+    recomputed: float
+
+    @property
+    def model(self) -> float:
+        """What the MFU is counted in: everything but recomputation."""
+        return self.image_tower + self.extra_tokens + self.text_tower + self.head
+
+    @property
+    def executed(self) -> float:
+        """What the GPU really does."""
+        return self.model + self.recomputed
+
+
+def score_plan_of(config: Config, spec: ModelSpec | None = None, on_cpu: bool = False) -> ScorePlan | None:
+    """Return how a process of the run computes its scores; None without text conditioning."""
+    spec = spec or model_spec(config)
+    if spec.pooling != "text":
+        return None
+    budget = None if config.score_memory is None else int(config.score_memory * 2**30)
+    width = spec.architecture["embed_dim"]
+    return plan_scores(
+        config.batch_size * config.accum_freq, config.global_batch, spec.mixture_tokens, spec.pool_heads, width,
+        training=True, on_cpu=on_cpu, budget=budget,
+    )  # fmt: skip
+
+
+def head_flops(config: Config, spec: ModelSpec, on_cpu: bool = False) -> Head:
+    """Return the FLOPs of one process's scores in one step."""
+    images, texts, width = config.batch_size * config.accum_freq, config.global_batch, spec.architecture["embed_dim"]
+    plan = score_plan_of(config, spec, on_cpu)
+    if plan is None:
+        forward = 2 * images * texts * width
+        return Head(forward, 2 * forward, 0)
+    return text_head(images, texts, spec.mixture_tokens, spec.pool_heads, width, plan)
+
+
+def step_flops(config: Config, on_cpu: bool = False) -> StepFlops:
+    """Return the FLOPs of one training step by part, per pair."""
+    spec = model_spec(config)
+    image, text, head = image_tower(spec), text_tower(spec), head_flops(config, spec, on_cpu)
+    plain = image_tower(spec, mixture_tokens=fewest_tokens(spec))
+    images = config.batch_size * config.accum_freq
+    recomputed = head.again / images
+    if config.grad_checkpointing:
+        recomputed += image.layers * image.block + text.layers * text.block
+    if config.accum_freq > 1:  # features first, without a graph
+        recomputed += image.forward + text.forward
+    return StepFlops(
+        image_tower=plain.forward + plain.backward,
+        extra_tokens=image.forward + image.backward - plain.forward - plain.backward,
+        text_tower=text.forward + text.backward,
+        head=(head.forward + head.backward) / images,
+        recomputed=recomputed,
+    )
+
+
+def flops_per_pair(config: Config) -> int:
+    """Return the model FLOPs of one pair in a training step, forward and backward, without recomputation.
+
+    Times pairs per second, over the peak of the GPUs (`gpus.peak_flops`), this is the MFU.
+    """
+    return round(step_flops(config).model)

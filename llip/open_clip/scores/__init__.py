@@ -1,0 +1,1 @@
+"""Exact text-conditioned scores of every image against every text, in tiles."""

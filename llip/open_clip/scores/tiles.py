@@ -1,0 +1,174 @@
+"""The scores of one tile of pairs and their gradients, in the two forms with a Gram matrix (see `similarity`).
+
+Shapes: n images and t texts of the tile, K mixture tokens, M heads, D embedding width, d = D / M, R = MK.
+Heads come first and texts last, [M, n, K, t]: products over heads need no copies, and softmax runs over contiguous
+texts. "Rows" are the same numbers as [n, MK, t], a view when n = 1.
+
+Each form keeps what its `backward` needs in a tuple. Scores are s = c r with c the numerator and r = 1 / |z|; the
+quadratic form |z|^2 = x^T S x of a symmetric S has the gradient 2 S x, whose product was formed for the norm already.
+"""
+
+import torch
+from torch import Tensor
+
+from llip.open_clip.scores.gram import doubled_above_diagonal, full_precision, quadratic_form, upper_blocks
+
+MIN_SQUARED_NORM = 1e-12
+"""Floor under |z|^2 before the root: the quadratic form cancels, and degenerate tokens give zero."""
+
+Kept = tuple[Tensor, ...]
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """[M, n, K, t] -> [n, MK, t]."""
+    return x.transpose(0, 1).reshape(x.shape[1], -1, x.shape[3])
+
+
+def from_rows(x: Tensor, heads: int) -> Tensor:
+    """[n, MK, t] -> [M, n, K, t]."""
+    return x.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the product of `left` [b, i, k] and `right` [b, k, j] to `total` [b, i, j], which has full precision."""
+    if left.dtype == right.dtype == total.dtype:
+        total.baddbmm_(left, right)
+    else:
+        lower = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+        total.add_(torch.bmm(left.to(lower), right.to(lower)))
+
+
+def attention(keys: Tensor, queries: Tensor) -> Tensor:
+    """Return the weights over the mixture tokens [M, n, K, t] from keys [M, n, K, d] and queries [M, d, t]."""
+    logits = torch.bmm(keys.flatten(1, 2), queries).unflatten(1, keys.shape[1:3])
+    return full_precision(logits).softmax(dim=2)
+
+
+def attention_backward(weights: Tensor, gradient: Tensor) -> Tensor:
+    """Turn the gradient of the weights, already times the weights, into that of the logits, in place."""
+    return gradient.addcmul_(weights, gradient.sum(dim=2, keepdim=True), value=-1)
+
+
+def inverse_norm(squared: Tensor) -> Tensor:
+    """Return r = 1 / |z| of squared norms."""
+    return squared.clamp_min(MIN_SQUARED_NORM).rsqrt()
+
+
+def _norm_slope(numerator: Tensor, squared: Tensor, inverse: Tensor) -> Tensor:
+    """Return c r^2, the weight of S x in the slope of the score; zero where the floor holds, as a constant's is."""
+    return (numerator * inverse.square()).masked_fill(squared < MIN_SQUARED_NORM, 0)
+
+
+class ImageGram:
+    """|z|^2 = a^T G_i a with one Gram matrix [R, R] per image: z has D numbers and is never formed."""
+
+    kept_tensors = 4
+
+    def __init__(self, matrix: Tensor, training: bool) -> None:
+        """`matrix`: the Gram matrices [B, R, R]."""
+        self.matrix = matrix if training else doubled_above_diagonal(matrix)
+        self.gradient: Tensor | None = None
+
+    def start_backward(self) -> None:
+        """Begin to sum `gradient`, of the matrix; of per-image matrices only the upper block triangle is summed."""
+        self.gradient = torch.zeros_like(self.matrix)
+
+    def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Return the scores [n, t] of values [M, n, K, d] and targets [M, d, t], without gradients."""
+        agreement = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights)
+        numerator = agreement.mul_(weights).sum(dim=(0, 2))
+        return numerator * inverse_norm(quadratic_form(self.matrix[images], to_rows(weights)))
+
+    def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
+        """Return the scores, and (weights, slope of the logits, r, c r^2): the slope is d s / d logits over r."""
+        slope = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights).mul_(weights)
+        product = from_rows(torch.bmm(self.matrix[images], to_rows(weights)), len(weights)).mul_(weights)
+        numerator, squared = slope.sum(dim=(0, 2)), product.sum(dim=(0, 2))
+        inverse = inverse_norm(squared)
+        ratio = _norm_slope(numerator, squared, inverse)
+        slope.addcmul_(product, ratio[:, None], value=-1)
+        return numerator * inverse, (weights, attention_backward(weights, slope), inverse, ratio)
+
+    def backward(
+        self,
+        images: slice,
+        values: Tensor,
+        targets: Tensor,
+        kept: Kept,
+        upstream: Tensor,
+        totals: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Add to the gradients of values, targets and the matrices; return the gradient of the logits."""
+        weights, slope, inverse, ratio = kept
+        values_total, targets_total = totals
+        upstream = upstream * inverse
+        weighted = weights * upstream[:, None]  # [M, n, K, t]
+        accumulate(values_total.flatten(1, 2), weighted.flatten(1, 2), targets.transpose(1, 2))
+        accumulate(targets_total, values.flatten(1, 2).transpose(1, 2), weighted.flatten(1, 2))
+        left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(weights).transpose(1, 2)
+        gradient = self.gradient[images]
+        for block, rest in upper_blocks(left.shape[1]):
+            gradient[:, block, rest].baddbmm_(left[:, block], right[:, :, rest])
+        return slope * upstream[:, None]
+
+
+class SharedGram:
+    """|z|^2 = m^T (W_O^T W_O) m of the mixed values m [D] of a pair: one Gram matrix [D, D] for all of them."""
+
+    kept_tensors = 5
+
+    def __init__(self, matrix: Tensor, training: bool) -> None:
+        """`matrix`: W_O^T W_O [D, D]."""
+        self.matrix = matrix if training else doubled_above_diagonal(matrix)
+        self.gradient: Tensor | None = None
+
+    def start_backward(self) -> None:
+        """Begin to sum `gradient`, of the matrix; of per-image matrices only the upper block triangle is summed."""
+        self.gradient = torch.zeros_like(self.matrix)
+
+    def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Return the scores [n, t] of values [M, n, K, d] and targets [M, d, t], without gradients."""
+        mixed = _mix(values, weights)
+        numerator = (mixed * targets[:, None]).sum(dim=(0, 2))
+        return numerator * inverse_norm(quadratic_form(self.matrix, to_rows(mixed)))
+
+    def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
+        """Return the scores, and (weights, mixed values, slope of the mixed values over r, r, c r^2)."""
+        mixed = _mix(values, weights)  # [M, n, d, t]
+        product = from_rows(self.matrix @ to_rows(mixed), len(values))
+        numerator, squared = (mixed * targets[:, None]).sum(dim=(0, 2)), (mixed * product).sum(dim=(0, 2))
+        inverse = inverse_norm(squared)
+        ratio = _norm_slope(numerator, squared, inverse)
+        slope = torch.addcmul(full_precision(targets)[:, None], product, ratio[:, None], value=-1)
+        return numerator * inverse, (weights, mixed, slope, inverse, ratio)
+
+    def backward(
+        self,
+        images: slice,
+        values: Tensor,
+        targets: Tensor,
+        kept: Kept,
+        upstream: Tensor,
+        totals: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Add to the gradients of values, targets and the matrix; return the gradient of the logits [M, n, K, t]."""
+        weights, mixed, slope, inverse, ratio = kept
+        values_total, targets_total = totals
+        upstream = upstream * inverse
+        low = (slope * upstream[:, None]).to(values.dtype)
+        values_total += torch.matmul(weights.to(low.dtype), low.transpose(2, 3))
+        weighted = mixed * upstream[:, None]
+        targets_total.add_(weighted.sum(dim=1))
+        left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(mixed)
+        self.gradient += torch.tensordot(left, right, dims=([0, 2], [0, 2]))
+        gradient = full_precision(torch.matmul(values, low))  # [M, n, K, t]
+        return attention_backward(weights, gradient.mul_(weights))
+
+
+def _mix(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the mixed values [M, n, d, t] in full precision, of values [M, n, K, d] and weights [M, n, K, t]."""
+    return full_precision(torch.matmul(values.transpose(2, 3), weights.to(values.dtype)))
+
+
+GRAM_FORMS = {"image_gram": ImageGram, "shared_gram": SharedGram}
+"""Form -> what computes a tile of it."""

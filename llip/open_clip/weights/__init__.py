@@ -1,0 +1,1 @@
+"""Weights in: files of any layout, names, what was loaded."""

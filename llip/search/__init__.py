@@ -1,5 +1,0 @@
-"""A small image search over a folder, on exact text-conditioned scores.
-
-python -m llip.search index DIR --checkpoint CHECKPOINT
-python -m llip.search query DIR/.llip_index "a red star on the left"
-"""

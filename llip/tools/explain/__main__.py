@@ -1,0 +1,113 @@
+"""Draw what a model attends to: `llip explain CHECKPOINT --images ... --captions ... --out FILE.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llip.errors import UserError
+
+if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
+    from llip.tools.explain.explanation import Explanation
+
+MOST_IMAGES, MOST_CAPTIONS, MOST_TOKENS = 8, 8, 8
+"""What still makes a legible figure."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llip.tools.explain",
+        description="Draw the scores of images and captions, the weights over mixture tokens, and where tokens look.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that this project wrote")
+    parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=f"at most {MOST_IMAGES}")
+    parser.add_argument("--captions", nargs="+", metavar="TEXT", help=f"at most {MOST_CAPTIONS}")
+    parser.add_argument("--scenes", type=int, metavar="N", help="draw N scenes of the embedded dataset as images")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes [%(default)s]")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the figure; also .pdf and .svg")
+    parser.add_argument(
+        "--attention", choices=("last", "rollout", "none"), default="last",
+        help="where tokens look: the last block, all blocks multiplied up, or no maps [%(default)s]",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=4, metavar="N", help="tokens shown per image [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print all numbers as one json document")
+    return parser.parse_args(argv)
+
+
+def _check(given: argparse.Namespace) -> None:
+    if (given.images is None) == (given.scenes is None):
+        raise UserError("give either --images FILE ... or --scenes N (scenes of the embedded dataset)")
+    if given.captions is None and given.scenes is None:
+        raise UserError('--images needs --captions "..." ...')
+    if given.out is None and not given.json:
+        raise UserError("give --out FILE.png for a figure, --json for the numbers, or both")
+    counts = {
+        "--images": (len(given.images or []), 0, MOST_IMAGES),
+        "--captions": (len(given.captions or []), 0, MOST_CAPTIONS),
+        "--scenes": (1 if given.scenes is None else given.scenes, 1, MOST_IMAGES),
+        "--tokens": (given.tokens, 1, MOST_TOKENS),
+    }
+    for option, (value, least, most) in counts.items():
+        if not least <= value <= most:
+            raise UserError(f"{option}: {value} given, expected {max(1, least)} to {most}; more make no legible figure")
+    if given.out is not None and given.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {str(given.out)!r}: expected a name that ends in .png, .pdf or .svg")
+    if given.out is not None and not given.out.absolute().parent.is_dir():
+        raise UserError(f"--out {str(given.out)!r}: the folder {str(given.out.parent)!r} is not there")
+
+
+def _as_table(explanation: Explanation) -> str:
+    width = max(map(len, explanation.captions))
+    names = [name if len(name) <= 20 else "..." + name[-17:] for name in explanation.names]
+    lines = [" " * width + "  " + "  ".join(f"{name:>10}" for name in names)]
+    for j, caption in enumerate(explanation.captions):
+        cells = (f"{explanation.scores[i, j]:{max(10, len(name))}.3f}" for i, name in enumerate(names))
+        lines.append(f"{caption:{width}}  " + "  ".join(cells))
+    return "\n".join([*lines, *explanation.notes])
+
+
+def _run(given: argparse.Namespace) -> None:
+    _check(given)
+    from llip.open_clip.factory import load_pretrained
+    from llip.tools.explain.explanation import explain
+    from llip.tools.explain.figure import draw
+    from llip.tools.explain.inputs import draw_scenes, read_image
+
+    model = load_pretrained(given.checkpoint)
+    try:
+        model = model.to(given.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {given.device}: {error}") from error
+    if given.scenes is None:
+        images, captions = [read_image(path) for path in given.images], given.captions
+        names = [path.name for path in given.images]
+    else:
+        images, captions = draw_scenes(given.scenes, max(48, model.visual.image_size[0]), given.seed)
+        captions = given.captions or captions
+        names = [f"scene {index}" for index in range(given.scenes)]
+    explanation = explain(model, images, names, captions, given.attention)
+    if given.out is not None:
+        draw(explanation, images, given.out, given.tokens)
+        print(f"wrote {given.out}", file=sys.stderr)
+    print(json.dumps(explanation.to_dict(given.tokens)) if given.json else _as_table(explanation))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the command line) and return its exit code."""
+    given = parse_arguments(argv)
+    try:
+        _run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The numbers behind the figure: scores, weights over mixture tokens, and maps of where tokens look.
+
+Shapes: B images, T captions, M heads, K mixture tokens, H x W patches.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llip.open_clip.model import Llip
+from llip.tools.explain.attention import How, token_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What one model says about some images and captions, on the CPU."""
+
+    names: list[str]  # of the images
+    captions: list[str]
+    scores: Tensor  # cosines [B, T]
+    weights: Tensor  # over mixture tokens, by head [B, T, M, K]
+    attention: Tensor | None  # of mixture tokens over patches [B, K, H, W]
+    how: str  # last, rollout or none
+    pooling: str
+    squashed: bool  # the model sees the whole image made square, not the square in its middle
+    notes: list[str]  # what cannot be shown for this model, and why
+
+    @property
+    def mean_weights(self) -> Tensor:
+        """Weights over mixture tokens, averaged over heads [B, T, K]."""
+        return self.weights.mean(dim=2)
+
+    def caption_maps(self, image: int) -> Tensor:
+        """Where each caption looks [T, H, W]: the maps of the tokens, weighted as the caption weighs them."""
+        assert self.attention is not None, "there are no maps"
+        return torch.einsum("tk,khw->thw", self.mean_weights[image], self.attention[image])
+
+    def to_dict(self, tokens: int) -> dict[str, Any]:
+        """Return plain containers for json; maps of the `tokens` that matter most for each image."""
+        record: dict[str, Any] = {
+            "captions": self.captions,
+            "pooling": self.pooling,
+            "attention": self.how,
+            "notes": self.notes,
+            "images": [],
+        }
+        for i, name in enumerate(self.names):
+            chosen = tokens_that_matter(self.mean_weights[i], tokens)
+            image = {
+                "name": name,
+                "scores": _rounded(self.scores[i]),
+                "weights": _rounded(self.mean_weights[i]),
+                "weights_by_head": _rounded(self.weights[i]),
+                "effective_tokens": _rounded(effective_tokens(self.mean_weights[i])),
+                "tokens": chosen,
+            }
+            if self.attention is not None:
+                image["token_maps"] = _rounded(self.attention[i, chosen])
+                image["caption_maps"] = _rounded(self.caption_maps(i))
+            record["images"].append(image)
+        return record
+
+
+def _rounded(values: Tensor) -> list:
+    return torch.round(values.double(), decimals=5).tolist()
+
+
+def effective_tokens(weights: Tensor) -> Tensor:
+    """Return exp(entropy) of weights [..., K]: 1 when one token has all the weight, K when all weigh the same."""
+    return torch.special.entr(weights.double()).sum(dim=-1).exp()
+
+
+def tokens_that_matter(weights: Tensor, count: int) -> list[int]:
+    """Return up to `count` tokens, those that some caption gives the most weight first.
+
+    Args:
+        weights: over mixture tokens, averaged over heads [T, K].
+    """
+    return weights.amax(dim=0).sort(descending=True, stable=True).indices[:count].tolist()
+
+
+def _notes(model: Llip) -> list[str]:
+    pooling, tokens = model.config["pooling"], model.config["mixture_tokens"]
+    if tokens == 1:
+        return ["One mixture token: every caption gives it the whole weight, and is compared with the same feature."]
+    if pooling != "text":
+        return [f"Pooling '{pooling}' does not listen to the caption: one set of weights for all images and captions."]
+    return []
+
+
+@torch.no_grad()
+def explain(
+    model: Llip, images: Sequence[Image.Image], names: Sequence[str], captions: Sequence[str], how: How | str = "last"
+) -> Explanation:
+    """Score every image against every caption, and keep what the scores are made of.
+
+    Args:
+        model: as `llip.load_pretrained` returns it, on any device.
+        images: RGB.
+        names: what to call the images.
+        captions: at least one.
+        how: last or rollout (see `attention.token_attention`), or none for no maps.
+
+    Raises:
+        UserError: the tower's attention does not give its weights.
+    """
+    device = next(model.parameters()).device
+    pixels = torch.stack([model.preprocess_val(image) for image in images]).to(device)
+    h = model.encode_image(pixels)
+    t = model.encode_text(model.tokenizer(list(captions)).to(device))
+    attention = None if how == "none" else token_attention(model.visual, pixels, how).float().cpu()
+    return Explanation(
+        names=list(names),
+        captions=list(captions),
+        scores=model.similarity(h, t).cpu(),
+        weights=model.mixture_weights(h, t).float().cpu(),
+        attention=attention,
+        how=how,
+        pooling=model.config["pooling"],
+        squashed=model.config["architecture"].get("resize_mode") == "squash",
+        notes=_notes(model),
+    )

@@ -1,0 +1,124 @@
+"""Write a checkpoint as a folder for others: `python -m llip.tools.export CHECKPOINT --out DIR`.
+
+The folder holds safetensors, config and preprocessing, which `llip.load_pretrained(DIR)` opens, and a model card, laid
+out as the Hugging Face hub expects. Where plain OpenCLIP can hold the model it holds that form too.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llip.errors import EXIT_USER, UserError
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    results: Path | None = None,
+    *,
+    torch_export: bool = False,
+    onnx: bool = False,
+    name: str | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """Write `checkpoint` to the folder `out`; nothing appears there unless all of it could be written and checked.
+
+    Args:
+        checkpoint: a checkpoint of this project, or a folder of an earlier export.
+        out: a new folder, or one that an export wrote.
+        results: a `results.json` for the model card.
+        torch_export, onnx: write the two encoders and the scorer as programs, too.
+        name: title of the model card; the checkpoint's run folder by default.
+        tokenizer: folder of the tokenizer's files, if they have moved since the checkpoint was written.
+
+    Returns:
+        What was written: files with their bytes, largest differences found by the checks, and why there is no form for
+        plain OpenCLIP if there is none.
+
+    Raises:
+        UserError: an unreadable checkpoint, results of another one, a folder with other files, or missing packages.
+    """
+    from tqdm import tqdm
+
+    from llip.open_clip.factory import load_pretrained
+    from llip.tools.export import folder as layout
+    from llip.tools.export import plain_openclip, programs
+    from llip.tools.export.model_card import model_card, read_results
+
+    if onnx:
+        programs.require_onnx()
+    found = read_results(results, checkpoint) if results else None
+    model = load_pretrained(checkpoint, tokenizer)
+    checks: dict[str, float] = {}
+    with layout.staged(out) as folder:
+        layout.write_model(folder, model)
+        reason = plain_openclip.why_not(model)
+        if reason is None:
+            checks[plain_openclip.WEIGHTS] = plain_openclip.write_plain(folder, model)
+        parameters = sum(p.numel() for p in model.parameters())
+        title = name or _title(checkpoint)
+        card = model_card(title, model.config, parameters, found, reason)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        writers = [(programs.write_torch_program, ".pt2")] * torch_export
+        writers += [(programs.write_onnx_program, ".onnx")] * onnx
+        jobs = [(write, suffix, program) for write, suffix in writers for program in programs.programs(model)]
+        for write, suffix, program in tqdm(jobs, desc="programs", unit="program", disable=not jobs):
+            checks[program.name + suffix] = write(folder, program)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {"out": str(out), "files": files, "checks": checks, "open_clip": reason is None, "why_not": reason}
+
+
+def _title(checkpoint: Path) -> str:
+    """Return the run's name of `<logs>/<name>/checkpoints/<file>`, else the file's own."""
+    path = checkpoint.resolve()
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
+
+
+def as_table(outcome: dict[str, Any]) -> str:
+    """Return what was written as lines for people."""
+    width = max(map(len, outcome["files"]))
+    lines = []
+    for name, size in outcome["files"].items():
+        checked = f"   checked: differs by {outcome['checks'][name]:.0e}" if name in outcome["checks"] else ""
+        lines.append(f"{name:{width}}  {size / 1e6:10.2f} MB{checked}")
+    if outcome["why_not"]:
+        lines.append(f"no form for plain OpenCLIP: {outcome['why_not']}")
+    return "\n".join([*lines, f'llip.load_pretrained("{outcome["out"]}") opens it'])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m llip.tools.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or an exported folder")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder, or that of an export")
+    parser.add_argument(
+        "--results", metavar="FILE", type=Path, help="results.json of evals.main_mc, for the model card"
+    )
+    parser.add_argument("--torch-export", action="store_true", help="write encoders and scorer as .pt2 programs, too")
+    parser.add_argument("--onnx", action="store_true", help="write encoders and scorer as ONNX programs, too")
+    parser.add_argument("--name", help="title of the model card [the run's name]")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer's files, if they have moved")
+    parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
+    given = parser.parse_args(argv)
+    try:
+        outcome = export(
+            given.checkpoint,
+            given.out,
+            given.results,
+            torch_export=given.torch_export,
+            onnx=given.onnx,
+            name=given.name,
+            tokenizer=given.tokenizer,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    print(json.dumps(outcome) if given.json else as_table(outcome))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The exported folder: weights as safetensors, config, preprocessing, tokenizer. `llip.load_pretrained(DIR)` opens it.
+
+Laid out as the Hugging Face hub expects a model repository: `config.json`, `model.safetensors`,
+`preprocessor_config.json`, `README.md`.
+"""
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+import llip
+from llip.errors import UserError
+from llip.open_clip.factory import IMAGE_MEAN, IMAGE_STD, ModelSpec
+from llip.open_clip.model import Llip
+from llip.open_clip.weights.files import LIBRARY
+
+_OPTIONAL = ("open_clip_config.json", "open_clip_model.safetensors", "*.pt2", "*.onnx", "*.onnx.data")
+"""Files that not every export writes."""
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a folder to write into; what is there at the end moves to `out` file by file, on an error nothing does.
+
+    Files that an earlier export wrote and this one did not are removed: they are of other weights.
+
+    Raises:
+        UserError: `out` holds something that no export wrote, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {str(out)!r} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not _is_export(out):
+        raise UserError(f"--out {str(out)!r} holds files that no export wrote; give a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+            yield Path(folder)
+            new = sorted(path.name for path in Path(folder).iterdir())
+            for name in new:
+                os.replace(Path(folder) / name, out / name)
+        for pattern in _OPTIONAL:
+            for path in out.glob(pattern):
+                if path.name not in new:
+                    path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be written: {error}") from error
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("library_name") == LIBRARY
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a json object for people and machines."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(path: Path, state: dict[str, Tensor], library: str) -> None:
+    """Write tensors as safetensors, each with its own contiguous memory, and say which library they are for."""
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    save_file(own, path, metadata={"format": "pt", "library_name": library})
+
+
+def preprocessing(image_size: int, resize_mode: str) -> dict[str, Any]:
+    """Return the evaluation transform in the words of the hub's CLIP image processor."""
+    square = {"height": image_size, "width": image_size}
+    squash = resize_mode == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": not squash,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+
+
+def write_model(folder: Path, model: Llip) -> None:
+    """Write weights, config, preprocessing, and the tokenizer's files where it is not OpenCLIP's own."""
+    described = copy.deepcopy(model.config)
+    text = described["architecture"]["text_cfg"]
+    if text.get("hf_tokenizer_name"):
+        model.tokenizer.save_pretrained(str(folder))
+        text["hf_tokenizer_name"] = "."  # in this folder, wherever it goes
+    save_weights(folder / "model.safetensors", model.state_dict(), LIBRARY)
+    write_json(
+        folder / "config.json",
+        {"library_name": LIBRARY, "llip_version": llip.__version__, "model_type": LIBRARY, "model": described},
+    )
+    spec = ModelSpec(**described)
+    write_json(folder / "preprocessor_config.json", preprocessing(spec.image_size, spec.resize_mode))

@@ -1,0 +1,77 @@
+"""`python -m llip.tools.plan <config> [field=value ...]`: what a run will take.
+
+Exit code: 0 when it fits into the GPU, 1 when it does not, 2 when the request is at fault.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from llip.configs import Config, search_config
+from llip.errors import UserError
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    from llip.system.gpus import GPUS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m llip.tools.plan",
+        description="Parameters, FLOPs, memory, traffic and hours of a run, worked out without a GPU.",
+        epilog="Exit code: 0 it fits into the GPU, 1 it does not, 2 the request is at fault.",
+    )
+    parser.add_argument("config", help="as for llip.main; python -m llip.main --list shows all")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
+    parser.add_argument("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
+    parser.add_argument("--nodes", type=int, metavar="N", help="as many machines, at the config's global batch")
+    parser.add_argument("--mfu", type=float, default=0.35, help="assumed share of the GPU's peak [%(default)s]")
+    parser.add_argument("--network", type=float, default=50.0, metavar="GB/S", help="from GPU to GPU [%(default)s]")
+    parser.add_argument("--sample-kb", type=float, default=50.0, metavar="KB", help="of a sample [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print one json document instead of tables")
+    return parser.parse_intermixed_args(argv)
+
+
+def on_nodes(config: Config, nodes: int) -> Config:
+    """Return the config on other machines, its global batch kept by `accum_freq`, or by `batch_size` where that must.
+
+    Raises:
+        UserError: the global batch cannot be shared out evenly.
+    """
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: expected 1 or more")
+    each, rest = divmod(config.global_batch, nodes * config.ngpus)
+    if rest:
+        raise UserError(
+            f"--nodes {nodes}: the global batch of {config.global_batch:,} cannot be shared out evenly over "
+            f"{nodes * config.ngpus} GPUs; to change it, write nodes={nodes} without the dashes"
+        )
+    slices = next(slices for slices in range(1, each + 1) if each % slices == 0 and each // slices <= config.batch_size)
+    return config.replace(nodes=nodes, batch_size=each // slices, accum_freq=slices)
+
+
+def _run(given: argparse.Namespace) -> int:
+    from llip.system.gpus import find_gpu
+    from llip.tools.plan.estimate import Assumptions, make_plan
+    from llip.tools.plan.table import as_table
+
+    config = search_config(given.config, given.overrides)
+    if given.nodes is not None:
+        config = on_nodes(config, given.nodes)
+    assumptions = Assumptions(given.mfu, given.network * 1e9, given.sample_kb * 1e3)
+    plan = make_plan(config, find_gpu(given.gpu), assumptions)
+    print(json.dumps(plan.to_dict()) if given.json else as_table(plan))
+    return 0 if plan.fits else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the command line) and return its exit code."""
+    try:
+        return _run(parse_arguments(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Making an index, and bringing one up to date.
+
+Shapes: B images of a batch, K mixture tokens, D embedding width.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from llip.clipeval.datasets import ImageSource
+from llip.clipeval.loading import image_batches
+from llip.clipeval.shortlist import text_free_features
+from llip.clipeval.zero_shot import Scorer
+from llip.data.images import decode_image
+from llip.errors import UserError
+from llip.tools.search.files import FileState, compare, find_images
+from llip.tools.search.store import INDEX, Index, Place, check_model, hash_model, lock, open_index
+
+BATCH = 64
+SEGMENT = 2048
+"""Images of one segment: what is lost, at most, when indexing is interrupted."""
+
+
+class FolderImages(ImageSource):
+    """Images of a folder by relative path; damage is named as in training."""
+
+    def __init__(self, folder: Path, paths: list[str]) -> None:
+        self.folder, self.paths = folder, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def load(self, index: int) -> tuple[Image.Image, None]:
+        return to_pil_image(decode_image((self.folder / self.paths[index]).read_bytes())), None
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildReport:
+    """What one run of the indexer did. `damaged`: path -> reason, of all damaged images that are there now."""
+
+    new: int
+    changed: int
+    deleted: int
+    indexed: int  # images in the index now
+    damaged: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers for json."""
+        return dataclasses.asdict(self)
+
+
+def _open_or_start(path: Path, folder: Path, checkpoint: Path, model: str) -> Index:
+    if not (path / INDEX).exists():
+        return Index(path, folder, checkpoint, model)
+    index = open_index(path)
+    check_model(index, model, checkpoint)
+    if index.folder != folder:
+        raise UserError(
+            f"index {str(path)!r} is of the folder {str(index.folder)!r}, not of {str(folder)!r}; give another --out"
+        )
+    index.checkpoint = checkpoint  # the same weights may have moved
+    return index
+
+
+@torch.no_grad()
+def build_index(
+    folder: Path, checkpoint: Path, out: Path, scorer: Scorer, workers: int = 0, half: bool = False
+) -> BuildReport:
+    """Index the images below `folder`, or only what is new, changed or deleted since the last time.
+
+    Args:
+        checkpoint: where the model came from, for the queries.
+        out: the folder of the index.
+        scorer: of that model, a `Llip`.
+        workers: decoding processes; 0 decodes in this one.
+        half: keep mixture tokens in half precision: half the disk, scores within about 1e-3.
+
+    Raises:
+        UserError: no such folder, an index of another model or folder, or one that another process writes.
+    """
+    folder, checkpoint = folder.absolute(), checkpoint.absolute()
+    states = find_images(folder)
+    try:
+        with lock(out):
+            index = _open_or_start(out, folder, checkpoint, hash_model(scorer.model))
+            changes = compare(index.known, states)
+            for path in [*changes.changed, *changes.deleted]:
+                index.forget(path)
+            _encode(index, states, changes.to_encode, scorer, workers, np.float16 if half else np.float32)
+            index.save()
+    except OSError as error:
+        raise UserError(f"the index {str(out)!r} cannot be written: {error}") from error
+    return BuildReport(
+        new=len(changes.new),
+        changed=len(changes.changed),
+        deleted=len(changes.deleted),
+        indexed=len(index.images),
+        damaged={path: reason for path, (_, reason) in sorted(index.damaged.items())},
+    )
+
+
+def _encode(
+    index: Index, states: dict[str, FileState], paths: list[str], scorer: Scorer, workers: int, dtype: type
+) -> None:
+    """Encode the images `paths` segment by segment; each is saved before the next one begins."""
+    with tqdm(total=len(paths), unit="img", desc="index", disable=not paths) as bar:
+        for start in range(0, len(paths), SEGMENT):
+            some = paths[start : start + SEGMENT]
+            tokens, features, encoded = [], [], []
+            for batch in image_batches(
+                FolderImages(index.folder, some), scorer.preprocess, range(len(some)), BATCH, workers
+            ):
+                for bad in batch.unreadable:
+                    index.damaged[bad.name] = states[bad.name], bad.reason.removeprefix("BadSample: ")
+                if batch.indices:
+                    h = scorer.encode_images(batch.images)
+                    features.append(text_free_features(scorer, h).cpu().numpy())
+                    tokens.append(h.cpu().numpy().astype(dtype))
+                    encoded += [some[i] for i in batch.indices]
+                bar.update(len(batch.indices) + len(batch.unreadable))
+            if encoded:
+                number = index.add_segment(np.concatenate(tokens), np.concatenate(features))
+                index.images |= {path: (states[path], Place(number, row)) for row, path in enumerate(encoded)}
+            index.save()

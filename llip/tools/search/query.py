@@ -1,0 +1,110 @@
+"""Answering a query: a shortlist by the text-independent feature, then exact scores.
+
+Shapes: N images of the index, n of the shortlist, K mixture tokens, D embedding width.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llip.clipeval.zero_shot import Scorer
+from llip.errors import UserError
+from llip.tools.search.one_text import applies_to, scores_of_one_text
+from llip.tools.search.store import Index
+
+SHORTLIST = 2048
+"""Images that are scored exactly, unless a query asks for all: the cost of a query hardly grows with the index."""
+
+CLOSE = 1e-4
+"""Largest difference between the two ways to exact scores; they differ by rounding alone."""
+
+BLOCK = 256
+"""Images whose mixture tokens are read at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """One answer. `score` is the exact cosine of the query and the image's feature under it."""
+
+    path: Path
+    score: float
+
+
+class Searcher:
+    """An index that is open for queries: its small features are in memory, its mixture tokens stay on disk."""
+
+    def __init__(self, index: Index, scorer: Scorer) -> None:
+        """Open an index; `scorer` must be of the model that made it (see `store.check_model`)."""
+        self.index, self.scorer = index, scorer
+        self.paths = sorted(index.images)
+        self.places = [index.images[path][1] for path in self.paths]
+        self.segments = {number: index.segment(number) for number in {place.segment for place in self.places}}
+        self.features = self._features()  # [N, D]
+        self.by_text = self._can_project_the_text()
+
+    def _features(self) -> Tensor:
+        segments = np.array([place.segment for place in self.places], np.int64)
+        rows = np.array([place.row for place in self.places], np.int64)
+        features = torch.empty(0)
+        for number, (_, values) in self.segments.items():
+            own = np.flatnonzero(segments == number)
+            if rows[own].max() >= len(values):
+                raise UserError(f"index {str(self.index.path)!r} is damaged: segment {number} has too few rows")
+            if not len(features):
+                features = torch.empty(len(rows), values.shape[1])
+            features[own] = torch.from_numpy(values[rows[own]])
+        return features.to(self.scorer.device)
+
+    @torch.no_grad()
+    def _can_project_the_text(self) -> bool:
+        """Tell whether the faster way to the scores gives the model's own, on a few images of the index."""
+        pooling = getattr(self.scorer.model, "pooling", None)
+        if not self.places or pooling is None or not applies_to(pooling):
+            return False
+        h, t = self._tokens(range(min(len(self.places), 4))), self.scorer.encode_texts(["a picture"])
+        return torch.allclose(scores_of_one_text(pooling, h, t[0]), self.scorer.scores(h, t)[:, 0], atol=CLOSE)
+
+    @torch.no_grad()
+    def search(self, text: str, top: int = 20, shortlist: int | None = SHORTLIST) -> list[Hit]:
+        """Return the best images for a text, best first; equal scores by path.
+
+        Args:
+            top: at most so many.
+            shortlist: images that are scored exactly, those with the best text-independent scores; None: all.
+
+        Raises:
+            UserError: an empty text, or an index without images.
+        """
+        if not text.strip():
+            raise UserError("the query is empty")
+        if not self.paths:
+            raise UserError(f"index {str(self.index.path)!r} holds no images")
+        t = self.scorer.encode_texts([text])
+        chosen = torch.arange(len(self.paths))
+        if shortlist is not None and max(shortlist, top) < len(self.paths):
+            coarse = self.features @ t[0]
+            chosen = coarse.topk(max(shortlist, top)).indices.sort().values.cpu()
+        scores = self._scores(chosen.tolist(), t)
+        order = scores.sort(descending=True, stable=True).indices[:top].tolist()
+        return [Hit(self.index.folder / self.paths[chosen[i]], scores[i].item()) for i in order]
+
+    def _tokens(self, chosen: Sequence[int]) -> Tensor:
+        """Return mixture tokens [n, K, D] of images by their number, read from disk."""
+        places = [self.places[i] for i in chosen]
+        tokens = np.stack([self.segments[place.segment][0][place.row] for place in places])
+        return torch.from_numpy(tokens.astype(np.float32, copy=False)).to(self.scorer.device)
+
+    def _scores(self, chosen: list[int], t: Tensor) -> Tensor:
+        """Return exact scores [n] of images by their number."""
+        parts = []
+        for start in range(0, len(chosen), BLOCK):
+            h = self._tokens(chosen[start : start + BLOCK])
+            if self.by_text:
+                parts.append(scores_of_one_text(self.scorer.model.pooling, h, t[0]).cpu())
+            else:
+                parts.append(self.scorer.scores(h, t)[:, 0].cpu())
+        return torch.cat(parts)

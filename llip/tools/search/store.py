@@ -1,0 +1,178 @@
+"""The index on disk: features in segments that are only ever added, and one json that says which rows count.
+
+    index.json          the model's hash, and each image's state, segment and row
+    tokens_<n>.npy      mixture tokens [rows, K, D]; memory-mapped, read only where a query needs them
+    features_<n>.npy    text-independent features [rows, D], for the shortlist
+
+A segment is complete before index.json names it, and index.json is replaced in one step: whatever interrupts the
+indexing, the index stays good, and the next start goes on. A segment of which no row counts any more is deleted.
+
+Shapes: K mixture tokens, D embedding width.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llip.clipeval.texts.cache import hash_weights
+from llip.errors import UserError
+from llip.open_clip.model import Llip
+from llip.tools.search.files import FileState
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+def hash_model(model: Llip) -> str:
+    """Return a hash of everything that decides a model's scores: both towers, the pooling, and their layout."""
+    described = copy.deepcopy(model.config)
+    described["architecture"]["text_cfg"].pop("hf_tokenizer_name", None)  # where it lies on this machine
+    parts = [json.dumps(described, sort_keys=True)]
+    parts += [hash_weights(part) for part in (model.visual, model.text, model.pooling)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an image's features are."""
+
+    segment: int
+    row: int
+
+
+@dataclasses.dataclass
+class Index:
+    """An index in memory. `images` and `damaged` change as the folder is looked at; `save` makes it last."""
+
+    path: Path
+    folder: Path  # of the images
+    checkpoint: Path
+    model: str  # hash of its weights
+    images: dict[str, tuple[FileState, Place]] = dataclasses.field(default_factory=dict)
+    damaged: dict[str, tuple[FileState, str]] = dataclasses.field(default_factory=dict)  # with the reason
+
+    @property
+    def known(self) -> dict[str, FileState]:
+        """Every file that has been looked at, as it was then."""
+        return {path: state for part in (self.images, self.damaged) for path, (state, _) in part.items()}
+
+    def forget(self, path: str) -> None:
+        """Take a file out of the index."""
+        self.images.pop(path, None)
+        self.damaged.pop(path, None)
+
+    def next_segment(self) -> int:
+        """Return a number that no segment has, referred to or not."""
+        numbers = [int(file.stem.rsplit("_", 1)[1]) for file in self.path.glob("tokens_*.npy")]
+        return max(numbers, default=-1) + 1
+
+    def add_segment(self, tokens: np.ndarray, features: np.ndarray) -> int:
+        """Write a segment [n, K, D] and [n, D] and return its number; nothing refers to it yet."""
+        number = self.next_segment()
+        for kind, values in (("features", features), ("tokens", tokens)):
+            target = self.path / f"{kind}_{number}.npy"
+            draft = target.with_suffix(".tmp")
+            with draft.open("wb") as file:
+                np.save(file, values, allow_pickle=False)
+            os.replace(draft, target)
+        return number
+
+    def segment(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens [rows, K, D] and features [rows, D] of a segment, memory-mapped.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        try:
+            return tuple(
+                np.load(self.path / f"{kind}_{number}.npy", mmap_mode="r", allow_pickle=False)
+                for kind in ("tokens", "features")
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"index {str(self.path)!r}: segment {number} is missing or damaged ({error}); delete the folder and "
+                "index again"
+            ) from error
+
+    def save(self) -> None:
+        """Write index.json in one step, then delete segments of which nothing is left."""
+        record = {
+            "format": FORMAT,
+            "folder": str(self.folder),
+            "checkpoint": str(self.checkpoint),
+            "model": self.model,
+            "images": {path: [*dataclasses.astuple(state), *dataclasses.astuple(place)]
+                       for path, (state, place) in sorted(self.images.items())},
+            "damaged": {path: [*dataclasses.astuple(state), reason]
+                        for path, (state, reason) in sorted(self.damaged.items())},
+        }  # fmt: skip
+        draft = self.path / f"{INDEX}.tmp"
+        draft.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(draft, self.path / INDEX)
+        used = {place.segment for _, place in self.images.values()}
+        for file in [*self.path.glob("tokens_*.npy"), *self.path.glob("features_*.npy")]:
+            if int(file.stem.rsplit("_", 1)[1]) not in used:
+                file.unlink(missing_ok=True)
+
+
+def open_index(path: Path) -> Index:
+    """Read an index.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another version.
+    """
+    file = path / INDEX
+    if not file.is_file():
+        raise UserError(
+            f"no index in {str(path)!r}; make one with: python -m llip.tools.search index DIR --checkpoint CHECKPOINT"
+        )
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = record["format"]
+        if version == FORMAT:
+            return Index(
+                path=path,
+                folder=Path(record["folder"]),
+                checkpoint=Path(record["checkpoint"]),
+                model=record["model"],
+                images={name: (FileState(*row[:2]), Place(*row[2:])) for name, row in record["images"].items()},
+                damaged={name: (FileState(*row[:2]), row[2]) for name, row in record["damaged"].items()},
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"index {str(file)!r} is damaged ({error}); delete the folder and index again") from error
+    raise UserError(f"index {str(file)!r} has format {version!r}, expected {FORMAT}; delete the folder and index again")
+
+
+def check_model(index: Index, found: str, checkpoint: Path) -> None:
+    """Raise a `UserError` when a model is not the one that the index was made with."""
+    if found != index.model:
+        raise UserError(
+            f"index {str(index.path)!r} was made with other weights ({index.checkpoint}, {index.model[:12]}) than "
+            f"those of {str(checkpoint)!r} ({found[:12]}); scores of two models do not mix: use that "
+            "checkpoint, or another --out"
+        )
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold an index for writing; it is let go when the process ends, however it ends.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"index {str(path)!r} is being written by another process; wait for it to end") from error
+        yield

@@ -1,0 +1,79 @@
+"""When a run saves, what goes into a checkpoint, and what happens when the disk does not take it."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from llip.configs import Config
+from llip.errors import RunError, UserError
+from llip.open_clip.model import Llip
+from llip.training.checkpoints.checkpoint import write_checkpoint
+from llip.training.checkpoints.train_state import TrainState
+from llip.training.distributed.processes import Processes
+from llip.training.reporting.run_log import log
+
+
+class Saver:
+    """Writes the run's checkpoints; every process takes part, the main one writes."""
+
+    def __init__(
+        self, config: Config, model: Llip, state: TrainState, processes: Processes, passport: dict[str, Any]
+    ) -> None:
+        """Save `model` and `state` as `config` says, with the run's passport in every checkpoint."""
+        self.config, self.model, self.state, self.processes, self.passport = config, model, state, processes, passport
+        self.saved_at = time.monotonic()
+        self.saved_step = state.step
+
+    def is_due(self, done: bool) -> bool:
+        """Tell whether this step ends with a checkpoint, on all processes alike."""
+        config, step = self.config, self.state.step
+        by_epoch = config.save_frequency and step % (config.save_frequency * config.steps_per_epoch) == 0
+        by_step = config.save_steps and step % config.save_steps == 0
+        forever = config.keep_every and step % (config.keep_every * config.steps_per_epoch) == 0
+        by_time = False
+        if config.save_minutes:  # the main process's clock decides for all
+            by_time = self.processes.from_main(time.monotonic() - self.saved_at >= 60 * config.save_minutes)
+        return bool(done or by_epoch or by_step or forever or by_time)
+
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint of the present step.
+
+        Where it cannot be written a run goes on, with a warning, and tries again when the next one is due; unless it is
+        the `last`, which nobody would write again.
+
+        Raises:
+            RunError: the last checkpoint cannot be written.
+        """
+        weights = self.state.engine.model_state(self.model)
+        content = self.state.save(self.processes)
+        problem = None
+        if content is not None:
+            problem = self._write(content, weights)
+        problem = self.processes.from_main(problem)
+        self.saved_at = time.monotonic()
+        if problem is None:
+            self.saved_step = self.state.step
+            return
+        remains = f"the newest one is of step {self.saved_step}" if self.saved_step else "there is none yet"
+        if last:
+            raise RunError(f"{problem}; {remains}. Make room or mend the folder, and give the same command again")
+        if self.processes.is_main:
+            log.warning("%s; %s. Training goes on, and tries again at the next one", problem, remains)
+
+    def _write(self, content: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
+        config = self.config
+        content |= {
+            "model": self.model.config,
+            "state_dict": weights,
+            "config": dict(vars(config)),
+            "passport": self.passport,
+        }
+        forever = config.keep_every * config.steps_per_epoch
+        folder = config.folder / "checkpoints"
+        try:
+            seconds = write_checkpoint(folder, self.state.step, content, config.keep_checkpoints, forever)
+        except UserError as error:
+            return str(error)
+        log.info("checkpoint of step %d written in %.1f s", self.state.step, seconds)
+        return None

@@ -1,0 +1,1 @@
+"""Non-finite steps, replay, rehearsal of an interruption."""

@@ -1,0 +1,148 @@
+"""What a run leaves behind when its numbers go wrong: enough to compute the bad step again, anywhere.
+
+`<run>/flight/step_<N>/` holds `process_<r>.pt` (the batch and random state of each process), `model.pt` (the weights
+before the step) and `record.json` (the config, the user's files that it needs, what was seen, and the keys of the
+samples).
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llip.configs import Config, own_files
+from llip.errors import UserError
+from llip.open_clip.model import Llip
+from llip.training.distributed.processes import Processes
+from llip.training.step.accumulation import RandomState, Slice
+
+FORMAT = 1
+_SHOWN = 5  # parameters and samples that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class BadStep:
+    """One process's part of a step whose loss or gradient is not finite."""
+
+    step: int
+    slices: list[Slice]
+    ids: list[list[str]]  # `shard/key` of the samples, per slice
+    random_state: RandomState  # before the step
+    loss: float  # of this process
+    grad_norm: float
+
+
+def norms(parameters: dict[str, Tensor | None]) -> dict[str, float]:
+    """Return the norm of each tensor by name: those that are not finite first, then the largest first."""
+    found = {name: tensor.detach().float().norm().item() for name, tensor in parameters.items() if tensor is not None}
+    return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1], item[0])))
+
+
+def describe(step: BadStep, model: Llip, everyone: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is known of a bad step, in plain values.
+
+    Args:
+        step: the main process's part.
+        model: with the step's gradients in place.
+        everyone: per process its `loss` and the `samples` of its slices.
+    """
+    named = dict(model.named_parameters())
+    return {
+        "step": step.step,
+        "losses": [one["loss"] for one in everyone],
+        "grad_norm": step.grad_norm,
+        "logit_scale": model.logit_scale.exp().item(),
+        "gradient_norms": norms({name: p.grad for name, p in named.items()}),
+        "weight_norms": norms(named),
+        "samples": [one["samples"] for one in everyone],
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return one sentence about a bad step."""
+    bad = [rank for rank, loss in enumerate(report["losses"]) if not math.isfinite(loss)]
+    where = f"loss not finite on processes {', '.join(map(str, bad))}" if bad else "every loss is finite"
+    rank = bad[0] if bad else 0
+    keys = [key for ids in report["samples"][rank] for key in ids]
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return (
+        f"step {report['step']}: {where} ({', '.join(f'{loss:.4g}' for loss in report['losses'][:8])}), "
+        f"gradient norm {report['grad_norm']:.4g}, logit scale {report['logit_scale']:.4g}; "
+        f"largest gradients: {_largest(report['gradient_norms'])}; "
+        f"largest weights: {_largest(report['weight_norms'])}; "
+        f"samples of process {rank}: {', '.join(keys[:_SHOWN])}{more}"
+    )
+
+
+def _largest(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in list(found.items())[:_SHOWN])
+
+
+def write_flight_record(
+    step: BadStep, config: Config, model: Llip, scale: float, processes: Processes
+) -> tuple[Path, dict[str, Any] | None]:
+    """Write the record; every process must call it.
+
+    Args:
+        step: this process's part.
+        config: the run.
+        model: with the weights that the step began with, and its gradients.
+        scale: of the loss, 1 unless float16 is used.
+        processes: of the run.
+
+    Returns:
+        (the record's folder, the report on the main process and None elsewhere). A record that cannot be written is
+        left out: the run ends anyway, and `report["unwritten"]` says why.
+    """
+    folder = config.folder / "flight" / f"step_{step.step}"
+    problem = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {
+            "slices": [(images.cpu(), tokens.cpu()) for images, tokens in step.slices],
+            "rng": step.random_state[0],
+            "cuda_rng": step.random_state[1],
+        }
+        torch.save(own, folder / f"process_{processes.rank}.pt")
+    except (OSError, RuntimeError) as error:
+        problem = f"process {processes.rank}: {error}"
+    everyone = processes.gather_to_main({"loss": step.loss, "samples": step.ids, "problem": problem})
+    if everyone is None:
+        return folder, None
+    report = describe(step, model, everyone)
+    problems = [one["problem"] for one in everyone if one["problem"]]
+    try:
+        torch.save({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
+        about = {
+            "format": FORMAT,
+            "processes": processes.count,
+            "loss_scale": scale,
+            "config": dict(vars(config)),
+            "own_files": _own_files(config),
+        }
+        (folder / "record.json").write_text(json.dumps(plain(about | report), indent=1))
+    except (OSError, RuntimeError) as error:
+        problems.append(str(error))
+    if problems:
+        report["unwritten"] = "; ".join(problems)
+    return folder, report
+
+
+def _own_files(config: Config) -> list[str]:
+    try:
+        return [str(path) for path in own_files(config)]
+    except UserError:  # registered where there is no file; the replay asks for one
+        return []
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with numbers that JSON does not know as the strings nan, inf and -inf."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,216 @@
+"""A rehearsal of being interrupted: `python -m llip.training.debug.rehearse <config> [field=value ...] [--steps 20]`.
+
+Trains a few steps of the config in a folder of its own, asks the run to stop as a cluster would (SIGUSR2), continues
+it, and reports what that takes on this machine: how long before its end a job must be warned so that nothing is lost.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llip.configs import Config, search_config
+from llip.errors import EXIT_STOPPED, RunError, UserError
+
+_WRITTEN = re.compile(r"checkpoint of step \d+ written in ([\d.]+) s")
+_FIRST_BATCH = re.compile(r"data: the first batch came after ([\d.]+) s")
+_ENDING = 600.0  # seconds that a run may take from the signal to its end
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What was measured, in seconds."""
+
+    step: float  # median
+    longest_step: float
+    start: float  # from the command to the first step
+    restart: float  # the same, for a run that goes on
+    first_batch: float  # of the start: waiting for data
+    fast_forward: float  # of the restart: waiting for data
+    write: float  # a checkpoint, the longest
+    stop: float  # from the signal to the end of the last process
+    signal_margin: int  # to ask of the cluster
+
+
+def margin(longest_step: float, write: float, stop: float) -> int:
+    """Return the seconds before its end at which a job should be warned: twice what stopping took here, or could take.
+
+    The signal may come at the beginning of the longest step; another half minute is for a file system with more to do.
+    """
+    return math.ceil(2 * max(stop, longest_step + write)) + 30
+
+
+class _Run:
+    """One start of the run."""
+
+    def __init__(self, words: list[str], folder: Path, log: Path) -> None:
+        self.folder, self.log = folder, log
+        self.known = len(self._records())
+        self.began = time.monotonic()
+        with open(log, "wb") as file:
+            command = [sys.executable, "-m", "llip.main", *words]
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def _records(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be in the writing
+
+    def wait_for_steps(self, count: int, deadline: float) -> tuple[float, list[float]]:
+        """Return (seconds to the first step, seconds of each later one)."""
+        times: list[float] = []
+        progress = tqdm(total=count, desc="steps", unit="step", leave=False)
+        with progress:
+            while len(times) < count:
+                new = len(self._records()) - self.known - len(times)
+                times += [time.monotonic()] * max(0, new)
+                if new > 0:
+                    progress.update(new)
+                if self.process.poll() is not None and new <= 0:
+                    self._fail(f"ended with exit code {self.process.returncode}")
+                if time.monotonic() - self.began > deadline:
+                    self._fail(f"did not get to step {count} within {deadline:.0f} s (--deadline)")
+                time.sleep(0.02)
+        logged = [record["seconds"] for record in self._records()[self.known :]]
+        return times[0] - self.began, [after - before for before, after in pairwise(logged)]
+
+    def ask_to_stop(self) -> float:
+        """Send SIGUSR2 and return the seconds until the run has ended."""
+        asked = time.monotonic()
+        self.process.send_signal(signal.SIGUSR2)
+        try:
+            code = self.process.wait(_ENDING)
+        except subprocess.TimeoutExpired:
+            self._fail(f"was asked to stop and has not ended in {_ENDING:.0f} s")
+        if code not in (EXIT_STOPPED, 0):
+            self._fail(f"was asked to stop and ended with exit code {code}, expected {EXIT_STOPPED}")
+        return time.monotonic() - asked
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it has started ends with it
+            self.process.wait(30)
+
+    def found(self, pattern: re.Pattern[str]) -> float:
+        """Return the largest of the numbers that the run's output gives for `pattern`, 0 for none."""
+        return max(map(float, pattern.findall(self.log.read_text(errors="replace"))), default=0.0)
+
+    def _fail(self, what: str) -> None:
+        self.end()
+        tail = "\n".join(self.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-8:])
+        raise RunError(f"the rehearsed run {what}; the end of its output:\n{tail}")
+
+
+def rehearse(words: list[str], config: Config, steps: int, deadline: float, folder: Path) -> Rehearsal:
+    """Start, signal, continue and signal again; see `Rehearsal`.
+
+    Args:
+        words: of the command line of `llip.main`.
+        config: that they mean, with `name` and `logs` of the rehearsal.
+        steps: trained before each signal.
+        deadline: seconds for them.
+        folder: for the runs' output.
+
+    Raises:
+        RunError: a run failed, or did not get so far.
+    """
+    first = _Run(words, config.folder, folder / "first.txt")
+    try:
+        start, seconds = first.wait_for_steps(steps, deadline)
+        stop = first.ask_to_stop()
+    finally:
+        first.end()
+    second = _Run(words, config.folder, folder / "second.txt")
+    try:
+        restart, more = second.wait_for_steps(steps, deadline)
+        stop = max(stop, second.ask_to_stop())
+    finally:
+        second.end()
+    seconds += more
+    write = max(first.found(_WRITTEN), second.found(_WRITTEN))
+    return Rehearsal(
+        step=statistics.median(seconds),
+        longest_step=max(seconds),
+        start=start,
+        restart=restart,
+        first_batch=first.found(_FIRST_BATCH),
+        fast_forward=second.found(_FIRST_BATCH),
+        write=write,
+        stop=stop,
+        signal_margin=margin(max(seconds), write, stop),
+    )
+
+
+def table(result: Rehearsal) -> str:
+    """Return the result for people."""
+    rows = [
+        ("step, median", result.step),
+        ("step, longest", result.longest_step),
+        ("start, to the first step", result.start),
+        ("restart, to the first step", result.restart),
+        ("first batch after the start", result.first_batch),
+        ("first batch after the restart (fast-forward)", result.fast_forward),
+        ("writing and verifying a checkpoint", result.write),
+        ("from the signal to the end of the run", result.stop),
+    ]
+    lines = [f"{name:46} {seconds:8.2f} s" for name, seconds in rows]
+    lines.append(f"\nask the cluster for a warning {result.signal_margin} s before the end:")
+    lines.append(f"  python submitit_openclip.py ... --signal-margin {result.signal_margin}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rehearse a config and print what it takes. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llip.training.debug.rehearse", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("config", help="a config's name, or path/to/file.py:function")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
+    parser.add_argument("--steps", type=int, default=20, help="trained before each signal [%(default)s]")
+    parser.add_argument("--deadline", type=float, default=1800, help="seconds for them [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        result = _rehearse(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(dataclasses.asdict(result)) if given.json else table(result))
+    return 0
+
+
+def _rehearse(given: argparse.Namespace) -> Rehearsal:
+    config = search_config(given.config, given.overrides)
+    if config.nodes > 1:
+        raise UserError(f"config {config.name} asks for {config.nodes} nodes; rehearse on one of them with nodes=1")
+    if given.steps < 2:
+        raise UserError(f"--steps {given.steps}: expected at least 2")
+    own = {"name": f"{config.name}_rehearsal_{os.getpid()}", "log_steps": "1", "save_steps": "0", "eval_steps": "0",
+           "save_frequency": "0", "report_to": "none"}  # fmt: skip
+    kept = [word for word in given.overrides if word.partition("=")[0] not in own]
+    words = [given.config, *kept, *(f"{name}={value}" for name, value in own.items())]
+    config = search_config(given.config, words[1:])
+    if config.total_steps <= 2 * given.steps:
+        raise UserError(f"config {config.name} has {config.total_steps} steps; give --steps below half of them")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return rehearse(words, config, given.steps, given.deadline, config.folder)
+    finally:
+        shutil.rmtree(config.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Compute a bad step again: `python -m llip.training.debug.replay <run>/flight/step_<N> [--device cpu] [--json]`.
+
+All processes' parts are joined in this one process, which gives the same loss over all images and all texts. Tells
+whether the numbers go wrong again, in which module first, and for which samples. Where the run used a pooling or an
+objective of the user's own, the file that registers it is named and read again.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llip.configs import Config, config_fields, read_file
+from llip.errors import UserError
+from llip.extensions import objectives, poolings
+from llip.open_clip.factory import create_model, model_spec
+from llip.open_clip.model import Llip, autocast_dtype
+from llip.open_clip.weights.load import load_weights, read_checkpoint
+from llip.training.debug.nan_dump import FORMAT, norms, plain
+from llip.training.distributed.processes import Processes
+from llip.training.step.accumulation import RandomState, Slice, backward_step
+from llip.training.step.task import ContrastiveTask
+
+_SHOWN = 8
+
+
+@dataclasses.dataclass
+class FirstTrouble:
+    """The first module of a forward pass that gave a value that is not finite."""
+
+    module: str = ""
+    samples: tuple[int, ...] = ()  # their numbers in the slice
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return `record.json` of a flight record.
+
+    Raises:
+        UserError: there is none, or it is of another version.
+    """
+    path = folder / "record.json"
+    try:
+        record = json.loads(path.read_text())
+        written = record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(folder)!r} is no flight record ({type(error).__name__}: {error}); expected <run>/flight/step_<N>"
+        ) from error
+    if written != FORMAT:
+        raise UserError(f"flight record {str(path)!r} has format {written!r}, expected {FORMAT}")
+    return record
+
+
+def read_own_files(record: dict[str, Any], given: Sequence[Path] = ()) -> list[Path]:
+    """Read the user's files without which the record's pooling or objective is unknown, saying so first.
+
+    Args:
+        record: of `read_record`.
+        given: files to read in the place of the recorded ones.
+
+    Returns:
+        The files that were read.
+
+    Raises:
+        UserError: a file is not there any more or does not run, or a name is unknown still.
+    """
+    names = {field: record["config"].get(field) for field in ("pooling", "loss")}
+    registries = {"pooling": poolings, "loss": objectives}
+
+    def unknown() -> str:
+        missing = {field: name for field, name in names.items() if name is not None and name not in registries[field]}
+        return " and ".join(f"{field} {name!r}" for field, name in missing.items())
+
+    if not (wanted := unknown()):
+        return []
+    files = list(given) or [Path(name) for name in record.get("own_files", [])]
+    fix = "name the file that registers it with --own path/to/file.py"
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"the run used {wanted}, from {str(path)!r}, which is not there (any more): {fix}")
+        print(f"reading {path}, for {wanted}", file=sys.stderr)
+        read_file(path)
+    if wanted := unknown():
+        found = f"{', '.join(map(str, files))} does not register it" if files else "the record does not tell its file"
+        raise UserError(f"the run used {wanted}, and {found}: {fix}")
+    return files
+
+
+def read_config(fields: dict[str, Any]) -> Config:
+    """Return the config of a record; fields that this version does not know are left out."""
+    known = {name: value for name, value in fields.items() if name in config_fields()}
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def read_parts(folder: Path, processes: int, device: torch.device) -> tuple[list[Slice], list[RandomState | None]]:
+    """Return the slices of all processes by rank, and the random state of each where it is known."""
+    slices: list[Slice] = []
+    states: list[RandomState | None] = []
+    for rank in range(processes):
+        own = read_checkpoint(folder / f"process_{rank}.pt")
+        for index, (images, tokens) in enumerate(own["slices"]):
+            slices.append((images.to(device), tokens.to(device)))
+            states.append((own["rng"], own["cuda_rng"]) if index == 0 else None)  # the next ones follow from it
+    return slices, states
+
+
+@contextmanager
+def first_trouble(model: nn.Module) -> Iterator[FirstTrouble]:
+    """Note the first module inside whose output is not finite though its inputs are."""
+    found = FirstTrouble()
+
+    def look(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        if found.module or any(len(_bad(value)) for value in _tensors(inputs)):
+            return
+        for value in _tensors(output):
+            if len(bad := _bad(value)):
+                found.module, found.samples = name, tuple(bad.tolist())
+                return
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _bad(value: Tensor) -> Tensor:
+    """Return the indices along the first dimension of `value` at which something is not finite."""
+    if not value.is_floating_point() or not value.ndim:
+        return torch.empty(0, dtype=torch.long)
+    return (~value.detach().isfinite().flatten(1).all(dim=1) if value.ndim > 1 else ~value.isfinite()).nonzero()[:, 0]
+
+
+def bad_samples(model: Llip, slices: list[Slice], autocast: Any, keys: list[list[str]]) -> dict[str, Any]:
+    """Look at each slice by itself: the first module in trouble, and the samples whose features are not finite."""
+    from llip.open_clip.factory import normalise_images
+
+    modules: dict[str, int] = {}
+    samples: list[str] = []
+    for (images, tokens), names in zip(slices, keys, strict=True):
+        with torch.no_grad(), autocast(), first_trouble(model) as trouble:
+            h, t = model.encode_image(normalise_images(images)), model.encode_text(tokens)
+        if trouble.module:
+            modules[trouble.module] = modules.get(trouble.module, 0) + 1
+        samples += [names[index] for index in sorted({*_bad(h).tolist(), *_bad(t).tolist()})]
+    return {"first_modules": modules, "samples_without_finite_features": samples}
+
+
+def replay(folder: Path, device: torch.device, own: Sequence[Path] = ()) -> dict[str, Any]:
+    """Compute the step of a flight record again, as plain values.
+
+    Args:
+        folder: the record.
+        device: to compute on.
+        own: files that register the run's own pooling or objective, in the place of those that the record names.
+
+    Raises:
+        UserError: the record is not there or damaged, or such a file is missing.
+    """
+    record = read_record(folder)
+    files = read_own_files(record, own)
+    config = read_config(record["config"])
+    model = create_model(model_spec(config), None, config.model)
+    load_weights(model, read_checkpoint(folder / "model.pt"), "the flight record")
+    model.to(device).train()
+    slices, states = read_parts(folder, record["processes"], device)
+    keys = [ids for process in record["samples"] for ids in process]
+    dtype = autocast_dtype(config.precision)
+    autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
+    found = bad_samples(model, slices, autocast, keys)
+    task = ContrastiveTask(model, config.loss, Processes(0, 1, device), config.score_memory)
+    scale = float(record["loss_scale"])
+    loss, _ = backward_step(task, slices, autocast, lambda value: value * scale, states)
+    gradients = norms({name: None if p.grad is None else p.grad / scale for name, p in model.named_parameters()})
+    norm = math.sqrt(sum(value**2 for value in gradients.values()))
+    recorded = [float(value) for value in record["losses"]]
+    return {
+        "step": record["step"],
+        "read": [str(path) for path in files],
+        "recorded_loss": sum(recorded) / len(recorded),
+        "recorded_grad_norm": float(record["grad_norm"]),
+        "loss": loss.item(),
+        "grad_norm": norm,
+        "reproduced": not (math.isfinite(loss.item()) and math.isfinite(norm)),
+        **found,
+        "gradient_norms": dict(list(gradients.items())[:_SHOWN]),
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Return the result of a replay for people."""
+    samples = result["samples_without_finite_features"]
+    more = f" and {len(samples) - _SHOWN} more" if len(samples) > _SHOWN else ""
+    modules = ", ".join(f"{name} (in {count} slices)" for name, count in result["first_modules"].items())
+    norm_lines = "\n".join(f"  {value:12.4g}  {name}" for name, value in result["gradient_norms"].items())
+    return (
+        f"step {result['step']}: loss {result['loss']:.6g} (recorded {result['recorded_loss']:.6g}), gradient norm "
+        f"{result['grad_norm']:.6g} (recorded {result['recorded_grad_norm']:.6g})\n"
+        + ("the numbers go wrong again\n" if result["reproduced"] else "the numbers are finite here\n")
+        + f"first module whose output is not finite: {modules or 'none'}\n"
+        f"samples without finite features: {', '.join(samples[:_SHOWN]) or 'none'}{more}\n"
+        f"largest gradient norms:\n{norm_lines}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Replay a record and print what comes out. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m llip.training.debug.replay", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="the flight record, <run>/flight/step_<N>")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument(
+        "--own",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files that register the run's own pooling or loss [those of the run]",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead")
+    given = parser.parse_args(arguments)
+    try:
+        result = replay(given.folder, torch.device(given.device), given.own)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(plain(result)) if given.json else describe(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a run reports: log, metrics, figures, speed, profile."""

@@ -1,0 +1,157 @@
+"""What the training process makes of its workers' reports: what was used, what was dropped and where, what is slow."""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from llip.data.worker_stats import WorkerReport
+
+WAIT_WORTH_A_LINE = 0.1
+"""Share of the time spent waiting for data from which on the log says what is slow."""
+_LINES = 10  # single cases of damage that are told as they come; all are counted
+_TABLE_ROWS = 20
+_ADVICE = {
+    "read": "more workers, or faster storage",
+    "decode": "more workers, or smaller pictures in the shards",
+    "tokenize": "more workers",
+    "hand-over": "the workers have batches in stock; what is slow is taking them over, so look at the machine's load",
+}
+
+log = logging.getLogger("llip")
+
+
+@dataclasses.dataclass
+class DataCounts:
+    """What a process has used and dropped since its run began; stored in checkpoints."""
+
+    used: list[int]  # samples, per dataset
+    dropped: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (shard, reason) -> samples
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain containers."""
+        return {"used": self.used, "dropped": [[*place, count] for place, count in self.dropped.items()]}
+
+    def restore(self, saved: Iterable[dict[str, Any]]) -> None:
+        """Take over the sum of what `plain` described on several processes."""
+        for one in saved:
+            for dataset, count in enumerate(one["used"][: len(self.used)]):
+                self.used[dataset] += count
+            for shard, reason, count in one["dropped"]:
+                self.dropped[shard, reason] += count
+
+    def by_reason(self) -> Counter[str]:
+        """Return the dropped samples by reason."""
+        reasons = Counter[str]()
+        for (_, reason), count in self.dropped.items():
+            reasons[reason] += count
+        return reasons
+
+
+def sum_counts(everyone: list[dict[str, Any]]) -> DataCounts:
+    """Return the sum over processes of what `DataCounts.plain` describes."""
+    total = DataCounts([0] * len(everyone[0]["used"]))
+    total.restore(everyone)
+    return total
+
+
+class DataReport:
+    """Gathers the reports of one process's workers."""
+
+    def __init__(self, names: list[str], counts: DataCounts, workers: int) -> None:
+        """Go on from `counts`.
+
+        Args:
+            names: of the datasets, for people.
+            counts: advanced in place.
+            workers: of this process; 0 where it loads by itself.
+        """
+        self.names, self.counts, self.workers = names, counts, workers
+        self.seconds: Counter[str] = Counter()  # by stage, over the workers, since the last record
+        self.memory = [0] * max(1, workers)  # bytes, by worker
+        self._told: set[tuple[str, str]] = set(counts.dropped)
+        self._said: set[str] = set()  # slow stages, in this epoch
+
+    def add(self, report: WorkerReport, batch: int) -> None:
+        """Count what came with batch number `batch`; a new kind of damage is said aloud, up to a few."""
+        for dataset, count in enumerate(report.used):
+            self.counts.used[dataset] += count
+        for shard, reason, count in report.dropped:
+            self.counts.dropped[shard, reason] += count
+            if (shard, reason) not in self._told:
+                self._told.add((shard, reason))
+                self._tell(shard, reason)
+        self.seconds.update(report.seconds)
+        self.memory[batch % len(self.memory)] = report.memory
+
+    def _tell(self, shard: str, reason: str) -> None:
+        if len(self._told) <= _LINES:
+            log.warning("data: dropping from %s: %s (counted from here on)", shard, reason)
+        elif len(self._told) == _LINES + 1:
+            log.warning("data: more shards have damage; it is counted, and listed at the end of the epoch")
+
+    def record(self, everyone: list[dict[str, Any]], wait_fraction: float) -> dict[str, Any]:
+        """Return the fields of metrics.jsonl, and begin a new window.
+
+        Args:
+            everyone: the counts of all processes, plain.
+            wait_fraction: share of the window that was spent waiting for data.
+        """
+        counts = sum_counts(everyone)
+        record = {
+            "dropped_samples": counts.dropped.total(),
+            "dropped": dict(counts.by_reason()),
+            "dataset_samples": counts.used,
+            **{f"data_{stage}_seconds": self.seconds[stage] for stage in ("read", "decode", "tokenize", "idle")},
+            "data_bottleneck": self.bottleneck() if wait_fraction > WAIT_WORTH_A_LINE else None,
+            "worker_memory_mb": max(self.memory) / 2**20,
+        }
+        self.seconds.clear()
+        return record
+
+    def bottleneck(self) -> str | None:
+        """Return the stage that holds up the training process, None before any batch."""
+        work = {stage: self.seconds[stage] for stage in ("read", "decode", "tokenize")}
+        if not any(work.values()):
+            return None
+        if self.workers and self.seconds["idle"] > sum(work.values()):
+            return "hand-over"
+        return max(work, key=lambda stage: work[stage])
+
+    def explain(self, record: dict[str, Any], wait_fraction: float) -> None:
+        """Say what is slow, once per epoch and stage."""
+        slow = record["data_bottleneck"]
+        if slow is None or slow in self._said:
+            return
+        self._said.add(slow)
+        work = {stage: record[f"data_{stage}_seconds"] for stage in ("read", "decode", "tokenize")}
+        total = max(1e-9, sum(work.values()))
+        shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in work.items())
+        log.info(
+            "data: %.0f %% of the time goes into waiting for data; the slowest stage is %s (%s): %s",
+            100 * wait_fraction,
+            slow,
+            shares,
+            _ADVICE[slow],
+        )
+
+    def log_epoch(self, everyone: list[dict[str, Any]]) -> None:
+        """Write what was dropped so far as a table, and what each of several datasets gave."""
+        counts = sum_counts(everyone)
+        self._said.clear()
+        if len(self.names) > 1:
+            total = max(1, sum(counts.used))
+            shares = [
+                f"{name}: {used:,} ({used / total:.1%})" for name, used in zip(self.names, counts.used, strict=True)
+            ]
+            log.info("data: samples so far by dataset: %s", "; ".join(shares))
+        if not counts.dropped:
+            return
+        rows = [f"{count:>10,}  {reason:30}  {shard}" for (shard, reason), count in counts.dropped.most_common()]
+        more = [f"{'':>10}  and {len(rows) - _TABLE_ROWS:,} more"] if len(rows) > _TABLE_ROWS else []
+        log.info(
+            "data: %s samples dropped so far\n%s",
+            f"{counts.dropped.total():,}",
+            "\n".join([f"{'samples':>10}  {'reason':30}  shard", *rows[:_TABLE_ROWS], *more]),
+        )

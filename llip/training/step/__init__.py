@@ -1,0 +1,1 @@
+"""One optimizer step: task, accumulation, engines (DDP, FSDP), optimizer."""

@@ -1,0 +1,194 @@
+"""Weights, gradients and AdamW's state in shares, one on each process (PyTorch's FSDP2): `distributed_engine=fsdp`.
+
+Each block of the two towers is a unit, and what else a tower has is another one. A unit's weights are whole only while
+it computes, forward and backward; its gradient is averaged and cut into shares as soon as it is there, for each
+accumulation slice anew, so that no process ever holds a whole gradient. The pooling head and the logit scale and bias
+stay whole and go through DDP: they are small, are used outside of any forward hook (the scores, the measures of the
+mixture), and a number cannot be cut.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llip.configs import Config
+from llip.open_clip.model import Llip
+from llip.training.distributed.processes import Processes
+from llip.training.reporting.run_log import log
+from llip.training.step.engine import Engine
+from llip.training.step.optimizer import parameter_groups
+from llip.training.step.task import ContrastiveTask
+
+_BLOCK = re.compile(r"blocks\.\d+$")
+
+
+class ShardedEngine(Engine):
+    """Each process has a share of the towers' weights, and all of the head's."""
+
+    def __init__(self, config: Config, model: Llip, processes: Processes) -> None:
+        """Cut the model's towers, in place.
+
+        Args:
+            config: the run; `torchcompile` compiles each block, between the hooks that make its weights whole.
+            model: with the same weights on every process, on its device.
+            processes: more than one.
+        """
+        assert processes.count > 1, "one process has nothing to share"
+        self.processes = processes
+        self.skeleton = _without_weights(model)
+        self.groups = [group.names for group in parameter_groups(model, config)]  # as in a checkpoint
+        _shard_towers(model, processes, config.torchcompile)
+        self.parameters = dict(model.named_parameters())
+        own = sum(_local(parameter).numel() for parameter in self.parameters.values())
+        log.info("weights: %s of %s numbers on this process (FSDP2)", f"{own:,}", f"{_count(model):,}")
+
+    def wrap(self, task: ContrastiveTask) -> nn.Module:
+        """See `Engine`: DDP for what is whole; FSDP2's own hooks look after the rest.
+
+        What DDP leaves out is told by a method that PyTorch calls private, for want of a public one.
+        """
+        shares = [name for name, parameter in task.named_parameters() if isinstance(parameter, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, shares)
+        return super().wrap(task)
+
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """See `Engine`."""
+        shares = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+        whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+        square = torch.nn.utils.get_total_norm([share for share in shares if share.numel()]).square()
+        square = square.to(self.processes.device)  # a process may have no share of anything
+        dist.all_reduce(square)
+        return (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], largest: float, total: Tensor) -> None:
+        """See `Engine`."""
+        factor = (largest / (total + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            _local(parameter.grad).mul_(factor)
+
+    def model_state(self, model: Llip) -> dict[str, Tensor]:
+        """See `Engine`. On the CPU; empty on other processes than the main one."""
+        return self._on_main(model.state_dict())
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """See `Engine`. On the CPU; without moments on other processes than the main one."""
+        settings = {
+            id(parameter): {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        state: dict[int, dict[str, Tensor]] = {}
+        groups, first = [], 0
+        for names in self.groups:
+            for index, name in enumerate(names, first):
+                if moments := self._on_main(optimizer.state.get(self.parameters[name], {})):
+                    state[index] = moments
+            setting = settings[id(self.parameters[names[0]])]
+            groups.append(setting | {"params": list(range(first, first + len(names)))})
+            first += len(names)
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        """See `Engine`."""
+        lengths = [len(group["params"]) for group in saved["param_groups"]]
+        assert lengths == [len(names) for names in self.groups], "the checkpoint is of an optimizer of other parameters"
+        places = {
+            id(self.parameters[name]): (index, group)
+            for names, group in zip(self.groups, saved["param_groups"], strict=True)
+            for name, index in zip(names, group["params"], strict=True)
+        }
+        state, groups, first = {}, [], 0
+        for group in optimizer.param_groups:
+            for own, parameter in enumerate(group["params"], first):
+                index, setting = places[id(parameter)]
+                if index in saved["state"]:
+                    state[own] = {key: _share(value, parameter) for key, value in saved["state"][index].items()}
+            groups.append(setting | {"params": list(range(first, first + len(group["params"])))})
+            first += len(group["params"])
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def whole_model(self, model: Llip) -> Llip:
+        """See `Engine`. A copy, which takes the memory of all weights until it is let go."""
+        return self._filled({name: _whole(tensor) for name, tensor in model.state_dict().items()})
+
+    def model_with_gradients(self, model: Llip) -> Llip:
+        """See `Engine`. A copy on the CPU; the sharded model itself on other processes than the main one."""
+        weights = self.model_state(model)
+        named = dict(model.named_parameters())
+        gradients = self._on_main({name: p.grad for name, p in named.items() if p.grad is not None})
+        if not self.processes.is_main:
+            return model
+        filled = self._filled(weights)
+        for name, gradient in gradients.items():
+            filled.get_parameter(name).grad = gradient
+        return filled
+
+    def _filled(self, weights: dict[str, Tensor]) -> Llip:
+        model = copy.deepcopy(self.skeleton)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def _on_main(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the whole tensors on the main process's CPU, nothing elsewhere; one after the other is made whole."""
+        found = {}
+        for name, tensor in tensors.items():
+            whole = _whole(tensor)
+            if self.processes.is_main:
+                found[name] = whole.cpu()
+        return found
+
+
+def _shard_towers(model: Llip, processes: Processes, compiled: bool) -> None:
+    # Weights are gathered and gradients averaged in float32, and autocast rounds in the same places as under DDP: the
+    # two engines give equal losses, at twice the traffic of bfloat16. Autocast's bfloat16 copies of the weights stay
+    # whole from forward to backward, or to the end of the forward pass with grad_checkpointing.
+    policy = MixedPrecisionPolicy()
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    for tower in (model.visual, model.text):
+        for name, module in tower.named_modules():
+            if _BLOCK.search(name):
+                if compiled:
+                    module.forward = torch.compile(module.forward)  # the hooks, around it, stay as they are
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(tower, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _without_weights(model: Llip) -> Llip:
+    """Return a copy of a model whose parameters have a shape and no memory."""
+    memo = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor; every process must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's share of a tensor, or the tensor itself where it is whole; the memory is the tensor's."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(value: Tensor, like: nn.Parameter) -> Tensor:
+    """Return this process's share of a whole `value`, cut as the parameter is; counters stay whole."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

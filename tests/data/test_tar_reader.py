@@ -1,0 +1,293 @@
+"""One shard to raw samples: what is read, against tarfile and webdataset, and how each kind of damage is named."""
+
+import functools
+import gzip
+import http.server
+import io
+import os
+import random
+import shutil
+import tarfile
+import threading
+import time
+
+import pytest
+import webdataset
+
+from llip.data import tar_reader as reading
+from llip.data.tar_reader import Damage, read_samples, split_name
+
+
+def write_members(path, members, **options):
+    """Write (name, bytes) members, or TarInfo objects without data, in their order."""
+    with tarfile.open(path, "w", **options) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            name, data = member
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def pairs(count, start=0):
+    return [
+        member
+        for i in range(start, start + count)
+        for member in ((f"{i:04d}.jpg", os.urandom(700 + 37 * i)), (f"{i:04d}.txt", b"caption %d" % i))
+    ]
+
+
+def keys(items):
+    return [item["__key__"] for item in items if not isinstance(item, Damage)]
+
+
+def damage(items):
+    return [item.reason for item in items if isinstance(item, Damage)]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_are_those_of_webdataset(tmp_path, tar_format):
+    long, accents = "folder/" * 13 + "n" * 90, "dossier/été"  # a long name and one that is not ASCII
+    members = [*pairs(3), (f"{long}.JPG", b"J"), (f"{long}.txt", b"T"), (f"{accents}.seg.png", b"P"), *pairs(2, 5)]
+    path = write_members(tmp_path / "a.tar", members, format=tar_format)
+    found = list(read_samples(path))
+    assert found == list(webdataset.tariterators.tarfile_samples([{"url": path}]))
+    assert {suffix for sample in found for suffix in sample} == {"__key__", "__url__", "jpg", "txt", "seg.png"}
+
+
+def test_writers_with_fractions_of_seconds(tmp_path):
+    path = str(tmp_path / "a.tar")
+    with webdataset.TarWriter(path, mtime=1.25) as writer:  # every member gets a pax header
+        for i in range(4):
+            writer.write({"__key__": f"k{i}", "jpg": os.urandom(3000), "txt": "x"})
+    assert list(read_samples(path)) == list(webdataset.tariterators.tarfile_samples([{"url": path}]))
+    assert keys(read_samples(path)) == ["k0", "k1", "k2", "k3"]
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+def test_compressed_shards(tmp_path, mode, prefix):
+    members = pairs(4)
+    path = tmp_path / f"a.tar.{mode}"
+    with tarfile.open(path, f"w:{mode}") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    found = list(read_samples(prefix + str(path)))
+    assert [sample["jpg"] for sample in found] == [data for name, data in members if name.endswith("jpg")]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a.jpg", ("a", "jpg")),
+        ("x.y/a.seg.PNG", ("x.y/a", "seg.png")),
+        ("./d/a.txt", ("./d/a", "txt")),
+        ("d/._a.jpg", None),
+        (".hidden", None),
+        ("README", None),
+        ("d.x/README", None),
+        ("__meta__/a.json", None),
+        ("__info__", None),
+        ("__a.jpg", ("__a", "jpg")),
+    ],
+)
+def test_names_to_keys(name, parts):
+    assert split_name(name) == parts
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    path = tmp_path / "a.tar"
+    names = [b"\xe9t\xe9", b"\xe9t\xe8", b"\xe9" * 120]  # the last one needs a second header
+    write_members(
+        path,
+        [(name.decode("latin-1") + ".jpg", name) for name in names],
+        format=tarfile.GNU_FORMAT,
+        encoding="latin-1",
+    )
+    found = keys(read_samples(str(path)))
+    assert len(set(found)) == 3
+    assert all(key.encode().isascii() for key in found)
+
+
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+def test_any_changed_bytes_give_samples_or_damage(tmp_path, prefix):
+    path = tmp_path / "a.tar"
+    write_members(path, [(f"{'n' * (i % 3 * 60)}{i}.{s}", os.urandom(50 * i)) for i in range(12) for s in ("a", "b")])
+    whole, good = path.read_bytes(), list(read_samples(str(path)))
+    with tarfile.open(path) as tar:
+        starts = [member.offset_data for member in tar if member.name.endswith(".a")]
+    rng = random.Random(0)
+    for _ in range(300 if not prefix else 20):
+        data, where = bytearray(whole), rng.randrange(len(whole))
+        for at in range(where, min(len(data), where + rng.choice([1, 8, 600]))):
+            data[at] = rng.randrange(256)
+        path.write_bytes(data)
+        found = list(read_samples(f"{prefix}{path}"))
+        assert all(isinstance(item, Damage) or len(item) > 2 for item in found)
+        before = sum(start <= where for start in starts[1:])  # a sample is whole when the next one has begun
+        kept = [{**item, "__url__": str(path)} for item in found[:before]]
+        assert kept == good[:before]
+
+
+def test_members_that_are_no_samples_are_passed_over(tmp_path):
+    folder, link = tarfile.TarInfo("folder.d"), tarfile.TarInfo("link.jpg")
+    folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "0000.jpg"
+    hidden = [("._0000.jpg", b"finder"), ("__meta__/x.json", b"{}")]
+    jpg, txt = pairs(1)
+    path = write_members(tmp_path / "a.tar", [folder, jpg, *hidden, txt, link])
+    assert list(read_samples(path)) == [{"__key__": "0000", "__url__": path, "jpg": jpg[1], "txt": txt[1]}]
+
+
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+@pytest.mark.parametrize("skip", [0, 1, 3, 4, 9])
+def test_skipping_counts_what_reading_yields(tmp_path, prefix, skip):
+    twice = [("0009.jpg", b"1"), ("0009.jpg", b"2"), ("0009.txt", b"x")]  # not a sample, so not counted
+    path = prefix + write_members(tmp_path / "a.tar", [*pairs(2), *twice, *pairs(2, 2)])
+    whole, rest = list(read_samples(path)), list(read_samples(path, skip=skip))
+    assert [item for item in rest if isinstance(item, dict)] == [item for item in whole if isinstance(item, dict)][
+        skip:
+    ]
+    assert damage(rest) == damage(whole) == [reading.DUPLICATE]
+
+
+def test_duplicate_names_the_member(tmp_path):
+    path = write_members(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.JPG", b"2"), ("b.jpg", b"3")])
+    found = list(read_samples(path))
+    assert found == [Damage(path, reading.DUPLICATE, "a.JPG"), {"__key__": "b", "__url__": path, "jpg": b"3"}]
+
+
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+def test_truncation_at_every_block(tmp_path, prefix):
+    members = [("a.jpg", b"x" * 600), ("a.txt", b"a"), ("b.jpg", b"y" * 512), ("b.txt", b"b")]
+    whole = (tmp_path / "a.tar").with_name("whole.tar")
+    write_members(whole, members)
+    data = whole.read_bytes()
+    ends = {"a": 512 + 1024 + 512 + 512, "b": 512 + 1024 + 512 + 512 + 512 + 512 + 512 + 512}
+    for cut in range(100, ends["b"] + 512, 100 if not prefix else 700):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(data[:cut])
+        for skip in (0, 5):
+            found = list(read_samples(f"{prefix}{path}", skip=skip))
+            assert damage(found) == [reading.TRUNCATED if cut >= 512 else reading.NOT_A_TAR], cut
+            # a sample counts as whole once the header of the next has been seen
+            assert keys(found) == ([] if skip else ["a"] * (cut >= ends["a"] + 512)), cut
+    assert keys(read_samples(str(whole))) == ["a", "b"]
+
+
+def test_padding_lost_at_the_end_of_data(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, [("a.jpg", b"x" * 600)])
+    path.write_bytes(path.read_bytes()[: 512 + 599])
+    for skip in (0, 1):
+        assert damage(read_samples(str(path), skip=skip)) == [reading.TRUNCATED]
+
+
+def test_damaged_header_ends_the_shard_only(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, [("a.jpg", b"x"), ("b.jpg", b"y"), ("c.jpg", b"z")])
+    data = bytearray(path.read_bytes())
+    data[1024 * 2 + 3] ^= 0xFF  # in the name of the third member
+    path.write_bytes(data)
+    found = list(read_samples(str(path)))
+    assert keys(found) == ["a"]  # b may have had more members
+    assert damage(found) == [reading.BAD_HEADER]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", reading.ZERO_BYTES),
+        (b"<html>not found</html>", reading.NOT_A_TAR),
+        (b"<html>" * 1000, reading.NOT_A_TAR),
+        (os.urandom(4096), reading.NOT_A_TAR),
+        (gzip.compress(os.urandom(100)), reading.NOT_A_TAR),
+        (gzip.compress(os.urandom(20_000))[:9000], reading.NOT_A_TAR),
+        (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 500, reading.UNREADABLE),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+def test_what_is_no_tar(tmp_path, content, reason, prefix):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    assert damage(read_samples(f"{prefix}{path}")) == [reason]
+
+
+def test_cut_gzip(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, pairs(30))
+    packed = gzip.compress(path.read_bytes())
+    path.write_bytes(packed[: len(packed) // 2])
+    found = list(read_samples(str(path)))
+    assert damage(found) == [reading.TRUNCATED]
+    assert 5 < len(keys(found)) < 25
+
+
+def test_shards_that_cannot_be_opened(tmp_path):
+    assert damage(read_samples(str(tmp_path / "none.tar"))) == [reading.MISSING]
+    assert damage(read_samples(str(tmp_path))) == [reading.UNREADABLE]  # a folder
+    assert damage(read_samples("nosuch5://host/a.tar")) == [reading.MISSING]
+    assert damage(read_samples((tmp_path / "none.tar").as_uri())) == [reading.MISSING]  # opened by webdataset
+
+
+def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, [(f"{i:03d}.jpg", os.urandom(100_000)) for i in range(20)])
+    items = read_samples(str(path))
+    found = [next(items)]
+    os.truncate(path, 700_000)
+    found += items
+    assert keys(found) == [f"{i:03d}" for i in range(len(found) - 1)]
+    assert damage(found) == [reading.TRUNCATED]
+
+
+@pytest.mark.parametrize(
+    ("command", "count", "detail"),
+    [
+        ("cat {path}; exit 3", 50, "exit code 3"),  # all of it came, and yet
+        ("head -c 20000 {path}; exit 4", None, "exit code 4"),  # the reason, not its consequence
+        ("exit 5", 0, "exit code 5"),
+        ("cat {path}.nowhere 2>/dev/null", 0, "exit code 1"),
+        ("echo no such bucket; exit 6", 0, "exit code 6"),
+    ],
+)
+def test_commands_that_fail(tmp_path, command, count, detail):
+    path = write_members(tmp_path / "a.tar", pairs(50))
+    found = list(read_samples("pipe:" + command.format(path=path)))
+    assert found[-1] == Damage(found[-1].url, reading.COMMAND_FAILED, detail)
+    assert len(damage(found)) == 1
+    assert len(keys(found)) == count if count is not None else 5 < len(keys(found)) < 25
+
+
+def test_leaving_a_command_ends_it_and_its_children(tmp_path):
+    path, mark = write_members(tmp_path / "a.tar", pairs(3)), tmp_path / "mark"
+    items = read_samples(f"pipe:(cat {path}; sleep 1; touch {mark}) | cat; true")
+    assert next(items)["__key__"] == "0000"
+    started = time.monotonic()
+    items.close()
+    assert time.monotonic() - started < 0.9
+    time.sleep(1.5)
+    assert not mark.exists()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches URLs with curl")
+def test_shards_over_http(tmp_path):
+    path = write_members(tmp_path / "a.tar", pairs(20))
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = list(read_samples(f"{url}/a.tar"))
+        missing = list(read_samples(f"{url}/b.tar"))
+        server.shutdown()
+    assert [{**item, "__url__": path} for item in found] == list(read_samples(path))
+    assert missing == [Damage(f"{url}/b.tar", reading.COMMAND_FAILED, "exit code 22")]  # curl's for a 404
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass

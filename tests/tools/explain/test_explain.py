@@ -1,0 +1,120 @@
+"""The program on a tiny checkpoint: numbers of the model itself, the figure, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llip
+from llip.tools.explain.__main__ import main
+from llip.tools.explain.explanation import effective_tokens, tokens_that_matter
+from llip.tools.explain.inputs import draw_scenes
+from tests.helpers import image_bytes
+
+
+def write_checkpoint(folder, tiny_model, **options):
+    torch.manual_seed(0)
+    model, _, _ = llip.create_model_and_transforms(tiny_model, pool_heads=2, **options)
+    path = folder / "checkpoint.pt"
+    torch.save({"model": model.config, "state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_model):
+    return write_checkpoint(tmp_path, tiny_model, mixture_tokens=3)
+
+
+@pytest.fixture
+def images(tmp_path):
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    for seed, path in enumerate(paths):
+        path.write_bytes(image_bytes(seed, size=32))
+    return [str(path) for path in paths]
+
+
+def test_json_holds_the_numbers_of_the_model(checkpoint, images, capsys):
+    captions = ["a red star", "two blue rings"]
+    assert main([str(checkpoint), "--images", *images, "--captions", *captions, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    model = llip.load_pretrained(checkpoint)
+    with torch.no_grad():
+        h = model.encode_image(torch.stack([model.preprocess_val(Image.open(path)) for path in images]))
+        t = model.encode_text(model.tokenizer(captions))
+        z = model.contextualize(h, t)
+        weights = model.mixture_weights(h, t)
+    for i, image in enumerate(record["images"]):
+        np.testing.assert_allclose(image["scores"], (z[i] * t).sum(-1), atol=2e-5)
+        np.testing.assert_allclose(image["weights_by_head"], weights[i], atol=2e-5)
+        np.testing.assert_allclose(image["weights"], weights[i].mean(dim=1), atol=2e-5)
+        assert sorted(image["tokens"]) == [0, 1, 2]
+        token_maps = np.array(image["token_maps"])[np.argsort(image["tokens"])]
+        mixed = np.einsum("tk,khw->thw", np.array(image["weights"]), token_maps)
+        np.testing.assert_allclose(image["caption_maps"], mixed, atol=1e-4)
+    assert record["notes"] == []
+
+
+def test_figure_is_written_and_repeats(checkpoint, images, tmp_path, capsys):
+    figures = [tmp_path / "a.png", tmp_path / "b.png"]
+    for figure in figures:
+        command = [str(checkpoint), "--images", *images[:1], "--captions", "a", "b", "--attention", "rollout"]
+        assert main([*command, "--tokens", "2", "--out", str(figure)]) == 0
+    assert figures[0].read_bytes() == figures[1].read_bytes()
+    pixels = np.asarray(Image.open(figures[0]).convert("RGB"))
+    assert pixels.shape[1] > 1000
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert "one.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [({"pooling": "mean", "mixture_tokens": 3}, "does not listen"), ({"mixture_tokens": 1}, "One mixture token")],
+)
+def test_other_poolings_say_what_they_can_show(tmp_path, tiny_model, images, capsys, options, note):
+    checkpoint = write_checkpoint(tmp_path, tiny_model, **options)
+    command = [str(checkpoint), "--images", images[0], "--captions", "a", "b", "--out", str(tmp_path / "x.svg")]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert note in record["notes"][0]
+    assert note in (tmp_path / "x.svg").read_text()  # svg text stays text
+
+
+def test_scenes_are_drawn_with_captions_and_repeat(checkpoint, capsys):
+    for _ in range(2):
+        assert main([str(checkpoint), "--scenes", "2", "--json"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert len(json.loads(first)["captions"]) >= 4
+    images, captions = draw_scenes(3, 48, seed=5)
+    assert [image.size for image in images] == [(48, 48)] * 3
+    assert captions == draw_scenes(3, 48, seed=5)[1] != draw_scenes(3, 48, seed=6)[1]
+
+
+def test_effective_tokens_and_order_by_hand():
+    weights = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]])
+    torch.testing.assert_close(effective_tokens(weights), torch.tensor([1.0, 4.0, 2.0], dtype=torch.float64))
+    assert tokens_that_matter(torch.tensor([[0.0, 0.45, 0.55], [0.6, 0.4, 0.0]]), 2) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --images"),
+        (["--images", "{image}"], "needs --captions"),
+        (["--images", "{image}", "--captions", "a"], "--out"),
+        (["--images", "{image}", "--captions", *"abcdefghi", "--json"], "9 given"),
+        (["--images", "{image}x", "--captions", "a", "--json"], "is not there. Did you mean 'one.png'"),
+        (["--images", "{checkpoint}", "--captions", "a", "--json"], "cannot be read"),
+        (["--scenes", "0", "--json"], "--scenes: 0"),
+        (["--scenes", "1", "--out", "x.jpg"], "ends in .png"),
+        (["--scenes", "1", "--out", "nowhere/x.png"], "folder 'nowhere' is not there"),
+    ],
+)
+def test_mistakes_are_told(checkpoint, images, capsys, arguments, message):
+    filled = [word.format(image=images[0], checkpoint=checkpoint) for word in arguments]
+    assert main([str(checkpoint), *filled]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.out == ""

@@ -1,0 +1,142 @@
+"""The whole plan: traffic and time worked by hand, GPUs by name, advice that fits, the program."""
+
+import json
+
+import pytest
+
+from llip.configs import Config, search_config
+from llip.errors import UserError
+from llip.system.gpus import GPUS, find_gpu, peak_flops
+from llip.tools.plan.__main__ import main, on_nodes
+from llip.tools.plan.advice import advise
+from llip.tools.plan.estimate import Assumptions, make_plan
+from llip.tools.plan.memory import gpu_memory
+from llip.tools.plan.traffic import step_traffic
+
+
+def test_traffic_by_hand(tiny_model):
+    config = Config(model=tiny_model, mixture_tokens=5, pool_heads=2, batch_size=8, ngpus=4, device="cpu")
+    traffic = step_traffic(config, parameters=50 * 2**20)
+    assert traffic.gradients == 2 * 3 / 4 * 4 * 50 * 2**20  # a ring all-reduce of float32
+    assert traffic.texts == traffic.text_gradients == 3 / 4 * 32 * 16 * 4
+    assert traffic.normalisers == 0
+    assert traffic.gradients - traffic.overlapped == 2 * 3 / 4 * 25 * 2**20  # the last bucket
+    assert traffic.exposed == traffic.total - traffic.overlapped
+    shares = config.replace(distributed_engine="fsdp")
+    assert 2 * step_traffic(shares, parameters=50 * 2**20).gradients == 3 * traffic.gradients
+    sliced = step_traffic(shares.replace(accum_freq=2), parameters=50 * 2**20)
+    assert sliced.gradients == 4 * traffic.gradients  # four passes of each of two slices, to two of an all-reduce
+    softmax = step_traffic(config.replace(loss="softmax"), parameters=50 * 2**20)
+    assert softmax.normalisers == 2 * 2 * 3 / 4 * 32 * 4
+    alone = step_traffic(config.replace(ngpus=1), parameters=50 * 2**20)
+    assert alone.total == 0
+
+
+def test_time_by_hand():
+    config = search_config("llip_b16_k32", ["nodes=1", "ngpus=1"])
+    gpu = find_gpu("a100-80g")
+    plan = make_plan(config, gpu, Assumptions(mfu=0.5))
+    assert plan.network_seconds == 0
+    assert plan.step_seconds == pytest.approx(256 * plan.flops.executed / (0.5 * 312e12))
+    assert plan.samples_per_second == pytest.approx(256 / plan.step_seconds)
+    assert plan.hours == pytest.approx(12.8e9 / plan.samples_per_second / 3600, rel=1e-4)
+    in_single = make_plan(config.replace(precision="fp32"), gpu, Assumptions(mfu=0.5))
+    assert in_single.step_seconds == pytest.approx(plan.step_seconds * 312 / 19.5)
+
+
+def test_a_slow_network_is_waited_for():
+    config = search_config("llip_b16_k32")
+    plan = make_plan(config, find_gpu("h100-80g"), Assumptions(network=1e9))
+    hidden = 2 / 3 * plan.compute_seconds
+    assert plan.network_seconds == pytest.approx(plan.traffic.total / 1e9 - hidden)
+    slices = make_plan(config.replace(nodes=4, accum_freq=4), find_gpu("h100-80g"), Assumptions(network=1e9))
+    last = 2 / 3 * slices.compute_seconds / 4  # gradients travel beside the last slice's backward pass alone
+    assert slices.network_seconds == pytest.approx(slices.traffic.total / 1e9 - last)
+    fast = make_plan(config, find_gpu("h100-80g"), Assumptions(network=1e12))
+    assert fast.network_seconds == pytest.approx(fast.traffic.exposed / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80g"),
+        ("NVIDIA H100 NVL", "h100-nvl-94g"),
+        ("NVIDIA H200", "h200-141g"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("NVIDIA L40S", "l40s-48g"),
+        ("NVIDIA L4", "l4-24g"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24g"),
+    ],
+)
+def test_gpus_by_device_name(device, name):
+    assert peak_flops(device, "amp_bf16") == GPUS[name].half
+    assert peak_flops(device, "fp32") == GPUS[name].single
+
+
+def test_an_unknown_device_has_no_peak():
+    assert peak_flops("Some Card 3000", "amp_bf16") is None
+    with pytest.raises(UserError, match="'h100-80g'"):
+        find_gpu("h100-80gb")
+
+
+def test_advice_fits_and_keeps_the_global_batch():
+    config = search_config("llip_G14_k64", ["grad_checkpointing=false"])
+    gpu = find_gpu("h100-80g")
+    first, *lines = advise(config, gpu)
+    assert "does not fit" in first
+    assert len(lines) >= 2
+    for line in lines:
+        words = line.removeprefix("fits with ").rsplit(":", 1)[0].split()
+        proposal = search_config("llip_G14_k64", ["grad_checkpointing=false"][: 0 if "grad" in line else 1] + words)
+        assert proposal.global_batch == config.global_batch
+        assert gpu_memory(proposal).total <= gpu.memory < gpu_memory(config).total
+    assert advise(search_config("llip_b16_k32"), gpu) == []
+    _, *shared = advise(config, find_gpu("l4-24g"))
+    assert shared
+    assert all("distributed_engine=fsdp" in line for line in shared), "24 GiB do not hold the whole model"
+    alone = search_config("llip_G14_k64", ["nodes=1", "ngpus=1", "accum_freq=256"])
+    (_, hopeless) = advise(alone, find_gpu("l4-24g"))
+    assert "no batch size fits" in hopeless
+
+
+def test_other_nodes_keep_the_global_batch():
+    config = search_config("llip_b16_k32")
+    for nodes, batch, slices in ((16, 256, 1), (8, 256, 2), (1, 256, 16), (32, 128, 1)):
+        changed = on_nodes(config, nodes)
+        assert (changed.nodes, changed.batch_size, changed.accum_freq) == (nodes, batch, slices)
+        assert changed.global_batch == 32768
+    with pytest.raises(UserError, match="24 GPUs"):
+        on_nodes(config, 3)
+
+
+def test_program(capsys):
+    assert main(["llip_b16_k32", "--gpu", "h100-80g", "--nodes", "2", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["fits"] is True
+    assert record["gpus"] == 16
+    assert record["global_batch"] == 32768
+    assert record["parameters"]["total"] == 150_716_930
+    assert record["gpu_hours"] == pytest.approx(16 * record["hours"])
+    assert sum(v for k, v in record["memory_bytes"].items() if k != "total") == record["memory_bytes"]["total"]
+    assert main(["llip_b16_k32", "batch_size=2048", "nodes=2"]) == 1
+    table = capsys.readouterr().out
+    assert "150,716,930" in table
+    assert "fits with" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llip_b16_k33"], "unknown config 'llip_b16_k33'"),
+        (["llip_b16_k32", "--gpu", "h101"], "unknown GPU"),
+        (["llip_b16_k32", "--mfu", "35"], "--mfu 35"),
+        (["llip_b16_k32", "--nodes", "0"], "--nodes 0"),
+        (["llip_b16_k32", "--network", "0"], "--network"),
+        (["llip_b16_k32", "pool_heads=7"], "does not divide"),
+    ],
+)
+def test_mistakes_are_told(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,281 @@
+"""Indexing and querying a folder: exact scores, what has changed, damage, other models, and the pictures."""
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llip
+from llip.errors import UserError
+from llip.tools.search.__main__ import main
+from llip.tools.search.files import FileState, compare, find_images
+from llip.tools.search.show import contact_sheet
+from llip.tools.search.store import lock, open_index
+from tests.helpers import image_bytes
+
+QUERY = "a red star on the left"
+
+
+def write_checkpoint(path, tiny_model, seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"mixture_tokens": 3, "pool_heads": 2} | options
+    model, _, _ = llip.create_model_and_transforms(tiny_model, **options)
+    torch.save({"model": model.config, "state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_model):
+    return write_checkpoint(tmp_path / "model.pt", tiny_model)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures, two of them below; one damaged; what is no image, or hidden."""
+    root = tmp_path / "pictures"
+    (root / "below").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    for i in range(12):
+        (root / ("below" if i >= 10 else ".") / f"{i:02}.PNG").write_bytes(image_bytes(i, size=32))
+    (root / "torn.jpg").write_bytes(image_bytes(99, suffix="jpg")[:200])
+    (root / "notes.txt").write_text("no image")
+    (root / ".hidden" / "x.png").write_bytes(image_bytes(50))
+    return root
+
+
+def index(folder, checkpoint, capsys, *options):
+    code = main(["index", str(folder), "--checkpoint", str(checkpoint), "--json", *options])
+    told = capsys.readouterr()
+    return json.loads(told.out) if code == 0 else told.err
+
+
+def query(capsys, path, *options, text=QUERY):
+    assert main(["query", str(path), text, "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)["hits"]
+
+
+def scores_by_hand(checkpoint, folder, text=QUERY):
+    """Path -> score, by the dense features."""
+    model = llip.load_pretrained(checkpoint)
+    with torch.no_grad():
+        t = model.encode_text(model.tokenizer([text]))
+        result = {}
+        for path in sorted(folder.rglob("[!.]*.PNG")):
+            h = model.encode_image(model.preprocess_val(Image.open(path))[None])
+            result[str(path)] = (model.contextualize(h, t)[0, 0] @ t[0]).item()
+    return result
+
+
+def test_scores_are_the_models_own_and_in_order(folder, checkpoint, capsys):
+    report = index(folder, checkpoint, capsys)
+    assert (report["new"], report["indexed"]) == (13, 12)
+    hits = query(capsys, folder / ".llip_index", "--top", "12")
+    expected = scores_by_hand(checkpoint, folder)
+    assert {hit["path"] for hit in hits} == set(expected)
+    for hit in hits:
+        assert hit["score"] == pytest.approx(expected[hit["path"]], abs=1e-5)
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    assert query(capsys, folder / ".llip_index", "--top", "3") == hits[:3]
+
+
+def test_damage_is_named_once_and_not_looked_at_again(folder, checkpoint, capsys):
+    first = index(folder, checkpoint, capsys)
+    assert first["damaged"] == {"torn.jpg": "truncated image"}
+    again = index(folder, checkpoint, capsys)
+    assert (again["new"], again["changed"], again["deleted"], again["indexed"]) == (0, 0, 0, 12)
+    assert again["damaged"] == first["damaged"]
+    (folder / "torn.jpg").write_bytes(image_bytes(99, suffix="jpg"))
+    mended = index(folder, checkpoint, capsys)
+    assert (mended["changed"], mended["indexed"], mended["damaged"]) == (1, 13, {})
+
+
+def test_only_what_has_changed_is_encoded(folder, checkpoint, capsys, monkeypatch):
+    index(folder, checkpoint, capsys)
+    encoded = []
+    from llip.tools.search import build
+
+    load = build.FolderImages.load
+    monkeypatch.setattr(build.FolderImages, "load", lambda self, i: (encoded.append(self.paths[i]), load(self, i))[1])
+    (folder / "00.PNG").unlink()
+    (folder / "01.PNG").write_bytes(image_bytes(101, size=32))
+    os.utime(folder / "01.PNG", ns=(time.time_ns(), time.time_ns() + 10**9))
+    (folder / "new.png").write_bytes(image_bytes(102, size=32))
+    report = index(folder, checkpoint, capsys)
+    assert (report["new"], report["changed"], report["deleted"], report["indexed"]) == (1, 1, 1, 12)
+    assert encoded == ["01.PNG", "new.png"]
+    found = {hit["path"]: hit["score"] for hit in query(capsys, folder / ".llip_index", "--exact")}
+    (folder / "new.png").rename(folder / "new.PNG")  # as `scores_by_hand` looks for them
+    expected = scores_by_hand(checkpoint, folder)
+    assert len(found) == 12
+    for path, score in expected.items():
+        assert found[path.replace("new.PNG", "new.png")] == pytest.approx(score, abs=1e-5)
+
+
+def test_segments_without_images_are_deleted(folder, checkpoint, capsys):
+    index(folder, checkpoint, capsys)
+    path = folder / ".llip_index"
+    for image in folder.rglob("*.PNG"):
+        image.unlink()
+    (folder / "one.png").write_bytes(image_bytes(1, size=32))
+    report = index(folder, checkpoint, capsys)
+    assert (report["deleted"], report["indexed"]) == (12, 1)
+    assert len(list(path.glob("tokens_*.npy"))) == len(list(path.glob("features_*.npy"))) == 1
+
+
+def test_interrupted_indexing_goes_on(folder, checkpoint, capsys, monkeypatch):
+    from llip.tools.search import build
+
+    monkeypatch.setattr(build, "SEGMENT", 5)
+    load, seen = build.FolderImages.load, []
+
+    def fail_late(self, i):
+        seen.append(self.paths[i])
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return load(self, i)
+
+    monkeypatch.setattr(build.FolderImages, "load", fail_late)
+    assert main(["index", str(folder), "--checkpoint", str(checkpoint)]) == 130
+    capsys.readouterr()
+    assert len(open_index(folder / ".llip_index").images) == 5
+    monkeypatch.setattr(build.FolderImages, "load", load)
+    report = index(folder, checkpoint, capsys)
+    assert (report["new"], report["indexed"]) == (8, 12)
+    hits = query(capsys, folder / ".llip_index")
+    expected = scores_by_hand(checkpoint, folder)
+    assert {hit["path"]: hit["score"] for hit in hits} == pytest.approx(expected, abs=1e-5)
+
+
+def test_shortlist_holds_the_best_by_the_coarse_score(folder, checkpoint, capsys):
+    index(folder, checkpoint, capsys)
+    path = folder / ".llip_index"
+    model = llip.load_pretrained(checkpoint)
+    with torch.no_grad():
+        t = model.encode_text(model.tokenizer([QUERY]))
+        coarse = {}
+        for image in sorted(folder.rglob("[!.]*.PNG")):
+            h = model.encode_image(model.preprocess_val(Image.open(image))[None])
+            coarse[str(image)] = (model.contextualize(h, torch.zeros(1, 16))[0, 0] @ t[0]).item()
+    best = sorted(coarse, key=coarse.get, reverse=True)[:4]
+    hits = query(capsys, path, "--top", "2", "--shortlist", "4")
+    exact = scores_by_hand(checkpoint, folder)
+    assert [hit["path"] for hit in hits] == sorted(best, key=exact.get, reverse=True)[:2]
+
+
+def test_a_pooling_that_computes_otherwise_keeps_its_own_scores(folder, checkpoint, capsys, monkeypatch):
+    """The faster way is held against the model: here the model's scores are others."""
+    from llip.clipeval.zero_shot import Scorer
+
+    index(folder, checkpoint, capsys)
+    scores = Scorer.scores
+    monkeypatch.setattr(Scorer, "scores", lambda self, h, t: 0.5 * scores(self, h, t))
+    found = {hit["path"]: hit["score"] for hit in query(capsys, folder / ".llip_index")}
+    expected = {path: 0.5 * score for path, score in scores_by_hand(checkpoint, folder).items()}
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_free_model_searches_too(folder, tmp_path, tiny_model, capsys):
+    checkpoint = write_checkpoint(tmp_path / "mean.pt", tiny_model, pooling="mean")
+    index(folder, checkpoint, capsys)
+    expected = scores_by_hand(checkpoint, folder)
+    hits = query(capsys, folder / ".llip_index", "--shortlist", "1", "--top", "3")  # loses nothing here
+    assert [hit["path"] for hit in hits] == sorted(expected, key=expected.get, reverse=True)[:3]
+
+
+def test_half_precision_takes_half_the_disk(folder, checkpoint, tmp_path, capsys):
+    sizes, scores = [], []
+    for name, options in (("a", []), ("b", ["--half"])):
+        index(folder, checkpoint, capsys, "--out", str(tmp_path / name), *options)
+        sizes.append(np.load(tmp_path / name / "tokens_0.npy").nbytes)
+        scores.append({hit["path"]: hit["score"] for hit in query(capsys, tmp_path / name)})
+    assert sizes[0] == 2 * sizes[1]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3)
+    assert scores[0] != scores[1]
+
+
+def test_another_model_is_refused(folder, checkpoint, tmp_path, tiny_model, capsys):
+    index(folder, checkpoint, capsys)
+    other = write_checkpoint(tmp_path / "other.pt", tiny_model, seed=1)
+    assert "other weights" in index(folder, other, capsys)
+    assert main(["query", str(folder / ".llip_index"), "x", "--checkpoint", str(other)]) == 2
+    assert "other weights" in capsys.readouterr().err
+    moved = tmp_path / "moved.pt"
+    checkpoint.rename(moved)
+    assert main(["query", str(folder / ".llip_index"), "x"]) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+    assert len(query(capsys, folder / ".llip_index", "--checkpoint", str(moved))) == 12
+
+
+def test_sheet_and_page(folder, checkpoint, tmp_path, capsys):
+    index(folder, checkpoint, capsys)
+    (folder / "03.PNG").unlink()  # gone since
+    sheet, page = tmp_path / "sheet.png", tmp_path / "page.html"
+    text = 'a <b>"red"</b> star & more'
+    hits = query(capsys, folder / ".llip_index", "--out", str(sheet), "--html", str(page), text=text)
+    assert len(hits) == 12
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape[1] > 5 * 200
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    html = page.read_text()
+    assert html.count("data:image/jpeg;base64,") == 12
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert "below/10.PNG" in html
+    assert "http" not in html  # nothing is fetched
+
+
+def test_thumbnails_stand_where_they_should(tmp_path):
+    from llip.tools.search.query import Hit
+
+    for name, color in (("red.png", (250, 0, 0)), ("blue.png", (0, 0, 250))):
+        Image.new("RGB", (40, 40), color).save(tmp_path / name)
+    hits = [Hit(tmp_path / "red.png", 0.9), Hit(tmp_path / "blue.png", 0.1)]
+    contact_sheet("query", hits, tmp_path, tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    middle = pixels[pixels.shape[0] // 2]
+    red, blue = (np.flatnonzero((middle == color).all(axis=1)) for color in ((250, 0, 0), (0, 0, 250)))
+    assert len(red) == len(blue) == 200
+    assert red.max() < blue.min()
+
+
+def test_files_are_compared_by_size_and_time(tmp_path):
+    before = {"a": FileState(1, 1), "b": FileState(1, 1), "c": FileState(1, 1)}
+    now = {"b": FileState(1, 2), "c": FileState(1, 1), "d": FileState(5, 5)}
+    changes = compare(before, now)
+    assert (changes.new, changes.changed, changes.deleted) == (["d"], ["b"], ["a"])
+    assert changes.to_encode == ["b", "d"]
+    with pytest.raises(UserError, match="not there"):
+        find_images(tmp_path / "nowhere")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with lock(tmp_path / "i"), pytest.raises(UserError, match="another process"), lock(tmp_path / "i"):
+        pass
+    with lock(tmp_path / "i"):
+        pass
+
+
+def test_mistakes_are_told(folder, checkpoint, tmp_path, capsys):
+    def error(*words):
+        assert main([str(word) for word in words]) == 2
+        return capsys.readouterr().err
+
+    assert "is not there" in error("index", tmp_path / "nowhere", "--checkpoint", checkpoint)
+    assert "no index" in error("query", tmp_path, "x")
+    index(folder, checkpoint, capsys)
+    path = folder / ".llip_index"
+    assert "query is empty" in error("query", path, "  ")
+    assert "--top 0" in error("query", path, "x", "--top", "0")
+    assert "cannot be written" in error("query", path, "x", "--out", tmp_path / "no" / "sheet.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert "is of the folder" in error("index", elsewhere, "--checkpoint", checkpoint, "--out", path)
+    tokens = path / "tokens_0.npy"
+    tokens.write_bytes(tokens.read_bytes()[:150])
+    assert "missing or damaged" in error("query", path, "x")
+    (path / "index.json").write_text("{")
+    assert "is damaged" in error("query", path, "x")

@@ -1,0 +1,72 @@
+"""What a run says about its data: counts, the slow stage, the table of damage."""
+
+import logging
+from collections import Counter
+
+import pytest
+
+from llip.data.worker_stats import WorkerReport
+from llip.training.reporting.data_report import DataCounts, DataReport, sum_counts
+
+
+def report(workers=2):
+    return DataReport(["a", "b"], DataCounts([0, 0]), workers)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("llip"), "propagate", True)
+    caplog.set_level(logging.INFO, "llip")
+    return caplog
+
+
+def test_counts_of_all_processes_are_added_and_stored():
+    one, two = report(), report()
+    one.add(WorkerReport([("x.tar", "no image", 2)], [3, 1], {}, 5 << 20), 0)
+    two.add(WorkerReport([("y.tar", "no image", 1), ("y.tar", "no caption", 4)], [1, 1], {}, 0), 0)
+    everyone = [one.counts.plain(), two.counts.plain()]
+    record = one.record(everyone, 0.0)
+    assert (record["dropped_samples"], record["dropped"]) == (7, {"no image": 3, "no caption": 4})
+    assert record["dataset_samples"] == [4, 2]
+    assert record["worker_memory_mb"] == 5
+    again = DataCounts([0, 0])
+    again.restore(everyone)
+    assert again == sum_counts(everyone)
+    assert again.dropped == Counter({("x.tar", "no image"): 2, ("y.tar", "no image"): 1, ("y.tar", "no caption"): 4})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "workers", "stage"),
+    [
+        ({"read": 5.0, "decode": 1.0, "tokenize": 1.0, "idle": 0.1}, 2, "read"),
+        ({"read": 1.0, "decode": 5.0, "tokenize": 1.0, "idle": 0.1}, 2, "decode"),
+        ({"read": 1.0, "decode": 1.0, "tokenize": 5.0, "idle": 0.1}, 2, "tokenize"),
+        ({"read": 1.0, "decode": 2.0, "tokenize": 1.0, "idle": 9.0}, 2, "hand-over"),
+        ({"read": 1.0, "decode": 2.0, "tokenize": 1.0, "idle": 9.0}, 0, "decode"),  # idle is the training itself
+    ],
+)
+def test_the_slow_stage_is_named_where_data_are_waited_for(said, seconds, workers, stage):
+    one = report(workers)
+    one.add(WorkerReport([], [1, 0], seconds, 0), 0)
+    record = one.record([one.counts.plain()], 0.3)
+    assert record["data_bottleneck"] == stage
+    assert record["data_read_seconds"] == seconds["read"]
+    one.explain(record, 0.3)
+    one.explain(record, 0.3)
+    assert said.text.count(f"the slowest stage is {stage}") == 1
+    one.add(WorkerReport([], [1, 0], seconds, 0), 1)
+    assert one.record([one.counts.plain()], 0.05)["data_bottleneck"] is None
+
+
+def test_damage_is_told_once_and_not_without_end(said):
+    one = report()
+    for number in range(40):
+        for _ in range(2):
+            one.add(WorkerReport([(f"{number}.tar", "truncated tar", 1)], [0, 0], {}, 0), number)
+    assert len(said.records) == 11
+    assert "dropping from 3.tar: truncated tar" in said.text
+    said.clear()
+    one.log_epoch([one.counts.plain()])
+    assert "80 samples dropped so far" in said.text
+    assert "and 20 more" in said.text
+    assert said.text.count("truncated tar") == 20

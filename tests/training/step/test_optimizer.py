@@ -1,0 +1,78 @@
+"""What is trained, and how fast."""
+
+import pytest
+import torch
+
+from llip.configs import Config
+from llip.errors import UserError
+from llip.open_clip.factory import create_model, model_spec
+from llip.training.step.optimizer import blocks_above, create_optimizer, lock_towers, set_learning_rate
+
+
+@pytest.fixture
+def make(tiny_model):
+    def build(**changes):
+        config = Config(model=tiny_model, pool_heads=4, **{"mixture_tokens": 4} | changes)
+        return config, create_model(model_spec(config), None, config.model)
+
+    return build
+
+
+def rates(model, config):
+    optimizer = create_optimizer(model, config)
+    set_learning_rate(optimizer, 2.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_every_parameter_is_in_one_group_and_matrices_alone_decay(make):
+    config, model = make(wd=0.3)
+    groups = create_optimizer(model, config).param_groups
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    free = {names[p] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {"logit_scale", "logit_bias", "visual.class_embedding", "visual.positional_embedding"} <= free
+    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" not in free
+    assert "text.token_embedding.weight" in free
+
+
+def test_layers_further_down_learn_slower(make):
+    config, model = make(layer_decay=0.5)
+    found = rates(model, config)
+    assert found["visual.transformer.resblocks.1.mlp.c_fc.weight"] == 2.0
+    assert found["visual.transformer.resblocks.0.mlp.c_fc.bias"] == 1.0
+    assert (
+        found["visual.conv1.weight"] == found["visual.positional_embedding"] == found["visual.class_embedding"] == 0.5
+    )
+    assert found["text.token_embedding.weight"] == found["text.positional_embedding"] == 0.5
+    assert found["text.transformer.resblocks.0.ln_1.weight"] == 1.0
+    assert found["visual.ln_post.weight"] == found["text.text_projection"] == found["logit_scale"] == 2.0
+    assert all(rate == 2.0 for name, rate in found.items() if name.startswith("pooling."))
+    assert set(rates(model, config.replace(layer_decay=1.0)).values()) == {2.0}
+
+
+def test_towers_of_other_libraries_have_blocks_too():
+    names = ["visual.trunk.blocks.0.attn.qkv.weight", "visual.trunk.blocks.2.norm1.weight", "visual.trunk.pos_embed"]
+    assert list(blocks_above(names).values()) == [2, 0, 3]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_locked_towers_do_not_learn(make, tokens):
+    config, model = make(lock_image=True, lock_text=True, mixture_tokens=tokens)
+    lock_towers(model, config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tokens_are_trained = any(name == "visual.class_embedding" for name in trained)
+    assert tokens_are_trained == (tokens > 1)
+    assert {name.split(".")[0] for name in trained} - {"visual"} == {"pooling", "logit_scale", "logit_bias"}
+    assert rates(model, config).keys() == trained
+
+
+def test_nothing_to_train_is_a_mistake(make):
+    config, model = make(lock_image=True, lock_text=True, mixture_tokens=1, pooling="first")
+    model.logit_scale.requires_grad_(False)
+    model.logit_bias.requires_grad_(False)
+    with pytest.raises(UserError, match="leave nothing to train"):
+        lock_towers(model, config)
+    assert isinstance(model.logit_scale, torch.nn.Parameter)
