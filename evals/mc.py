@@ -13,12 +13,12 @@ from evals.tables import format_results, notes
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
-from llip.clipeval.processes import Processes
 from llip.clipeval.task_result import TaskResult
 from llip.configs import search_config
 from llip.errors import UserError
 from llip.open_clip.model import autocast_dtype
 from llip.system.paths import expand_path, unset_variables
+from llip.system.processes import Processes
 
 WAYS = ("image_to_text", "text_to_image")
 
@@ -124,7 +124,7 @@ def _work(
 ) -> None:
     """What each process does; the first one writes the results."""
     model = load(checkpoint, config).to(device).eval()
-    first = Processes().is_first
+    first = Processes.of_group().is_main
     evaluate_tasks(
         model,
         model.preprocess_val,

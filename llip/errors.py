@@ -24,7 +24,7 @@ class UserError(Exception):
     exit_code = EXIT_USER
 
 
-class AgreedError(UserError):
+class CollectiveUserError(UserError):
     """A mistake that every process of a run knows of: the main one alone tells it."""
 
 

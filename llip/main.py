@@ -9,13 +9,13 @@ import sys
 from llip.cli import parse_command
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
-from llip.training.distributed.exit_with_launcher import end_with_launcher
+from llip.training.distributed.exit_with_launcher import exit_with_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Resolve the config, start or join its processes, train. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    end_with_launcher()
+    exit_with_launcher()
     try:
         command = parse_command(arguments)
     except UserError as error:
@@ -42,7 +42,7 @@ def launch(config: Config, arguments: list[str]) -> int:
             return launch.exit_code(train(config, device))
         return launch.start_processes(arguments, config)
     except UserError as error:
-        return launch.tell_user(error)
+        return launch.report_error(error)
 
 
 def train(config: Config, device: str) -> bool:
@@ -66,7 +66,7 @@ def train(config: Config, device: str) -> bool:
         check_data(config, processes)
         run = build_run(config, processes)
         evaluate = online_evaluation(config, run.run_log, processes)
-        saver = Saver(config, run.task.model, run.state, processes, run.passport)
+        saver = Saver(config, run.task.model, run.state, processes, run.provenance)
         trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate)
         nothing_to_do = run.state.step >= config.total_steps
         finished = trainer.fit(run.loader)
@@ -75,7 +75,7 @@ def train(config: Config, device: str) -> bool:
             already = " already: nothing to do" if nothing_to_do else ""
             log.info("finished%s: %s", already, config.folder)
             draw_curves(config.folder)
-        processes.wait()  # nobody leaves before the checkpoint is written
+        processes.barrier()  # nobody leaves before the checkpoint is written
         return finished
 
 

@@ -22,13 +22,14 @@ from llip.clipeval.datasets import ImageSource
 from llip.clipeval.loading import Batch, Preprocess, Unreadable, image_batches
 from llip.clipeval.metrics import CLASSIFICATION, METRICS, MULTI_LABEL, NEED_SCORES, RETRIEVAL, Predictions
 from llip.clipeval.outcomes import Outcomes, hash_samples
-from llip.clipeval.processes import Processes, TaskError
 from llip.clipeval.shortlist import Shortlist, text_free_features
+from llip.clipeval.task_errors import TaskError, gather_from_all, run_on_all
 from llip.clipeval.task_result import TaskResult
 from llip.clipeval.texts.cache import TextCache
 from llip.clipeval.texts.labels import Labels, hash_texts
 from llip.clipeval.zero_shot import PROMPT_ENSEMBLES, Scorer
 from llip.errors import UserError, did_you_mean
+from llip.system.processes import Processes
 
 NAMED_UNREADABLE = 20
 """Unreadable images that a result names; the count is always complete."""
@@ -78,7 +79,7 @@ def evaluate_tasks(
     device = torch.device(device)
     scorer = Scorer(model, preprocess, tokenizer, device, autocast_dtype)
     cache = TextCache.open(cache_dir, model) if cache_dir is not None else None
-    run = _Run(scorer, Processes(), batch_size, workers, prompt_ensemble, shortlist, cache, progress)
+    run = _Run(scorer, Processes.of_group(device), batch_size, workers, prompt_ensemble, shortlist, cache, progress)
     results = []
     with _evaluating(model, device):
         for entry in catalog.select(tasks):
@@ -119,7 +120,7 @@ class _Run:
     @property
     def shows(self) -> bool:
         """Whether this process shows progress bars."""
-        return self.progress and self.processes.is_first
+        return self.progress and self.processes.is_main
 
     def batches(self, source: ImageSource, task: str) -> Iterator[Batch]:
         """Yield this process's share of the images, with a progress bar on the first process."""
@@ -138,7 +139,7 @@ def _evaluate(entry: Entry, run: _Run) -> TaskResult:
     except TaskError as error:
         outcome = {"error": str(error)}
     elapsed = time.perf_counter() - started
-    seconds = max(run.processes.together(lambda: elapsed))
+    seconds = max(gather_from_all(run.processes, lambda: elapsed))
     return TaskResult(
         task=entry.name,
         metric=entry.metric,
@@ -172,13 +173,13 @@ def _classify(entry: Entry, run: _Run) -> dict[str, Any]:
         return predictions, unreadable
 
     keep_scores = entry.metric in NEED_SCORES
-    source, labels = processes.locally(prepare)
+    source, labels = run_on_all(processes, prepare)
     features = _class_features(labels, entry.name, run).to(scorer.device)
-    shares = processes.together(predict)
+    shares = gather_from_all(processes, predict)
     batches = [batch for predictions, _ in shares for batch in predictions]
     unreadable = [item for _, items in shares for item in items]
     return {
-        **processes.locally(lambda: _scored(entry, source, batches, unreadable, len(labels.classnames))),
+        **run_on_all(processes, lambda: _scored(entry, source, batches, unreadable, len(labels.classnames))),
         **_skipped(unreadable),
         "classnames_hash": labels.classnames_hash,
         "prompts_hash": labels.prompts_hash,
@@ -196,15 +197,17 @@ def _class_features(labels: Labels, task: str, run: _Run) -> Tensor:
 
     if run.cache is not None:
         prompts = [prompt for label in range(count) for prompt in labels.prompts_of(label)]
-        path = processes.locally(lambda: run.cache.path(run.scorer, prompts, run.prompt_ensemble))
-        cached = processes.locally(lambda: run.cache.load(path, count))
-        if all(processes.together(lambda: cached is not None)):  # a folder need not be the same on every machine
+        path = run_on_all(processes, lambda: run.cache.path(run.scorer, prompts, run.prompt_ensemble))
+        cached = run_on_all(processes, lambda: run.cache.load(path, count))
+        if all(
+            gather_from_all(processes, lambda: cached is not None)
+        ):  # a folder need not be the same on every machine
             return cached
-    parts = processes.together(encode)
+    parts = gather_from_all(processes, encode)
     features = torch.empty(count, *parts[0].shape[1:])
     for rank, part in enumerate(parts):
-        features[rank :: processes.count] = part if part is not None else 0
-    if run.cache is not None and processes.is_first:
+        features[rank :: processes.world_size] = part if part is not None else 0
+    if run.cache is not None and processes.is_main:
         run.cache.store(path, features)
     return features
 
@@ -260,13 +263,13 @@ def _retrieve(entry: Entry, run: _Run) -> dict[str, Any]:
         owners = [index for index, own in zip(indices, captions, strict=True) for _ in own]
         return scorer.encode_texts(texts).cpu() if texts else None, owners, texts
 
-    source = processes.locally(lambda: open_source(entry))
-    h, indices, captions, mine = processes.locally(encode)  # h [N, K, D]
-    unreadable = [item for items in processes.together(lambda: mine) for item in items]
-    parts = processes.together(encode_captions)
+    source = run_on_all(processes, lambda: open_source(entry))
+    h, indices, captions, mine = run_on_all(processes, encode)  # h [N, K, D]
+    unreadable = [item for items in gather_from_all(processes, lambda: mine) for item in items]
+    parts = gather_from_all(processes, encode_captions)
     owners = torch.tensor([owner for _, part, _ in parts for owner in part], dtype=torch.int64)  # [T]
     if not len(owners):
-        processes.locally(lambda: _raise_all_unreadable(unreadable))
+        run_on_all(processes, lambda: _raise_all_unreadable(unreadable))
     # captions in the order of their images, so that ties rank the same for any number of processes
     order = owners.argsort(stable=True)
     texts = torch.cat([features for features, _, _ in parts if features is not None])[order]
@@ -276,9 +279,11 @@ def _retrieve(entry: Entry, run: _Run) -> dict[str, Any]:
     texts = texts.to(scorer.device)
     shortlist = _shortlist(h, images, texts, len(source), run) if run.shortlist is not None else None
     title = f"{entry.name}: scores" if run.shows else None
-    shares = processes.together(lambda: retrieval.score_share(scorer, h, images, texts, owners, shortlist, title))
+    shares = gather_from_all(
+        processes, lambda: retrieval.score_share(scorer, h, images, texts, owners, shortlist, title)
+    )
     ranks = retrieval.join(shares, owners)
-    outcomes = processes.locally(lambda: _retrieval_outcomes(source, ranks, owners, strings))
+    outcomes = run_on_all(processes, lambda: _retrieval_outcomes(source, ranks, owners, strings))
     return {
         "values": retrieval.recalls(ranks),
         "n": len(ranks.images),
@@ -298,13 +303,13 @@ def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: _Run) 
         mine = text_free_features(run.scorer, h).cpu() if len(images) else torch.empty(0, texts.shape[1])
         return images, mine
 
-    parts = run.processes.together(features)
+    parts = gather_from_all(run.processes, features)
     everything = torch.zeros(count, texts.shape[1])
     for indices, part in parts:
         everything[indices] = part
     scored = torch.cat([indices for indices, _ in parts]).sort().values
-    return run.processes.locally(
-        lambda: Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.shortlist)
+    return run_on_all(
+        run.processes, lambda: Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.shortlist)
     )
 
 

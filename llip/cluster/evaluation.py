@@ -26,17 +26,17 @@ class EvaluationTask:
 
     def __call__(self) -> int:
         """Join the other tasks and evaluate; leaves with a code other than 0 when something could not be evaluated."""
-        from llip.cluster.pending import evaluate_put_aside
-        from llip.training.distributed.launch import tell_user
+        from llip.cluster.pending import evaluate_saved
+        from llip.training.distributed.launch import report_error
 
         os.chdir(self.folder)
         try:
             for path in self.own:
                 read_file(Path(path))
         except UserError as error:
-            raise SystemExit(tell_user(error)) from error
+            raise SystemExit(report_error(error)) from error
         join_job()
-        code = evaluate_put_aside(self.config, self.weights)
+        code = evaluate_saved(self.config, self.weights)
         if code:
             raise SystemExit(code)
         return code

@@ -20,22 +20,23 @@ from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import load_pretrained
 from llip.open_clip.model import Llip, autocast_dtype
+from llip.system.processes import Processes
 from llip.training.checkpoints.checkpoint import FORMAT
 from llip.training.checkpoints.run_folder import (
     EVALS,
-    Gaps,
+    BestEffort,
     append_record,
     keep_records,
     locked_evaluations,
     read_records,
 )
-from llip.training.distributed.launch import resolve_device, tell_user
-from llip.training.distributed.processes import Processes, join_processes
-from llip.training.evaluation import tell_result
+from llip.training.distributed.launch import report_error, resolve_device
+from llip.training.distributed.processes import join_processes
+from llip.training.evaluation import report_result
 from llip.training.reporting.run_log import log, start_logging
 
 
-def put_aside(run: Path, model: Llip, step: int) -> Path:
+def save_for_eval(run: Path, model: Llip, step: int) -> Path:
     """Write a model's weights for a job that evaluates them, and remove those of this step and of later ones.
 
     Later ones are of a course that the run has left: it was resumed from an earlier step.
@@ -68,14 +69,14 @@ def put_aside(run: Path, model: Llip, step: int) -> Path:
     return target
 
 
-def evaluate_put_aside(config: Config, weights: Path) -> int:
+def evaluate_saved(config: Config, weights: Path) -> int:
     """Evaluate weights that a run has put aside, add the results to its records, and remove the file.
 
     To be called on all processes that `config` asks for; they join each other.
 
     Args:
         config: the run's, with the nodes and ngpus that evaluate.
-        weights: what `put_aside` gave.
+        weights: what `save_for_eval` gave.
 
     Returns:
         The exit code: 0, 1 when some task could not be evaluated, 2 when the request is at fault.
@@ -84,7 +85,7 @@ def evaluate_put_aside(config: Config, weights: Path) -> int:
         with join_processes(config, resolve_device(config)) as processes:
             start_logging(None)
             log.setLevel(logging.INFO if processes.is_main else logging.WARNING)
-            if not processes.from_main(weights.is_file()):
+            if not processes.broadcast_object(weights.is_file()):
                 log.info("%s is gone: the run went back to an earlier step, or it has been evaluated", weights)
                 return 0
             failed = _evaluate_file(config, weights, processes)
@@ -92,7 +93,7 @@ def evaluate_put_aside(config: Config, weights: Path) -> int:
                 weights.unlink(missing_ok=True)
             return 1 if failed else 0
     except UserError as error:
-        return tell_user(error)
+        return report_error(error)
 
 
 def _evaluate_file(config: Config, weights: Path, processes: Processes) -> bool:
@@ -104,7 +105,7 @@ def _evaluate_file(config: Config, weights: Path, processes: Processes) -> bool:
     for one in map(load_online_eval, config.evals):
         found = evaluate_online(model, model.preprocess_val, model.tokenizer, one, processes.device, dtype)
         for result in found:
-            if not tell_result(result, step):
+            if not report_result(result, step):
                 failed = True
             elif processes.is_main and add_evaluation(config.folder, weights, step, result):
                 _draw(config, step, result)
@@ -143,6 +144,6 @@ def _draw(config: Config, step: int, result: TaskResult) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = config.folder / "tensorboard"
-    with Gaps(str(folder)).allowed(), SummaryWriter(folder) as board:  # the result is recorded already
+    with BestEffort(str(folder)).allowed(), SummaryWriter(folder) as board:  # the result is recorded already
         for name, value in result.values.items():
             board.add_scalar(f"eval/{result.task}/{name}", value, step)

@@ -126,7 +126,7 @@ def frozen_config(config: Config, function: str, own: Sequence[str] = ()) -> str
 def commit_file() -> dict[str, str]:
     """Return the file of a snapshot that tells the commit it was taken from, `+changes` where files differ from it.
 
-    The run's passport reads it; there is none outside a checkout.
+    The run's provenance reads it; there is none outside a checkout.
     """
     root = Path(llip.__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD").strip() if _is_checkout(root) else ""

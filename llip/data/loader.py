@@ -27,10 +27,10 @@ from llip.data.prefetch import READ_DEADLINE
 from llip.data.sources import IMAGE_KEYS, by_name, parse_train_data, shard_name
 from llip.data.stream import DatasetStream, Mixture
 from llip.data.tar_reader import RawSample
-from llip.data.worker_stats import Tally, WorkerReport
+from llip.data.worker_stats import WorkerReport, WorkerStats
 from llip.errors import UserError
 from llip.open_clip.factory import CROP_SCALE
-from llip.system.exit_with_parent import end_with_parent
+from llip.system.exit_with_parent import exit_with_parent
 
 BATCH_DEADLINE = 300.0
 """Seconds without a batch after which a run ends with a message: nothing waits for ever."""
@@ -87,10 +87,10 @@ class CaptionedImages(IterableDataset):
             source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
         )
         wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({captions})"
-        tally = Tally(self.max_bad_fraction, len(self.sources), wanted)
+        tally = WorkerStats(self.max_bad_fraction, len(self.sources), wanted)
         maker = _BatchMaker(self, tally, self._mixture(reader, self._start(logical), tally))
         if info:  # torch has given each worker one thread
-            end_with_parent([stream.watch.interrupt for stream in maker.mixture.streams])
+            exit_with_parent([stream.watch.interrupt for stream in maker.mixture.streams])
         try:
             yield from maker.batches()
         except UserError as error:
@@ -103,7 +103,7 @@ class CaptionedImages(IterableDataset):
             return self.position.readers[logical]
         return ReaderPosition(0, [StreamPosition() for _ in self.sources])
 
-    def _mixture(self, reader: Reader, position: ReaderPosition, tally: Tally) -> Mixture:
+    def _mixture(self, reader: Reader, position: ReaderPosition, tally: WorkerStats) -> Mixture:
         check = _Check(self, tally)
         streams = [
             DatasetStream(source, number, reader, self.layout, start, tally, check.usable, self.deadline)
@@ -129,7 +129,7 @@ class CaptionedImages(IterableDataset):
 class _Check:
     """Looks at the first samples of a reader as they come, until one can be used."""
 
-    def __init__(self, dataset: CaptionedImages, tally: Tally) -> None:
+    def __init__(self, dataset: CaptionedImages, tally: WorkerStats) -> None:
         self.dataset, self.tally = dataset, tally
         self.bad: Counter[tuple[str, str]] = Counter()
         self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
@@ -154,7 +154,7 @@ class _Filled(NamedTuple):
 class _BatchMaker:
     """Fills one batch after another from a reader's samples."""
 
-    def __init__(self, dataset: CaptionedImages, tally: Tally, mixture: Mixture) -> None:
+    def __init__(self, dataset: CaptionedImages, tally: WorkerStats, mixture: Mixture) -> None:
         self.dataset, self.tally, self.mixture = dataset, tally, mixture
         self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
         self.known_words = dict(getattr(dataset.tokenizer, "cache", {}))

@@ -14,7 +14,7 @@ from llip.data.position import Cursor, Layout, Move, ReaderPosition, StreamPosit
 from llip.data.prefetch import ReadWatch, read_ahead
 from llip.data.sources import ShardSource
 from llip.data.tar_reader import Damage, RawSample, read_samples
-from llip.data.worker_stats import FIRST_DEADLINE, Tally
+from llip.data.worker_stats import FIRST_DEADLINE, WorkerStats
 from llip.errors import UserError
 
 CHANGED = "sample is not there any more"
@@ -55,7 +55,7 @@ class DatasetStream:
         reader: Reader,
         layout: Layout,
         position: StreamPosition,
-        tally: Tally,
+        tally: WorkerStats,
         check: Callable[[RawSample], bool],
         deadline: float,
     ) -> None:

@@ -34,7 +34,7 @@ def resident_bytes() -> int:
         return 0
 
 
-class Tally:
+class WorkerStats:
     """Counts what a reader saw and dropped, and ends the run when too little can be used."""
 
     def __init__(self, max_bad_fraction: float, datasets: int, wanted: str) -> None:

@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _EVERY = 0.1  # seconds between looks at the parent; until then a dead one seems to hold what its workers inherited
 
 
-def end_with_parent(cleanups: Sequence[Callable[[], object]] = ()) -> None:
+def exit_with_parent(cleanups: Sequence[Callable[[], object]] = ()) -> None:
     """Let this process leave when its parent is gone or asks it to by SIGTERM, and at nobody else's request.
 
     Schedulers and launchers signal every process of a run. The main process then ends what it is at in good order, for
@@ -41,7 +41,7 @@ def end_with_parent(cleanups: Sequence[Callable[[], object]] = ()) -> None:
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[None]:
-    """Keep `STOP_SIGNALS` waiting inside, and from the processes forked inside until they call `end_with_parent`.
+    """Keep `STOP_SIGNALS` waiting inside, and from the processes forked inside until they call `exit_with_parent`.
 
     Without it a signal may end a worker in the moment between its fork and that call.
     """

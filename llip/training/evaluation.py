@@ -15,8 +15,8 @@ from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import image_transforms, model_spec, spec_tokenizer
 from llip.open_clip.model import Llip, autocast_dtype
+from llip.system.processes import Processes
 from llip.training.checkpoints.run_folder import EVALS
-from llip.training.distributed.processes import Processes
 from llip.training.reporting.run_log import RunLog, log
 from llip.training.trainer import Evaluate
 
@@ -41,7 +41,7 @@ def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> 
     dtype = autocast_dtype(config.precision)
 
     def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> None:
-        done = processes.from_main(run_log.evaluated_tasks(step))
+        done = processes.broadcast_object(run_log.evaluated_tasks(step))
         single = [dataclasses.replace(each, tasks=(task,)) for each in online for task in each.tasks]
         for one in single:
             if one.tasks[0] in done:
@@ -50,13 +50,13 @@ def online_evaluation(config: Config, run_log: RunLog, processes: Processes) -> 
                 log.info("step %d: the evaluation is left off, and made up when the run goes on", step)
                 return
             for result in evaluate_online(model, preprocess, tokenizer, one, processes.device, dtype):
-                if tell_result(result, step):
+                if report_result(result, step):
                     run_log.evaluation(step, result.task, result.values)
 
     return evaluate
 
 
-def tell_result(result: TaskResult, step: int) -> bool:
+def report_result(result: TaskResult, step: int) -> bool:
     """Log a result, and return whether there is one to record."""
     if result.error:
         log.warning("step %d, %s: %s", step, result.task, result.error)
@@ -69,14 +69,14 @@ def tell_result(result: TaskResult, step: int) -> bool:
 def _by_jobs(config: Config, tasks: set[str], run_log: RunLog, processes: Processes, options: str) -> Evaluate:
     """Return what submits evaluations from the main process; what goes wrong is a warning, and training goes on."""
     from llip.cluster.evaluation import submit_evaluation
-    from llip.cluster.pending import put_aside
+    from llip.cluster.pending import save_for_eval
 
     def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> None:
         if not processes.is_main or tasks <= run_log.evaluated_tasks(step):
             return
         weights = None
         try:
-            weights = put_aside(config.folder, model, step)
+            weights = save_for_eval(config.folder, model, step)
             job = submit_evaluation(options, config, weights)
             log.info("step %d is evaluated by job %s; results come to %s", step, job, config.folder / EVALS)
         except (UserError, OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

@@ -26,15 +26,15 @@ from llip.data.sources import (
     parse_train_data,
     shard_name,
 )
-from llip.errors import AgreedError, UserError
+from llip.errors import CollectiveUserError, UserError
 from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.paths import expand_variables
+from llip.system.processes import Processes, raise_on_all_ranks
 from llip.training.checkpoints.checkpoint import newest_good_checkpoint
-from llip.training.checkpoints.provenance import differences, make_passport
+from llip.training.checkpoints.provenance import differences, make_provenance
 from llip.training.checkpoints.run_folder import claim_folder, locked_folder
 from llip.training.checkpoints.train_state import TrainState
-from llip.training.distributed.processes import Processes
 from llip.training.reporting.data_report import DataCounts, DataReport
 from llip.training.reporting.run_log import RunLog, log, start_logging
 from llip.training.reporting.sample_log import SampleLog, cut_back_ids
@@ -52,40 +52,27 @@ class Run(NamedTuple):
     state: TrainState
     loader: DataLoader
     run_log: RunLog
-    passport: dict[str, Any]
+    provenance: dict[str, Any]
 
 
-@contextlib.contextmanager
-def _agreed(processes: Processes) -> Iterator[None]:
-    """Let the main process do what may be the user's mistake, or a disk's; all processes then fail alike, none waits.
-
-    Raises:
-        AgreedError: the main process's mistake, or the file that it could not read or write.
-        UserError, OSError: this process's own, where the main one has none.
-    """
-    error: UserError | OSError | None = None
-    try:
-        yield
-    except (UserError, OSError) as mistake:
-        error = mistake
-    message = None if error is None else str(error)
+def _describe(error: Exception) -> str | None:
     if isinstance(error, OSError):
-        message = (
-            f"a file cannot be read or written: {error}. Make room, or mend what is wrong there, and give the same "
-            "command again"
+        return (
+            f"a file cannot be read or written: {error}. Make room or fix the folder, then run the same command again"
         )
-    message = processes.from_main(message)
-    if message is not None:
-        raise AgreedError(message) from error
-    if error is not None:
-        raise error
+    return str(error) if isinstance(error, UserError) else None
+
+
+def _all_fail_alike(processes: Processes) -> contextlib.AbstractContextManager[None]:
+    """Raise a user's or a disk's error of one process on all of them, as a `CollectiveUserError`."""
+    return raise_on_all_ranks(processes, CollectiveUserError, _describe)
 
 
 @contextlib.contextmanager
 def open_folder(config: Config, processes: Processes) -> Iterator[None]:
     """Hold the run's folder on the main process, and start logging on all."""
     with contextlib.ExitStack() as stack:
-        with _agreed(processes):
+        with _all_fail_alike(processes):
             if processes.is_main:
                 stack.enter_context(locked_folder(config.folder))
                 started = any((config.folder / "checkpoints").glob("*.pt"))
@@ -107,7 +94,7 @@ def check_data(config: Config, processes: Processes) -> None:
     Raises:
         UserError: missing or empty shards, or fewer samples than one global batch.
     """
-    with _agreed(processes):
+    with _all_fail_alike(processes):
         if not processes.is_main:
             return
         for part in config.train_data.split("::"):
@@ -226,20 +213,22 @@ def build_run(config: Config, processes: Processes) -> Run:
     counts = DataCounts([0] * len(data.names))
     state = TrainState(create_optimizer(model, config), scaler, data.position, counts, averaged, engine)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
-    passport = make_passport(processes, _data_digest(config)) if processes.is_main else {}
+    provenance = make_provenance(processes, _data_digest(config)) if processes.is_main else {}
     if found:
         note = state.restore(found, processes, data.layout)
         log.info("resumed at step %d of %d", state.step, config.total_steps)
         if note:
             log.warning(note)
-        for difference in differences(found.get("passport", {}), passport) if processes.is_main else ():
+        for difference in (
+            differences(found.get("provenance", found.get("passport", {})), provenance) if processes.is_main else ()
+        ):
             log.info("not as at the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
     pin = processes.device.type == "cuda"
-    loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.count, state.position, pin)
+    loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.world_size, state.position, pin)
     run_log = _open_log(config, processes, state, data.names)
     task = ContrastiveTask(model, config.loss, processes, config.score_memory)
-    return Run(task, state, loader, run_log, passport)
+    return Run(task, state, loader, run_log, provenance)
 
 
 class _DataStart(NamedTuple):
@@ -267,7 +256,7 @@ def _data_digest(config: Config) -> int:
 def _open_log(config: Config, processes: Processes, state: TrainState, names: list[str]) -> RunLog:
     samples = SampleLog(config.folder, processes.rank) if config.log_sample_ids else None
     data = DataReport(names, state.counts, config.workers)
-    with _agreed(processes):  # nobody writes before the main process has cut the records back
+    with _all_fail_alike(processes):  # nobody writes before the main process has cut the records back
         if processes.is_main and samples is not None:
             cut_back_ids(config.folder, state.step)
         return RunLog(config.folder if processes.is_main else None, config, state.step, data, samples)
@@ -279,12 +268,12 @@ def _starting_point(config: Config, processes: Processes) -> dict | None:
     The main process chooses, and the others read the same file.
     """
     path, content = None, None
-    with _agreed(processes):
+    with _all_fail_alike(processes):
         if processes.is_main and (own := newest_good_checkpoint(config.folder / "checkpoints")):
             path, content, warnings = own
             for warning in warnings:
                 log.warning("%s; %s is used instead", warning, path)
-    path = processes.from_main(path)
+    path = processes.broadcast_object(path)
     if path is not None:
         return content or read_checkpoint(path)
     if config.resume not in (None, "latest"):

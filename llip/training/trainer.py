@@ -18,12 +18,13 @@ from llip.open_clip.mixture_alarms import find_alarms
 from llip.open_clip.mixture_statistics import mixture_measures
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.scores.plan import ScorePlan
+from llip.system.processes import Processes
 from llip.training.checkpoints.saver import Saver
 from llip.training.checkpoints.train_state import TrainState
-from llip.training.debug.nan_dump import BadStep, summary, write_flight_record
-from llip.training.distributed.processes import PATIENCE, Processes
+from llip.training.debug.nan_dump import BadStep, summary, write_nan_dump
+from llip.training.distributed.processes import PATIENCE
 from llip.training.distributed.signals import StopRequest
-from llip.training.distributed.watchdog import Watch
+from llip.training.distributed.watchdog import Watchdog
 from llip.training.reporting.profiling import StepProfiler
 from llip.training.reporting.run_log import RunLog, Terminal, log
 from llip.training.reporting.speed import Speed
@@ -46,7 +47,7 @@ class Trainer:
         processes: Processes,
         run_log: RunLog,
         saver: Saver,
-        watch: Watch,
+        watch: Watchdog,
         stop: StopRequest,
         evaluate: Evaluate | None = None,
     ) -> None:
@@ -169,7 +170,7 @@ class Trainer:
         parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
         total = state.engine.gradient_norm(parameters)
         norm = total.item()
-        bad_loss, bad_norm, stopping = self.processes.largest(
+        bad_loss, bad_norm, stopping = self.processes.all_reduce_max(
             [not math.isfinite(loss.item()), not math.isfinite(norm), bool(self.stop)]
         )
         self.stopping = bool(stopping)
@@ -206,7 +207,7 @@ class Trainer:
             return
         scale = state.scaler.get_scale()
         model = state.engine.model_with_gradients(self.task.model)
-        folder, report = write_flight_record(bad, config, model, scale, self.processes)
+        folder, report = write_nan_dump(bad, config, model, scale, self.processes)
         message = None
         if report is not None:
             record = (
@@ -218,7 +219,7 @@ class Trainer:
                 f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); {summary(report)}; {record}. "
                 "A smaller lr or a longer warmup often helps"
             )
-        raise RunError(self.processes.from_main(message))
+        raise RunError(self.processes.broadcast_object(message))
 
     @contextmanager
     def _explained_shortage(self) -> Iterator[None]:
@@ -270,7 +271,7 @@ class Trainer:
             )
             progress.set_postfix_str(f"loss {loss_value:.3f}, {rate:,.0f} samples/s", refresh=False)
             window.restart()
-        if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_to_main(self.state.counts.plain())):
+        if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_object(self.state.counts.plain())):
             self.run_log.data.log_epoch(counts)
         evaluating = self._evaluation_is_due(step)
         if self.saver.is_due(done) or self.stopping or evaluating:  # an evaluation may take longer than a job has left
@@ -299,7 +300,7 @@ class Trainer:
 
     def _is_stopping(self) -> bool:
         """Agree with all processes whether one has been asked to stop."""
-        self.stopping = self.stopping or bool(self.processes.largest([float(bool(self.stop))])[0])
+        self.stopping = self.stopping or bool(self.processes.all_reduce_max([float(bool(self.stop))])[0])
         return self.stopping
 
     def _mixture_record(self) -> dict[str, float]:
@@ -318,7 +319,7 @@ class Trainer:
 
     def _data_record(self, window: "_Window") -> dict[str, Any]:
         """Return what the workers of this process did in the window; the counts are those of all processes."""
-        counts = self.processes.gather_to_main(self.state.counts.plain())
+        counts = self.processes.gather_object(self.state.counts.plain())
         if counts is None:
             return {}
         waited = window.waited / window.seconds()

@@ -32,7 +32,7 @@ import pickle, sys
 from llip.cluster import evaluation, pending
 from llip.extensions import poolings
 evaluation.join_job = lambda: None
-pending.evaluate_put_aside = lambda config, weights: print(config.pooling, config.pooling in poolings, weights)
+pending.evaluate_saved = lambda config, weights: print(config.pooling, config.pooling in poolings, weights)
 task = pickle.load(open(sys.argv[1], "rb"))
 task()
 task.checkpoint().function()  # what submitit runs after a requeue

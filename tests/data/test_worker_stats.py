@@ -6,12 +6,12 @@ from collections import Counter
 import pytest
 
 from llip.data import worker_stats as counting
-from llip.data.worker_stats import Tally, resident_bytes
+from llip.data.worker_stats import WorkerStats, resident_bytes
 from llip.errors import UserError
 
 
 def test_too_many_bad_samples_name_reasons_and_shards():
-    tally = Tally(0.1, 1, "an image")
+    tally = WorkerStats(0.1, 1, "an image")
     for _ in range(180):
         tally.use(0)
     for number in range(19):
@@ -24,25 +24,25 @@ def test_too_many_bad_samples_name_reasons_and_shards():
 
 
 def test_nothing_usable_is_told_by_number_and_by_time(monkeypatch):
-    tally = Tally(1.0, 1, "an image")
+    tally = WorkerStats(1.0, 1, "an image")
     bad = Counter({("a.tar", "no image"): 199})
     tally.check_start(bad, ["text"])
     bad["a.tar", "no image"] += 1
     with pytest.raises(UserError, match=r"first 200 samples.*wanted an image; dropped no image: 200.*seen: text"):
         tally.check_start(bad)
     monkeypatch.setattr(counting, "FIRST_DEADLINE", 0.01)
-    late = Tally(1.0, 1, "an image")
+    late = WorkerStats(1.0, 1, "an image")
     time.sleep(0.02)
     with pytest.raises(UserError, match="first 1 samples"):
         late.drop("shard stalled", "b.tar")
-    used = Tally(1.0, 1, "an image")
+    used = WorkerStats(1.0, 1, "an image")
     used.use(0)
     time.sleep(0.02)
     used.drop("shard stalled", "b.tar")
 
 
 def test_reports_tell_what_is_new():
-    tally = Tally(1.0, 2, "an image")
+    tally = WorkerStats(1.0, 2, "an image")
     tally.use(1)
     tally.drop("no image", "a.tar")
     tally.seconds["read"] += 2.0
@@ -62,7 +62,7 @@ def test_memory_is_that_of_this_process():
 
 
 def test_a_batch_that_takes_too_long_names_the_shard():
-    tally = Tally(1.0, 1, "an image")
+    tally = WorkerStats(1.0, 1, "an image")
     tally.check_pace("a.tar")
     tally.batch_began -= counting.SLOW_DEADLINE + 1
     with pytest.raises(UserError, match=r"no batch in 151 s.*'a\.tar' is being read"):

@@ -11,12 +11,12 @@ import torch
 
 from llip.cluster import evaluation
 from llip.cluster.evaluation import EvaluationTask
-from llip.cluster.pending import evaluate_put_aside, put_aside
+from llip.cluster.pending import evaluate_saved, save_for_eval
 from llip.cluster.tasks import EVALUATION_JOBS
 from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import create_model, model_spec
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.evaluation import online_evaluation
 from tests.cluster.evaluated_run import evaluated_run, recorded
 
@@ -63,8 +63,8 @@ def test_no_evaluation_where_none_is_asked_for(config):
 def test_a_job_records_what_the_run_would_have(config, model):
     ((step, task, values),) = in_process(config, model)
     assert (step, task, set(values)) == (5, "here", {"top1"})
-    weights = put_aside(config.folder, model, 5)
-    assert evaluate_put_aside(config, weights) == 0
+    weights = save_for_eval(config.folder, model, 5)
+    assert evaluate_saved(config, weights) == 0
     assert recorded(config) == [{"step": 5, "task": "here", "values": values}]
     assert not weights.exists()
 

@@ -37,12 +37,12 @@ def evaluated(config):
 
 def after_first_task(monkeypatch, step, action):
     """Run `action` when the first task of `step` has been evaluated."""
-    tell = online.tell_result
+    tell = online.report_result
 
     def telling(result, at):
         told = tell(result, at)
         if at == step and result.task == TASKS[0]:
-            monkeypatch.setattr(online, "tell_result", tell)
+            monkeypatch.setattr(online, "report_result", tell)
             online_log_first(result, at)
             action()
         return told and not (at == step and result.task == TASKS[0])
@@ -57,7 +57,7 @@ def after_first_task(monkeypatch, step, action):
         return make(config, run_log, processes)
 
     monkeypatch.setattr(online, "online_evaluation", making)
-    monkeypatch.setattr(online, "tell_result", telling)
+    monkeypatch.setattr(online, "report_result", telling)
 
 
 class Killed(Exception):

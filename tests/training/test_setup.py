@@ -9,7 +9,7 @@ import torch
 from llip.configs import Config
 from llip.data.index import describe_shard, write_index
 from llip.errors import UserError
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.reporting.run_log import start_logging
 from llip.training.setup import check_data
 from tests.helpers import write_pairs

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "webdataset", "timm", "numpy", "simplejpeg")
 """Whose versions may change results."""
@@ -16,7 +16,7 @@ COMMIT_FILE = "COMMIT"
 """Beside the package in a snapshot of the code: the commit that it was taken from."""
 
 
-def make_passport(processes: Processes, data_digest: int) -> dict[str, Any]:
+def make_provenance(processes: Processes, data_digest: int) -> dict[str, Any]:
     """Return plain values that describe this run's circumstances on this process.
 
     Args:
@@ -30,7 +30,7 @@ def make_passport(processes: Processes, data_digest: int) -> dict[str, Any]:
         **{name: _version(name) for name in LIBRARIES},
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(processes.device) if cuda else platform.machine(),
-        "processes": processes.count,
+        "processes": processes.world_size,
         "host": platform.node(),
         "data": f"{data_digest:08x}",
     }

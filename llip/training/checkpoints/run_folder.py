@@ -257,11 +257,11 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
             raise
 
 
-class Gaps:
+class BestEffort:
     """Lets a file of records fail in the middle of a run: one warning when a gap begins, one when it ends."""
 
     def __init__(self, what: str) -> None:
-        """Watch over what the warnings call `what`."""
+        """Watchdog over what the warnings call `what`."""
         self.what, self.lost = what, 0
 
     @contextlib.contextmanager

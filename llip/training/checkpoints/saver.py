@@ -8,9 +8,9 @@ from torch import Tensor
 from llip.configs import Config
 from llip.errors import RunError, UserError
 from llip.open_clip.model import Llip
+from llip.system.processes import Processes
 from llip.training.checkpoints.checkpoint import write_checkpoint
 from llip.training.checkpoints.train_state import TrainState
-from llip.training.distributed.processes import Processes
 from llip.training.reporting.run_log import log
 
 
@@ -18,10 +18,16 @@ class Saver:
     """Writes the run's checkpoints; every process takes part, the main one writes."""
 
     def __init__(
-        self, config: Config, model: Llip, state: TrainState, processes: Processes, passport: dict[str, Any]
+        self, config: Config, model: Llip, state: TrainState, processes: Processes, provenance: dict[str, Any]
     ) -> None:
-        """Save `model` and `state` as `config` says, with the run's passport in every checkpoint."""
-        self.config, self.model, self.state, self.processes, self.passport = config, model, state, processes, passport
+        """Save `model` and `state` as `config` says, with the run's provenance in every checkpoint."""
+        self.config, self.model, self.state, self.processes, self.provenance = (
+            config,
+            model,
+            state,
+            processes,
+            provenance,
+        )
         self.saved_at = time.monotonic()
         self.saved_step = state.step
 
@@ -33,7 +39,7 @@ class Saver:
         forever = config.keep_every and step % (config.keep_every * config.steps_per_epoch) == 0
         by_time = False
         if config.save_minutes:  # the main process's clock decides for all
-            by_time = self.processes.from_main(time.monotonic() - self.saved_at >= 60 * config.save_minutes)
+            by_time = self.processes.broadcast_object(time.monotonic() - self.saved_at >= 60 * config.save_minutes)
         return bool(done or by_epoch or by_step or forever or by_time)
 
     def save(self, last: bool = False) -> None:
@@ -50,7 +56,7 @@ class Saver:
         problem = None
         if content is not None:
             problem = self._write(content, weights)
-        problem = self.processes.from_main(problem)
+        problem = self.processes.broadcast_object(problem)
         self.saved_at = time.monotonic()
         if problem is None:
             self.saved_step = self.state.step
@@ -67,7 +73,7 @@ class Saver:
             "model": self.model.config,
             "state_dict": weights,
             "config": dict(vars(config)),
-            "passport": self.passport,
+            "provenance": self.provenance,
         }
         forever = config.keep_every * config.steps_per_epoch
         folder = config.folder / "checkpoints"

@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 
 from llip.data.position import DataPosition, Layout, continue_data
 from llip.errors import UserError
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.reporting.data_report import DataCounts
 from llip.training.step.engine import Engine
 
@@ -38,7 +38,7 @@ class TrainState:
             "counts": self.counts.plain(),
         }
         optimizer = self.engine.optimizer_state(self.optimizer)
-        everyone = processes.gather_to_main(own)
+        everyone = processes.gather_object(own)
         if everyone is None:
             return None
         averaged = {} if self.averaged is None else {"ema_state_dict": self.averaged.module.state_dict()}
@@ -74,12 +74,12 @@ class TrainState:
         self.skipped_steps, self.skipped_in_a_row = saved["skipped_steps"], saved.get("skipped_in_a_row", 0)
         self.engine.load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        if len(everyone) == processes.count:
+        if len(everyone) == processes.world_size:
             own = everyone[processes.rank]
             torch.set_rng_state(own["rng"])
             if own["cuda_rng"] is not None and processes.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_rng"], processes.device)
         if processes.is_main:  # only the sum over the processes is ever shown
             self.counts.restore(one["counts"] for one in everyone)
-        self.position, note = continue_data(positions, self.position, layout, processes.rank, processes.count)
+        self.position, note = continue_data(positions, self.position, layout, processes.rank, processes.world_size)
         return note

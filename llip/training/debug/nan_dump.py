@@ -17,7 +17,7 @@ from torch import Tensor
 from llip.configs import Config, own_files
 from llip.errors import UserError
 from llip.open_clip.model import Llip
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.step.accumulation import RandomState, Slice
 
 FORMAT = 1
@@ -82,7 +82,7 @@ def _largest(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in list(found.items())[:_SHOWN])
 
 
-def write_flight_record(
+def write_nan_dump(
     step: BadStep, config: Config, model: Llip, scale: float, processes: Processes
 ) -> tuple[Path, dict[str, Any] | None]:
     """Write the record; every process must call it.
@@ -110,7 +110,7 @@ def write_flight_record(
         torch.save(own, folder / f"process_{processes.rank}.pt")
     except (OSError, RuntimeError) as error:
         problem = f"process {processes.rank}: {error}"
-    everyone = processes.gather_to_main({"loss": step.loss, "samples": step.ids, "problem": problem})
+    everyone = processes.gather_object({"loss": step.loss, "samples": step.ids, "problem": problem})
     if everyone is None:
         return folder, None
     report = describe(step, model, everyone)
@@ -119,7 +119,7 @@ def write_flight_record(
         torch.save({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
         about = {
             "format": FORMAT,
-            "processes": processes.count,
+            "processes": processes.world_size,
             "loss_scale": scale,
             "config": dict(vars(config)),
             "own_files": _own_files(config),

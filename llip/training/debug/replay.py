@@ -25,8 +25,8 @@ from llip.extensions import objectives, poolings
 from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.weights.load import load_weights, read_checkpoint
+from llip.system.processes import Processes
 from llip.training.debug.nan_dump import FORMAT, norms, plain
-from llip.training.distributed.processes import Processes
 from llip.training.step.accumulation import RandomState, Slice, backward_step
 from llip.training.step.task import ContrastiveTask
 

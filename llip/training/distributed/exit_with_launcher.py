@@ -16,7 +16,7 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _EVERY = 0.2  # seconds between looks
 
 
-def end_with_launcher() -> None:
+def exit_with_launcher() -> None:
     """Let this process leave when its launcher is gone; to be called first thing. Without a launcher, do nothing."""
     if LAUNCHER in os.environ:
         launcher = int(os.environ[LAUNCHER])

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llip.configs import Config
-from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, AgreedError, UserError
+from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, CollectiveUserError, UserError
+from llip.system.processes import Processes
 from llip.training.distributed.exit_with_launcher import LAUNCHER
-from llip.training.distributed.processes import Processes
 from llip.training.distributed.signals import STOP_SIGNALS
 from llip.training.distributed.slurm_environment import join_step
-from llip.training.distributed.watchdog import Watch, name_of_exit
+from llip.training.distributed.watchdog import Watchdog, name_of_exit
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -197,7 +197,7 @@ def exit_code(finished: bool) -> int:
     return 0
 
 
-def tell_user(error: UserError) -> int:
+def report_error(error: UserError) -> int:
     """Tell an error once, however many processes make it, and return the exit code."""
     notes = os.environ.get(NOTES_FOLDER)
     if notes:  # the launcher tells
@@ -205,7 +205,7 @@ def tell_user(error: UserError) -> int:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"rank": _rank(), "message": str(error), "code": error.exit_code}))
         partial.replace(path)
-    elif _rank() == 0 or not isinstance(error, AgreedError):
+    elif _rank() == 0 or not isinstance(error, CollectiveUserError):
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -215,14 +215,14 @@ def _rank() -> int:
 
 
 @contextlib.contextmanager
-def watched(config: Config, processes: Processes) -> Iterator[Watch]:
-    """Watch this process inside: it ends when it does not move on within `timeout_minutes`.
+def watched(config: Config, processes: Processes) -> Iterator[Watchdog]:
+    """Watchdog this process inside: it ends when it does not move on within `timeout_minutes`.
 
     Raises:
         RunError: another process died or does not answer; names it.
     """
     deadline = 60 * config.timeout_minutes
-    watch = Watch(processes.rank, processes.count, processes.store, deadline, tell_user)
+    watch = Watchdog(processes.rank, processes.world_size, processes.store, deadline, report_error)
     try:
         with watch.explained():
             yield watch

@@ -3,12 +3,10 @@
 Shapes: T texts of one process, W processes, D embedding width. Mixture tokens never travel.
 """
 
-import dataclasses
 import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,61 +15,11 @@ from torch import Tensor
 from llip.configs import Config
 from llip.errors import RunError
 from llip.system.cores import usable_cores
+from llip.system.processes import Processes
 
 _LATER = 60.0  # seconds by which a collective's own deadline comes after the watch's, which says more
 PATIENCE = 6.0
 """Times `timeout_minutes`: what a checkpoint or an evaluation may take, for which the other processes wait."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """This process's place in the run."""
-
-    rank: int
-    count: int
-    device: torch.device
-    store: dist.Store | None = None  # that the processes share, beside the collectives
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one process that writes files and speaks."""
-        return self.rank == 0
-
-    def gather_to_main(self, value: Any) -> list[Any] | None:
-        """Return every process's `value` by rank on the main process, None elsewhere. For small plain values."""
-        if self.count == 1:
-            return [value]
-        gathered = [None] * self.count if self.is_main else None
-        dist.gather_object(value, gathered, dst=0)
-        return gathered
-
-    def from_main(self, value: Any) -> Any:
-        """Return the main process's `value` on every process."""
-        if self.count == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def largest(self, values: list[float]) -> list[float]:
-        """Return the largest of each of `values` over the processes, on every process."""
-        if self.count == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.tolist()
-
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        self.largest([0.0])
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of a tensor over the processes."""
-        if self.count == 1:
-            return value
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        return value / self.count
 
 
 @contextmanager
@@ -139,9 +87,9 @@ class _GatherTexts(torch.autograd.Function):
 
 def gather_texts(texts: Tensor, processes: Processes) -> Tensor:
     """Return the texts of all processes [W T, D], by rank; gradients flow back to the process of each text."""
-    if processes.count == 1:
+    if processes.world_size == 1:
         return texts
-    return _GatherTexts.apply(texts, processes.rank, processes.count)
+    return _GatherTexts.apply(texts, processes.rank, processes.world_size)
 
 
 def combine_logsumexp(columns: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from llip.errors import EXIT_RUN, RunError
 
 PUBLISH_EVERY = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats of life."""
 _LOOK_EVERY = 0.2  # seconds
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
 
 
-class Sign(NamedTuple):
+class Heartbeat(NamedTuple):
     """One process's sign of life."""
 
     beat: int  # counts up while the process lives
@@ -36,7 +36,7 @@ class Sign(NamedTuple):
         return f"step {self.step}, {self.phase} for {self.seconds:.0f} s"
 
 
-class Watch:
+class Watchdog:
     """This process's sign of life, and what it knows of the others'."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Watch:
             seconds = time.monotonic() - self.since
             self.store.set(f"sign/{self.rank}", f"{self._beat} {self.step} {seconds:.0f} {self.phase}")
 
-    def signs(self) -> dict[int, Sign] | None:
+    def heartbeats(self) -> dict[int, Heartbeat] | None:
         """Return the newest sign of every process that has given one; None where the store is gone."""
         assert self.store is not None
         found = {}
@@ -105,16 +105,16 @@ class Watch:
             for rank in range(self.count):
                 if self.store.check([f"sign/{rank}"]):
                     beat, step, seconds, phase = self.store.get(f"sign/{rank}").decode().split(" ", 3)
-                    found[rank] = Sign(int(beat), int(step), phase, float(seconds))
+                    found[rank] = Heartbeat(int(beat), int(step), phase, float(seconds))
         except RuntimeError:
             return None
         return found
 
     def missing(self) -> str:
         """Say which processes have died or are behind, as far as one can know; takes a few seconds."""
-        before = self.signs()
+        before = self.heartbeats()
         time.sleep(2.5 * PUBLISH_EVERY)
-        after = self.signs()
+        after = self.heartbeats()
         if before is None or after is None:
             return "process 0 is gone, and with it the record of the others"
         gone = [rank for rank in range(self.count) if rank not in after or after[rank] == before.get(rank)]
@@ -135,7 +135,7 @@ class Watch:
         return f"all {self.count} processes are alive and at the same place"
 
     def _stuck(self) -> RunError:
-        where = Sign(self._beat, self.step, self.phase, time.monotonic() - self.since)
+        where = Heartbeat(self._beat, self.step, self.phase, time.monotonic() - self.since)
         others = f" The others: {self.missing()}." if self.store is not None else ""
         return RunError(
             f"process {self.rank} is stuck at {where} (deadline {self.patience * self.deadline:.0f} s, set by "

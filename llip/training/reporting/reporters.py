@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llip.configs import Config
 from llip.errors import UserError
-from llip.training.checkpoints.run_folder import Gaps, replace_text
+from llip.training.checkpoints.run_folder import BestEffort, replace_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +37,7 @@ class TensorBoard:
 
         self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)
-        self._gaps = Gaps(str(self._folder))
+        self._gaps = BestEffort(str(self._folder))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self._gaps.allowed():
@@ -95,7 +95,7 @@ class WeightsAndBiases:
                 f"report_to = wandb: no run could be opened ({error}); log in with `wandb login`, or set "
                 "WANDB_MODE=offline"
             ) from error
-        self._gaps, self._error = Gaps("the run at Weights & Biases"), wandb.Error
+        self._gaps, self._error = BestEffort("the run at Weights & Biases"), wandb.Error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back after a restart
 

@@ -14,7 +14,7 @@ from llip.data.loader import Batch
 from llip.training.checkpoints.run_folder import (
     EVALS,
     METRICS,
-    Gaps,
+    BestEffort,
     append_record,
     cut_back,
     locked_evaluations,
@@ -115,10 +115,10 @@ class RunLog:
         """
         self.folder, self.data, self.samples = folder, data, samples
         self.reporters: list[Reporter] = []
-        self._gaps: dict[str, Gaps] = {}
+        self._gaps: dict[str, BestEffort] = {}
         if folder is None:
             return
-        self._gaps = {name: Gaps(str(folder / name)) for name in (METRICS, EVALS)}
+        self._gaps = {name: BestEffort(str(folder / name)) for name in (METRICS, EVALS)}
         cut_back(folder / METRICS, step)
         with locked_evaluations(folder):  # jobs of the run before may still write
             cut_back(folder / EVALS, step)

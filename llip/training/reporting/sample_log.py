@@ -7,7 +7,7 @@ A step has one line per accumulation slice. After a restart the files are cut ba
 
 from pathlib import Path
 
-from llip.training.checkpoints.run_folder import Gaps, append_record, cut_back
+from llip.training.checkpoints.run_folder import BestEffort, append_record, cut_back
 
 FOLDER = "sample_ids"
 
@@ -29,7 +29,7 @@ class SampleLog:
     def __init__(self, folder: Path, rank: int) -> None:
         """Write below the run's folder, where `cut_back_ids` has made the place."""
         self.path = folder / FOLDER / f"process_{rank}.jsonl"
-        self._gaps = Gaps(str(self.path))
+        self._gaps = BestEffort(str(self.path))
 
     def add(self, step: int, ids: list[str]) -> None:
         """Note that a step uses the samples `ids`, in order; what the disk does not take is lost, with a warning."""

@@ -6,7 +6,7 @@ from llip.configs import Config
 from llip.open_clip.costs.flops import flops_per_pair, image_tower, text_tower
 from llip.open_clip.factory import model_spec
 from llip.system.gpus import peak_flops
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 
 
 class Speed:
@@ -24,7 +24,7 @@ class Speed:
         self.flops = flops_per_pair(config)
         name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else ""
         peak = peak_flops(name, config.precision)
-        self.peak = peak * processes.count if peak else None
+        self.peak = peak * processes.world_size if peak else None
 
     def record(self, pairs_per_second: float) -> dict[str, float | None]:
         """Return the fields of metrics.jsonl.

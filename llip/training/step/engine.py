@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.model import Llip
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.reporting.run_log import log
 from llip.training.step.task import ContrastiveTask
 
@@ -26,7 +26,7 @@ class Engine:
 
     def wrap(self, task: ContrastiveTask) -> nn.Module:
         """Return what to call in the place of `task`, so that gradients become those of all processes."""
-        if task.processes.count == 1:
+        if task.processes.world_size == 1:
             return task
         devices = [task.processes.device] if task.processes.device.type == "cuda" else None
         return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
@@ -80,7 +80,7 @@ def create_engine(config: Config, model: Llip, processes: Processes) -> Engine:
     if config.torchcompile:
         _check_compiler(processes.device)
     if config.distributed_engine == "fsdp":
-        if processes.count > 1:
+        if processes.world_size > 1:
             from llip.training.step.engine_fsdp import ShardedEngine
 
             return ShardedEngine(config, model, processes)

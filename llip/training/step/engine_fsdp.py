@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llip.configs import Config
 from llip.open_clip.model import Llip
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.reporting.run_log import log
 from llip.training.step.engine import Engine
 from llip.training.step.optimizer import parameter_groups
@@ -42,7 +42,7 @@ class ShardedEngine(Engine):
             model: with the same weights on every process, on its device.
             processes: more than one.
         """
-        assert processes.count > 1, "one process has nothing to share"
+        assert processes.world_size > 1, "one process has nothing to share"
         self.processes = processes
         self.skeleton = _without_weights(model)
         self.groups = [group.names for group in parameter_groups(model, config)]  # as in a checkpoint
@@ -152,7 +152,7 @@ def _shard_towers(model: Llip, processes: Processes, compiled: bool) -> None:
     # two engines give equal losses, at twice the traffic of bfloat16. Autocast's bfloat16 copies of the weights stay
     # whole from forward to backward, or to the end of the forward pass with grad_checkpointing.
     policy = MixedPrecisionPolicy()
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for tower in (model.visual, model.text):
         for name, module in tower.named_modules():
             if _BLOCK.search(name):

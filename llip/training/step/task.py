@@ -13,7 +13,8 @@ from llip.open_clip.factory import normalise_images
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives import Objective
 from llip.open_clip.scores.plan import ScorePlan
-from llip.training.distributed.processes import Processes, combine_logsumexp, gather_texts
+from llip.system.processes import Processes
+from llip.training.distributed.processes import combine_logsumexp, gather_texts
 
 _MEASURED = 32  # pairs
 
@@ -51,7 +52,7 @@ class ContrastiveTask(nn.Module):
     def score_plan(self, images: int) -> ScorePlan | None:
         """Return how the scores of `images` images of this process are computed; None without text conditioning."""
         return self.model.pooling.score_plan(
-            images, images * self.processes.count, self.model.config["mixture_tokens"],
+            images, images * self.processes.world_size, self.model.config["mixture_tokens"],
             on_cpu=self.processes.device.type == "cpu", memory_budget=self.memory_budget,
         )  # fmt: skip
 
@@ -98,7 +99,7 @@ class ContrastiveTask(nn.Module):
         scale = self.model.logit_scale.exp()
         report = {"logit_scale": scale.detach()}
         with torch.autocast(scores.device.type, enabled=False):
-            combine = combine_logsumexp if self.processes.count > 1 else None
+            combine = combine_logsumexp if self.processes.world_size > 1 else None
             loss = self.objective.loss(scores, offset, scale, self.model.logit_bias, combine)
         if self.model.logit_bias is not None:
             report["logit_bias"] = self.model.logit_bias.detach()

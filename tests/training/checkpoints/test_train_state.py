@@ -15,5 +15,5 @@ def test_a_checkpoint_of_another_version_is_refused_in_words():
     state = TrainState(optimizer, torch.amp.GradScaler("cpu", enabled=False), DataPosition(0), None)
     old = {"processes": [{"position": {"workers": 2, "batches": 5, "cursors": [3, 2]}}]}
     with pytest.raises(UserError, match="another version of llip"):
-        state.restore(old, SimpleNamespace(rank=0, count=1, is_main=True), None)
+        state.restore(old, SimpleNamespace(rank=0, world_size=1, is_main=True), None)
     assert state.step == 0

@@ -11,10 +11,10 @@ from llip.configs import Config
 from llip.errors import RunError
 from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
+from llip.system.processes import Processes
 from llip.training import trainer
 from llip.training.checkpoints.run_folder import read_records
 from llip.training.debug import replay
-from llip.training.distributed.processes import Processes
 from tests.helpers import write_pairs
 
 
@@ -102,7 +102,7 @@ def test_a_replay_computes_the_step_again(config, changes, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "backward_step", note)
     calls = iter(range(10_000))
     judge = {2: [True, False, False]}
-    monkeypatch.setattr(Processes, "largest", lambda self, values: judge.get(next(calls), values))
+    monkeypatch.setattr(Processes, "all_reduce_max", lambda self, values: judge.get(next(calls), values))
     with pytest.raises(RunError):
         train(config, "cpu")
     monkeypatch.undo()
@@ -172,13 +172,13 @@ def test_a_passport_is_in_the_checkpoint_and_a_difference_is_told(config, monkey
         train(config.replace(save_steps=1), "cpu")
     monkeypatch.undo()
     monkeypatch.setattr("llip.training.reporting.figures.draw_curves", lambda folder: None)
-    passport = read_checkpoint(config.folder / "checkpoints" / "step_4.pt")["passport"]
-    assert passport["torch"] == torch.__version__.split("+")[0] or passport["torch"] == torch.__version__
-    assert {"commit", "python", "host", "data", "processes"} <= passport.keys()
+    provenance = read_checkpoint(config.folder / "checkpoints" / "step_4.pt")["provenance"]
+    assert provenance["torch"] == torch.__version__.split("+")[0] or provenance["torch"] == torch.__version__
+    assert {"commit", "python", "host", "data", "processes"} <= provenance.keys()
     monkeypatch.setattr("llip.training.checkpoints.provenance.platform.node", lambda: "elsewhere")
     train(config.replace(save_steps=1), "cpu")
     text = (config.folder / "log.txt").read_text()
-    assert f"not as at the checkpoint: host: {passport['host']} -> elsewhere" in text
+    assert f"not as at the checkpoint: host: {provenance['host']} -> elsewhere" in text
     assert "commit" not in text
 
 

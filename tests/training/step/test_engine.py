@@ -10,6 +10,7 @@ import yaml
 from llip.configs import Config
 from llip.errors import RunError, UserError
 from llip.open_clip.weights.load import read_checkpoint
+from llip.system.processes import Processes
 from llip.training.checkpoints.run_folder import read_records
 from tests.helpers import write_pairs
 
@@ -39,7 +40,7 @@ def train_together(rank, count, configs):
 
     @contextmanager
     def joined(config, device):
-        yield distributed.Processes(rank, count, torch.device("cpu"))
+        yield Processes(rank, count, torch.device("cpu"))
 
     distributed.join_processes = joined  # the pool has joined them already
     figures.draw_curves = lambda folder: None
@@ -130,7 +131,7 @@ def load_and_save(rank, count, config, path):
     """Load a checkpoint into shares, and give back what they would save, with the numbers this process holds."""
     from llip.open_clip.factory import create_model, model_spec
     from llip.open_clip.weights.load import load_weights
-    from llip.training.distributed.processes import Processes
+    from llip.system.processes import Processes
     from llip.training.step.engine import create_engine
     from llip.training.step.optimizer import create_optimizer
 

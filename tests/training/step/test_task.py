@@ -7,7 +7,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from llip.open_clip.factory import ModelSpec, create_model, get_tokenizer
-from llip.training.distributed.processes import Processes
+from llip.system.processes import Processes
 from llip.training.step.accumulation import backward_step
 from llip.training.step.task import ContrastiveTask
 from tests.helpers import TINY_MODEL
