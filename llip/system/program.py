@@ -1,0 +1,31 @@
+"""What all command-line programs share: one way to start, one way to fail."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+from llip.errors import UserError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it."""
+
+
+def program(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+    """Turn `main(arguments)` into a program: `main()` reads the command line, and errors become messages.
+
+    A `UserError` is printed to standard error without a traceback and its exit code is returned; anything else that is
+    raised is a bug and keeps its traceback. A `main` that returns None has succeeded.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if arguments is None else list(arguments)) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return INTERRUPTED
+
+    return run
