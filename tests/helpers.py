@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llip.configs import Config
+
 TINY_MODEL = {
     "embed_dim": 16,
     "quick_gelu": True,
@@ -65,6 +67,38 @@ def write_pairs(folder: Path, samples: int, per_shard: int = 16) -> str:
             [{"png": image_bytes(i), "txt": f"picture number {i} of all".encode()} for i in indices],
         )
     return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+
+
+def tiny_run(folder: Path, **changes: Any) -> Config:
+    """Return a run of 6 steps over 32 pairs that takes a second on a CPU.
+
+    Args:
+        folder: where its shards, its model and its run folder are written.
+        changes: other values of fields; the defaults are written only if they are used.
+    """
+    fields = {
+        "name": "run", "logs": str(folder), "train_num_samples": 32, "mixture_tokens": 4, "pool_heads": 4,
+        "batch_size": 16, "epochs": 3, "lr": 1e-3, "warmup": 2, "precision": "fp32", "workers": 0, "log_steps": 1,
+        "save_frequency": 0, "seed": 3, "report_to": (), "device": "cpu",
+    } | changes  # fmt: skip
+    if "train_data" not in fields:
+        fields["train_data"] = write_pairs(folder / "pairs", 32, 16)
+    if "model" not in fields:
+        fields["model"] = tiny_model_file(folder)
+    return Config(**fields)
+
+
+def config_file(path: Path, config: Config, before: str = "") -> str:
+    """Write a Python file with a function `run` that returns `config`; return what the command line calls it.
+
+    Args:
+        path: of the file.
+        config: that the function returns.
+        before: source that the file runs when it is imported.
+    """
+    values = ", ".join(f"{name}={value!r}" for name, value in vars(config).items())
+    path.write_text(f"from llip.configs import Config\n{before}\n\ndef run():\n    return Config({values})\n")
+    return f"{path}:run"
 
 
 def _child(function: Callable, rank: int, count: int, store: str, results: Any, arguments: tuple) -> None:

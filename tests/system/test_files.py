@@ -19,9 +19,14 @@ def test_a_file_is_replaced_at_once(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(type(error)) as raised, atomic_write(path, flush=True) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def half() -> None:
+        with atomic_write(path, flush=True) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     if isinstance(error, OSError):
