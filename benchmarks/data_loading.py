@@ -79,7 +79,8 @@ def own_batches(setup: Setup) -> Iterator[int]:
     config = Config(train_data=setup.train_data, workers=setup.workers, batch_size=setup.batch_size)
     tokenizer = get_tokenizer(context_length=CONTEXT_LENGTH)
     position = DataPosition(setup.workers)
-    for batch in make_loader(config, tokenizer, setup.image_size, 0, 1, position, torch.cuda.is_available()):
+    data = parse_train_data(setup.train_data)
+    for batch in make_loader(config, data, tokenizer, setup.image_size, 0, 1, position, torch.cuda.is_available()):
         if batch.error:
             raise UserError(batch.error)
         yield len(batch.images)
@@ -103,7 +104,7 @@ def other_rate(setup: Setup, python: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be started, fails, or does not end in time.
     """
-    urls = [url for source in parse_train_data(setup.train_data) for url in source.urls]
+    urls = parse_train_data(setup.train_data).urls
     values = {
         "--train-data": "::".join(str(Path(url).absolute()) if is_local(url) else url for url in urls),
         "--workers": setup.workers,
@@ -128,7 +129,7 @@ def other_rate(setup: Setup, python: str) -> dict[str, Any]:
 
 def first_samples(train_data: str, count: int) -> list[dict[str, bytes]]:
     """Read the first `count` samples that have an image and a caption."""
-    urls = [{"url": url} for source in parse_train_data(train_data) for url in source.urls]
+    urls = [{"url": url} for url in parse_train_data(train_data).urls]
     samples = webdataset.tariterators.tarfile_samples(urls)
     usable = (sample for sample in samples if image_bytes(sample) and caption(sample))
     found = list(itertools.islice(usable, count))

@@ -63,8 +63,8 @@ def train(config: Config, device: str) -> bool:
         watched(config, processes) as watch,
         open_folder(config, processes),
     ):
-        check_data(config, processes)
-        run = build_run(config, processes)
+        data = check_data(config, processes)
+        run = build_run(config, data, processes)
         evaluate = online_evaluation(config, run.run_log, processes)
         saver = Saver(config, run.task.model, run.state, processes, run.provenance)
         trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate)

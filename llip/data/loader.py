@@ -24,7 +24,7 @@ from llip.data.images import RandomCrops
 from llip.data.order import Reader
 from llip.data.position import Cursor, DataPosition, Layout, ReaderPosition, StreamPosition
 from llip.data.prefetch import READ_DEADLINE
-from llip.data.sources import IMAGE_KEYS, by_name, parse_train_data, shard_name
+from llip.data.sources import IMAGE_KEYS, DataSpec, shard_name
 from llip.data.stream import DatasetStream, Mixture
 from llip.data.tar_reader import RawSample
 from llip.data.worker_stats import WorkerReport, WorkerStats
@@ -62,6 +62,7 @@ class CaptionedImages(IterableDataset):
     def __init__(
         self,
         config: Config,
+        data: DataSpec,
         tokenizer: Any,
         image_size: int,
         rank: int,
@@ -70,8 +71,8 @@ class CaptionedImages(IterableDataset):
         deadline: float,
     ) -> None:
         super().__init__()
-        self.sources = [by_name(source) for source in parse_train_data(config.train_data)]
-        self.layout = Layout(config.seed, config.shuffle_buffer, [len(source.urls) for source in self.sources])
+        self.sources = data.sources
+        self.layout = Layout(config.seed, config.shuffle_buffer, data.shard_counts)
         self.caption_sources = parse_caption_keys(config.caption_keys)
         self.batch_size, self.max_bad_fraction = config.batch_size, config.max_bad_fraction
         self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
@@ -210,6 +211,7 @@ class _BatchMaker:
 
 def make_loader(
     config: Config,
+    data: DataSpec,
     tokenizer: Any,
     image_size: int,
     rank: int,
@@ -224,6 +226,7 @@ def make_loader(
 
     Args:
         config: the run.
+        data: its `train_data`, parsed.
         tokenizer: of the model's texts.
         image_size: pixels a side.
         rank: of this process.
@@ -233,9 +236,9 @@ def make_loader(
         deadline: seconds without a byte after which a shard counts as stalled.
 
     Raises:
-        UserError: `train_data` or `caption_keys` cannot be read.
+        UserError: `caption_keys` cannot be read.
     """
-    dataset = CaptionedImages(config, tokenizer, image_size, rank, processes, position, deadline)
+    dataset = CaptionedImages(config, data, tokenizer, image_size, rank, processes, position, deadline)
     own = torch.Generator()  # the loader draws a seed when it starts: not from the run's random state
     if config.workers == 0:
         return DataLoader(dataset, batch_size=None, pin_memory=pin, generator=own)

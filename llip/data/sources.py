@@ -1,6 +1,7 @@
 """From the `train_data` string to its datasets and their shards. Nothing here opens a shard."""
 
 import dataclasses
+import functools
 import glob
 import re
 from pathlib import Path
@@ -18,16 +19,67 @@ _WEIGHT = re.compile(r"@(\d*\.?\d+(?:[eE][-+]?\d+)?)$")
 
 @dataclasses.dataclass(frozen=True)
 class ShardSource:
-    """One dataset: its shards, and how often it is drawn from beside the others."""
+    """One dataset: its shards, ordered by name, and how often it is drawn from beside the others."""
 
     pattern: str
     urls: tuple[str, ...]
     weight: float
 
 
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What `train_data` names, resolved once at the start of a run."""
+
+    sources: tuple[ShardSource, ...]
+
+    @functools.cached_property
+    def urls(self) -> tuple[str, ...]:
+        """The shards of all datasets."""
+        return tuple(url for source in self.sources for url in source.urls)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        """The number of shards of each dataset."""
+        return [len(source.urls) for source in self.sources]
+
+
 def is_local(url: str) -> bool:
-    """Tell whether `url` is a path on this machine."""
+    """Return whether `url` is a path on this machine."""
     return _REMOTE.match(url) is None
+
+
+def parse_train_data(train_data: str) -> DataSpec:
+    """Resolve `train_data` into its datasets.
+
+    Args:
+        train_data: a brace pattern, a glob, a comma list, `scenes:DIR`, a `pipe:` command, an http(s) URL; several
+            datasets joined by `::`, each with an optional weight `@0.7` (default 1).
+
+    Raises:
+        UserError: `train_data` is empty, a pattern matches no file, or every weight is 0.
+    """
+    if not train_data:
+        raise UserError("train_data is empty; set it to shards, for instance train_data='/data/{00000..00099}.tar'")
+    sources = []
+    for pattern in train_data.split("::"):
+        weight = _WEIGHT.search(pattern)
+        if weight:
+            pattern = pattern[: weight.start()]
+        urls = [url for part in _split_patterns(pattern) for url in _expand(part)]
+        if not urls:
+            raise UserError(f"train_data {pattern!r} matches no file (searched from {Path.cwd()})")
+        # By name, so that the order of samples does not depend on folders; equal names keep the order given.
+        sources.append(ShardSource(pattern, tuple(sorted(urls, key=shard_name)), float(weight[1]) if weight else 1.0))
+    if not any(source.weight > 0 for source in sources):
+        raise UserError(f"train_data {train_data!r}: every dataset has weight 0")
+    return DataSpec(tuple(source for source in sources if source.weight > 0))
+
+
+def _split_patterns(text: str) -> list[str]:
+    """Split a comma list, except commas inside braces and pipe: commands."""
+    if text.startswith("pipe:"):
+        return [text]
+    return [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -35,7 +87,7 @@ def _expand(pattern: str) -> list[str]:
         pattern = str(Path(expand_variables(pattern.removeprefix(SCENES_SCHEME))) / "train-*.tar")
     if pattern.startswith("s3:"):
         raise UserError(
-            f"train_data {pattern!r}: s3 is read through its own command; write 'pipe:aws s3 cp {pattern} -' "
+            f"train_data {pattern!r}: s3 needs its own command; use 'pipe:aws s3 cp {pattern} -' "
             "(braces are expanded there too)"
         )
     if not is_local(pattern):
@@ -45,47 +97,14 @@ def _expand(pattern: str) -> list[str]:
     return [path for url in urls for path in (sorted(glob.glob(url)) if glob.has_magic(url) else [url])]
 
 
-def _split_patterns(text: str) -> list[str]:
-    """Split a comma list, leaving commas inside braces and inside pipe: commands alone."""
-    if text.startswith("pipe:"):
-        return [text]
-    return [part.strip() for part in re.split(r",(?![^{]*\})", text) if part.strip()]
-
-
-def parse_train_data(train_data: str) -> tuple[ShardSource, ...]:
-    """Resolve `train_data` into its datasets.
-
-    Args:
-        train_data: a brace pattern, a glob, a comma list, `scenes:DIR`, a `pipe:` command, an http(s) URL; several
-            datasets joined by `::`, each with an optional weight `@0.7`. Without a weight a dataset counts 1.
-
-    Raises:
-        UserError: nothing given, a pattern that matches no file, or shards that are missing or empty.
-    """
-    if not train_data:
-        raise UserError("train_data is empty; give shards, for instance train_data='/data/{00000..00099}.tar'")
-    sources = []
-    for pattern in train_data.split("::"):
-        weight = _WEIGHT.search(pattern)
-        if weight:
-            pattern = pattern[: weight.start()]
-        urls = tuple(url for part in _split_patterns(pattern) for url in _expand(part))
-        if not urls:
-            raise UserError(f"train_data {pattern!r} matches no file (looked from {Path.cwd()})")
-        sources.append(ShardSource(pattern, urls, float(weight[1]) if weight else 1.0))
-    if not any(source.weight > 0 for source in sources):
-        raise UserError(f"train_data {train_data!r}: every dataset has weight 0")
-    return tuple(source for source in sources if source.weight > 0)
-
-
-def check_shards_exist(sources: tuple[ShardSource, ...]) -> None:
+def check_shards_exist(data: DataSpec) -> None:
     """Raise a `UserError` that names the local shards that are missing or empty."""
-    local = [url for source in sources for url in source.urls if is_local(url)]
+    local = [url for url in data.urls if is_local(url)]
     missing = [url for url in local if not Path(url).exists()]
     if missing:
         raise UserError(
             f"train_data: {len(missing)} of {len(local)} shards are missing, the first is {missing[0]!r} "
-            f"(looked from {Path.cwd()})"
+            f"(searched from {Path.cwd()})"
         )
     empty = [url for url in local if Path(url).is_file() and Path(url).stat().st_size == 0]
     if empty:
@@ -93,13 +112,5 @@ def check_shards_exist(sources: tuple[ShardSource, ...]) -> None:
 
 
 def shard_name(url: str) -> str:
-    """Return what a shard is called wherever it lies: its file's name, for a command the last word with a slash."""
+    """Return a shard's name wherever it is stored: the file name, for a command the last word with a slash."""
     return url.rstrip("/").rsplit("/", 1)[-1]
-
-
-def by_name(source: ShardSource) -> ShardSource:
-    """Return the dataset with its shards ordered by name, so that the order of samples has nothing to do with folders.
-
-    Shards of one name stay in the order in which they are given.
-    """
-    return dataclasses.replace(source, urls=tuple(sorted(source.urls, key=shard_name)))

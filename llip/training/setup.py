@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,11 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
 from llip.configs import Config
+from llip.data import check
 from llip.data.index import load_index
 from llip.data.loader import make_loader
 from llip.data.position import DataPosition, Layout, shards_digest
-from llip.data.sources import (
-    IMAGE_KEYS,
-    SCENES_SCHEME,
-    ShardSource,
-    by_name,
-    check_shards_exist,
-    is_local,
-    parse_train_data,
-    shard_name,
-)
+from llip.data.sources import SCENES_SCHEME, DataSpec, parse_train_data, shard_name
 from llip.errors import CollectiveUserError, UserError
 from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
 from llip.open_clip.weights.load import load_weights, read_checkpoint
@@ -41,8 +32,6 @@ from llip.training.reporting.sample_log import SampleLog, cut_back_ids
 from llip.training.step.engine import create_engine
 from llip.training.step.optimizer import create_optimizer, lock_towers
 from llip.training.step.task import ContrastiveTask
-
-_COUNTED_BYTES = 2 << 30  # local shards up to this size are counted before the start
 
 
 class Run(NamedTuple):
@@ -88,95 +77,26 @@ def open_folder(config: Config, processes: Processes) -> Iterator[None]:
         yield
 
 
-def check_data(config: Config, processes: Processes) -> None:
-    """Make the embedded dataset if it is asked for, and compare the schedule with what the shards hold.
+def check_data(config: Config, processes: Processes) -> DataSpec:
+    """Render the embedded dataset if it is asked for, and return what `train_data` names, the same on every process.
 
     Raises:
-        UserError: missing or empty shards, or fewer samples than one global batch.
+        UserError: the data cannot be what the config asks for.
     """
+    data = None
     with _all_fail_alike(processes):
-        if not processes.is_main:
-            return
-        for part in config.train_data.split("::"):
-            if part.startswith(SCENES_SCHEME):
-                from llip.scenes import ensure_scenes
+        if processes.is_main:
+            for part in config.train_data.split("::"):
+                if part.startswith(SCENES_SCHEME):
+                    from llip.scenes import ensure_scenes
 
-                ensure_scenes(Path(expand_variables(part.removeprefix(SCENES_SCHEME))))
-        sources = parse_train_data(config.train_data)
-        check_shards_exist(sources)
-        if config.steps_per_epoch < 1:
-            raise UserError(
-                f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
-                f"{config.global_batch:,} pairs; give the number of pairs in train_data, or a smaller batch_size"
-            )
-        counts = _known_counts(sources)
-        for source in sources:
-            _check_readers(config, source, counts)
-        _compare_counts(config, sources, counts)
+                    ensure_scenes(Path(expand_variables(part.removeprefix(SCENES_SCHEME))))
+            data = parse_train_data(config.train_data)
+            check.check_data(config, data)
+    return processes.broadcast_object(data)
 
 
-def _known_counts(sources: tuple[ShardSource, ...]) -> dict[str, int]:
-    """Return the samples by URL, as far as an index tells or counting is quick."""
-    urls = [url for source in sources for url in source.urls]
-    counts = load_index(urls)
-    unknown = [url for url in urls if url not in counts]
-    log.info("data: %d shards in %d datasets", len(urls), len(sources))
-    quick = all(is_local(url) and Path(url).is_file() for url in unknown)
-    if quick and sum(os.path.getsize(url) for url in unknown) <= _COUNTED_BYTES:
-        counts |= {url: _count_samples(url) for url in unknown}
-    elif unknown:
-        log.info(
-            "data: the samples of %d shards are not counted; python -m llip.data.doctor PATTERN --index does that",
-            len(unknown),
-        )
-    return counts
-
-
-def _check_readers(config: Config, source: ShardSource, counts: dict[str, int]) -> None:
-    """Refuse more data workers than there are samples: some would have nothing to read."""
-    readers = config.processes * max(1, config.workers)
-    if len(source.urls) >= readers or any(url not in counts for url in source.urls):
-        return
-    largest = max(counts[url] for url in source.urls)
-    if 0 < largest < readers:
-        fix = (
-            f"workers={largest // config.processes}" if largest >= config.processes else f"at most {largest} processes"
-        )
-        raise UserError(
-            f"train_data {source.pattern!r}: {len(source.urls)} shards of at most {largest} samples cannot be shared "
-            f"by {config.processes} processes x {max(1, config.workers)} workers; the most that goes is {fix}"
-        )
-
-
-def _compare_counts(config: Config, sources: tuple[ShardSource, ...], counts: dict[str, int]) -> None:
-    urls = [url for source in sources for url in source.urls]
-    if any(url not in counts for url in urls):
-        return
-    samples = sum(counts[url] for url in urls)
-    seen = config.total_steps * config.global_batch
-    log.info(
-        "data: %s samples; the schedule sees %s pairs: %.2f passes", f"{samples:,}", f"{seen:,}", seen / max(1, samples)
-    )
-    if samples and config.train_num_samples > samples:
-        ratio = config.train_num_samples / samples
-        log.warning(
-            "data: train_num_samples = %s, but the shards hold %s: each epoch repeats the data %.2f times",
-            f"{config.train_num_samples:,}",
-            f"{samples:,}",
-            ratio,
-        )
-
-
-def _count_samples(url: str) -> int:
-    """Count the images of a local shard by its headers; a damaged shard counts what can be read."""
-    count = 0
-    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(url) as tar:
-        for member in tar:
-            count += member.name.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
-    return count
-
-
-def build_run(config: Config, processes: Processes) -> Run:
+def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     """Build model, optimizer and loader, and restore them from the newest good checkpoint if there is one.
 
     Raises:
@@ -209,13 +129,15 @@ def build_run(config: Config, processes: Processes) -> Run:
 
     engine = create_engine(config, model, processes)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "amp_fp16")
-    data = _data_start(config)
-    counts = DataCounts([0] * len(data.names))
-    state = TrainState(create_optimizer(model, config), scaler, data.position, counts, averaged, engine)
+    layout = Layout(config.seed, config.shuffle_buffer, data.shard_counts)
+    digests = [shards_digest(shard_name(url) for url in source.urls) for source in data.sources]
+    position = DataPosition(config.workers, shards=digests)
+    counts = DataCounts([0] * len(data.sources))
+    state = TrainState(create_optimizer(model, config), scaler, position, counts, averaged, engine)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
-    provenance = make_provenance(processes, _data_digest(config)) if processes.is_main else {}
+    provenance = make_provenance(processes, _data_digest(data)) if processes.is_main else {}
     if found:
-        note = state.restore(found, processes, data.layout)
+        note = state.restore(found, processes, layout)
         log.info("resumed at step %d of %d", state.step, config.total_steps)
         if note:
             log.warning(note)
@@ -225,32 +147,18 @@ def build_run(config: Config, processes: Processes) -> Run:
             log.info("not as at the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
     pin = processes.device.type == "cuda"
-    loader = make_loader(config, tokenizer, spec.image_size, processes.rank, processes.world_size, state.position, pin)
-    run_log = _open_log(config, processes, state, data.names)
+    loader = make_loader(
+        config, data, tokenizer, spec.image_size, processes.rank, processes.world_size, state.position, pin
+    )
+    run_log = _open_log(config, processes, state, [source.pattern for source in data.sources])
     task = ContrastiveTask(model, config.loss, processes, config.score_memory)
     return Run(task, state, loader, run_log, provenance)
 
 
-class _DataStart(NamedTuple):
-    """What is known of the data before they are read."""
-
-    names: list[str]  # of the datasets, for people
-    layout: Layout
-    position: DataPosition
-
-
-def _data_start(config: Config) -> _DataStart:
-    sources = [by_name(source) for source in parse_train_data(config.train_data)]
-    digests = [shards_digest(shard_name(url) for url in source.urls) for source in sources]
-    layout = Layout(config.seed, config.shuffle_buffer, [len(source.urls) for source in sources])
-    return _DataStart([source.pattern for source in sources], layout, DataPosition(config.workers, shards=digests))
-
-
-def _data_digest(config: Config) -> int:
+def _data_digest(data: DataSpec) -> int:
     """Return a number that stands for the shards' names, and for the samples that an index counts in them."""
-    urls = [url for source in parse_train_data(config.train_data) for url in source.urls]
-    counts = load_index(urls)
-    return zlib.crc32(repr([(shard_name(url), counts.get(url)) for url in urls]).encode(errors="surrogateescape"))
+    counts = load_index(data.urls)
+    return zlib.crc32(repr([(shard_name(url), counts.get(url)) for url in data.urls]).encode(errors="surrogateescape"))
 
 
 def _open_log(config: Config, processes: Processes, state: TrainState, names: list[str]) -> RunLog:

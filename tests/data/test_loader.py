@@ -26,7 +26,16 @@ TOKENIZER = get_tokenizer(context_length=12)
 
 
 def loader(config, rank=0, processes=1, position=None):
-    return make_loader(config, TOKENIZER, 32, rank, processes, position or DataPosition(config.workers), pin=False)
+    return make_loader(
+        config,
+        parse_train_data(config.train_data),
+        TOKENIZER,
+        32,
+        rank,
+        processes,
+        position or DataPosition(config.workers),
+        pin=False,
+    )
 
 
 def config(pattern, **changes):
@@ -244,7 +253,9 @@ def test_a_silent_command_is_left_and_named(tmp_path, workers):
     write_pairs(tmp_path, 16, 8)
     command = f"pipe:cd {tmp_path}; N=0000{{0..2}}; test $N = 00002 && sleep 60; cat $N.tar"
     settings = config(command, workers=workers, max_bad_fraction=1.0)
-    batches = iter(make_loader(settings, TOKENIZER, 32, 0, 1, DataPosition(workers), False, deadline=0.5))
+    batches = iter(
+        make_loader(settings, parse_train_data(command), TOKENIZER, 32, 0, 1, DataPosition(workers), False, 0.5)
+    )
     batches = list(itertools.islice(batches, 5))
     assert sorted(captions(batches[:4])) == list(range(16))
     assert {reason for _, reason in dropped(batches)} == {"shard stalled"}
@@ -273,13 +284,13 @@ def test_train_data_forms(tmp_path, monkeypatch):
     pattern = write_pairs(tmp_path / "a", 12, 4)
     write_pairs(tmp_path / "b", 4, 4)
     monkeypatch.setenv("DATA", str(tmp_path))
-    assert [len(s.urls) for s in parse_train_data(pattern)] == [3]
-    assert [len(s.urls) for s in parse_train_data(f"{tmp_path}/a/*.tar")] == [3]
-    assert [len(s.urls) for s in parse_train_data("$DATA/a/00000.tar,${DATA}/b/00000.tar")] == [2]
-    assert [len(s.urls) for s in parse_train_data("${NONE:-" + str(tmp_path) + "}/a/*.tar")] == [3]
+    assert [len(s.urls) for s in parse_train_data(pattern).sources] == [3]
+    assert [len(s.urls) for s in parse_train_data(f"{tmp_path}/a/*.tar").sources] == [3]
+    assert [len(s.urls) for s in parse_train_data("$DATA/a/00000.tar,${DATA}/b/00000.tar").sources] == [2]
+    assert [len(s.urls) for s in parse_train_data("${NONE:-" + str(tmp_path) + "}/a/*.tar").sources] == [3]
     mixture = parse_train_data(f"{tmp_path}/a/*.tar@0.7::{tmp_path}/b/*.tar@0.3")
-    assert [(len(s.urls), s.weight) for s in mixture] == [(3, 0.7), (1, 0.3)]
-    assert parse_train_data("pipe:cat {000..002}.tar")[0].urls == tuple(f"pipe:cat 00{i}.tar" for i in range(3))
+    assert [(len(s.urls), s.weight) for s in mixture.sources] == [(3, 0.7), (1, 0.3)]
+    assert parse_train_data("pipe:cat {000..002}.tar").urls == tuple(f"pipe:cat 00{i}.tar" for i in range(3))
 
 
 def test_weighted_mixture_is_drawn_by_weight(tmp_path):

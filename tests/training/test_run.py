@@ -14,6 +14,7 @@ import llip
 from llip.configs import Config
 from llip.data.loader import make_loader
 from llip.data.position import DataPosition
+from llip.data.sources import parse_train_data
 from llip.errors import UserError
 from llip.main import main, train
 from llip.open_clip.factory import get_tokenizer
@@ -60,7 +61,16 @@ def test_overfits_32_pairs(config, loss):
     config = config.replace(loss=loss, batch_size=32, epochs=250, lr=3e-3, wd=0.0, save_frequency=0)
     train(config, "cpu")
     model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt")
-    loader = make_loader(config, get_tokenizer(context_length=12), 32, 0, 1, DataPosition(0), pin=False)
+    loader = make_loader(
+        config,
+        parse_train_data(config.train_data),
+        get_tokenizer(context_length=12),
+        32,
+        0,
+        1,
+        DataPosition(0),
+        pin=False,
+    )
     batch = next(iter(loader))
     from llip.open_clip.factory import normalise_images
 

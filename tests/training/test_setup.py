@@ -38,7 +38,7 @@ def test_an_index_tells_the_samples_without_reading(tmp_path, said):
     urls = [str(tmp_path / f"0000{number}.tar") for number in range(2)]
     write_index({url: describe_shard(url, samples, 0) for url, samples in zip(urls, (70, 30), strict=True)})
     check_data(config(pattern), ONE)
-    assert "100 samples; the schedule sees 60 pairs: 0.60 passes" in said()
+    assert "100 samples; schedule: 60 pairs (0.60 epochs of the data)" in said()
 
 
 def test_a_stale_index_is_said_and_counted_anew(tmp_path, said):
@@ -62,10 +62,8 @@ def test_statistics_of_a_download_count_too(tmp_path, said):
 def test_more_readers_than_samples_are_refused(tmp_path):
     pattern = write_pairs(tmp_path, 5, 5)
     check_data(config(pattern, workers=5), ONE)
-    message = (
-        r"1 shards of at most 5 samples cannot be shared by 1 processes x 6 workers; the most that goes is workers=5"
-    )
+    message = r"1 shards of at most 5 samples cannot be shared by 1 processes x 6 workers; use workers=5"
     with pytest.raises(UserError, match=message):
         check_data(config(pattern, workers=6), ONE)
-    with pytest.raises(UserError, match=r"3 processes x 2 workers; the most that goes is workers=1"):
+    with pytest.raises(UserError, match=r"3 processes x 2 workers; use workers=1"):
         check_data(config(pattern, workers=2, ngpus=3), ONE)

@@ -97,12 +97,12 @@ def _find_shards(arguments: argparse.Namespace) -> list[str]:
             raise UserError(f"{option} {value}: expected {least} or more")
     if arguments.caption_keys is not None:
         parse_caption_keys(arguments.caption_keys)
-    sources = parse_train_data(arguments.pattern[0])
-    urls = list(dict.fromkeys(url for source in sources for url in source.urls))
+    data = parse_train_data(arguments.pattern[0])
+    urls = list(dict.fromkeys(data.urls))
     if arguments.index and not arguments.index_dir and not all(is_local(url) for url in urls):
         raise UserError("--index: shards that are not on this machine need a folder for the index, --index-dir DIR")
     if not any(os.path.exists(url) for url in urls if is_local(url)) and all(is_local(url) for url in urls):
-        check_shards_exist(sources)  # all missing is a wrong path; some missing is damage
+        check_shards_exist(data)  # all missing is a wrong path; some missing is damage
     return urls
 
 

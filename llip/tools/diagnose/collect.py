@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llip.data.captions import BadSample, CaptionSource, parse_caption_keys
 from llip.data.images import decode_image
-from llip.data.sources import IMAGE_KEYS, by_name, check_shards_exist, parse_train_data
+from llip.data.sources import IMAGE_KEYS, check_shards_exist, parse_train_data
 from llip.data.tar_reader import Damage, RawSample, read_samples
 from llip.errors import UserError
 from llip.open_clip.model import Llip
@@ -43,7 +43,7 @@ def _usable(
     """Yield preprocessed images [3, S, S] with 1 to `most` captions, shard after shard."""
     shards, sources = parse_train_data(data), parse_caption_keys(caption_keys)
     check_shards_exist(shards)
-    for url in (url for source in shards for url in by_name(source).urls):
+    for url in shards.urls:
         for sample in read_samples(url):
             if isinstance(sample, Damage):
                 damage[sample.reason] += 1

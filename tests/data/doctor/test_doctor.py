@@ -206,11 +206,11 @@ def test_the_index_is_written(tmp_path, capsys):
     pattern = write_pairs(tmp_path, 10, 4)
     (tmp_path / "00001.tar").write_bytes(b"no tar")
     assert main([pattern, "--index", "--workers", "2"]) == 1
-    urls = list(parse_train_data(pattern)[0].urls)
+    urls = list(parse_train_data(pattern).urls)
     assert load_index(urls) == dict(zip(urls, (4, 0, 2), strict=True))
     pipes = f"pipe:cat {pattern}"
     assert main([pipes, "--index-dir", str(tmp_path / "index"), "--workers", "2"]) == 1
-    assert list(load_index(parse_train_data(pipes)[0].urls, tmp_path / "index").values()) == [4, 0, 2]
+    assert list(load_index(parse_train_data(pipes).urls, tmp_path / "index").values()) == [4, 0, 2]
     assert str(tmp_path / "index" / "llip-index.json") in capsys.readouterr().err
 
 
@@ -257,7 +257,7 @@ def die_on(name):
 def test_a_process_that_dies_takes_only_its_shard_along(tmp_path, monkeypatch):
     pattern = write_pairs(tmp_path, 40, 4)
     monkeypatch.setattr(ShardScanner, "scan", die_on("00003.tar"))
-    urls = list(parse_train_data(pattern)[0].urls)
+    urls = list(parse_train_data(pattern).urls)
     found = {url: answer for url, answer in doctor_pool.scan_shards(urls, HEADERS, 3) if not isinstance(answer, int)}
     assert found.keys() == set(urls)
     assert {url: answer.samples for url, answer in found.items()} == {url: 4 * (url != urls[3]) for url in urls}
@@ -265,7 +265,7 @@ def test_a_process_that_dies_takes_only_its_shard_along(tmp_path, monkeypatch):
 
 
 def test_a_process_that_hangs_is_replaced(tmp_path, monkeypatch):
-    urls = list(parse_train_data(write_pairs(tmp_path, 12, 4))[0].urls)
+    urls = list(parse_train_data(write_pairs(tmp_path, 12, 4)).urls)
 
     def scan(self, url, progress):
         if url == urls[0]:
