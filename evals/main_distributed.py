@@ -9,10 +9,8 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ import torch.multiprocessing as mp
 from llip.cluster import step
 from llip.errors import EXIT_USER, UserError
 from llip.system.cores import usable_cores
-
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""Longest that a process waits for the others; they differ by how fast their share of the images is read."""
+from llip.system.exit_with_parent import exit_with_parent
+from llip.system.files import write_text
+from llip.system.processes import GROUP_TIMEOUT
 
 
 def choose_devices(names: Sequence[str] | None) -> list[str]:
@@ -83,7 +81,7 @@ def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> N
 
 
 def _child(rank: int, parent: int, worker: Callable[..., None], devices: list[str], args: tuple, folder: str) -> None:
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    exit_with_parent(parent, 1)
     device = devices[rank]
     _use_device(device)
     if device == "cpu":
@@ -96,9 +94,7 @@ def _child(rank: int, parent: int, worker: Callable[..., None], devices: list[st
     try:
         worker(device, *args)
     except UserError as mistake:
-        partial = Path(folder, f"partial_{rank}.txt")
-        partial.write_text(str(mistake), encoding="utf-8")
-        partial.rename(Path(folder, f"mistake_{rank}.txt"))
+        write_text(Path(folder, f"mistake_{rank}.txt"), str(mistake))
         sys.stdout.flush()
         os._exit(EXIT_USER)  # the others may wait in a collective; the parent ends them
     dist.destroy_process_group()
@@ -111,13 +107,6 @@ def _on_own_device(devices: list[str], worker: Callable[..., None], args: tuple)
 def _use_device(device: str) -> None:
     if device != "cpu":
         torch.cuda.set_device(device)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, whatever it waits for."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _end(processes: Sequence[Any], grace: float = 5.0) -> None:

@@ -50,8 +50,8 @@ class EvaluationProgram:
     def _run(self) -> int:
         import torch
 
-        from evals.main_distributed import GROUP_TIMEOUT
         from llip.cluster.step import lead_or_follow
+        from llip.system.processes import GROUP_TIMEOUT
 
         count = int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_JOB_NUM_NODES"])
         devices = ["cpu"] * count

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llip.clipeval.datasets import ImageSource
 from llip.data.pixels import to_rgb
-from llip.system.exit_with_parent import exit_with_parent, held_signals
+from llip.system.exit_with_parent import held_signals, serve_parent
 
 Preprocess = Callable[[Image.Image], Tensor]
 
@@ -91,4 +91,4 @@ def image_batches(
 
 
 def _begin_worker(_: int) -> None:
-    exit_with_parent()  # what is sent to every process of a run, to stop it, is the run's business
+    serve_parent()  # what is sent to every process of a run, to stop it, is the run's business

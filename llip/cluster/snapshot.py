@@ -4,7 +4,6 @@ import hashlib
 import os
 import shlex
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,11 @@ from pathlib import Path
 import llip
 from llip.configs import Config, config_fields, own_files
 from llip.errors import UserError
+from llip.system.git import COMMIT_FILE, code_commit, git, is_checkout
 
 PACKAGES = ("llip", "evals")
-COMMIT_FILE = "COMMIT"
 LARGEST = 1 << 20
 """Bytes of the largest file outside the packages that is copied; whatever is larger is data."""
-
-_GIT_DEADLINE = 60
 
 
 def take_snapshot(home: Path, extra: Mapping[str, str], runs: Path, write: bool = True) -> Path:
@@ -124,37 +121,15 @@ def frozen_config(config: Config, function: str, own: Sequence[str] = ()) -> str
 
 
 def commit_file() -> dict[str, str]:
-    """Return the file of a snapshot that tells the commit it was taken from, `+changes` where files differ from it.
-
-    The run's provenance reads it; there is none outside a checkout.
-    """
-    root = Path(llip.__file__).resolve().parent.parent
-    commit = _git(root, "rev-parse", "HEAD").strip() if _is_checkout(root) else ""
-    changed = bool(commit) and bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
-    return {COMMIT_FILE: f"{commit}{'+changes' if changed else ''}\n"} if commit else {}
-
-
-def _git(root: Path, *words: str) -> str:
-    """Return what git prints, nothing where it fails or is not there."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=_GIT_DEADLINE, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _is_checkout(root: Path) -> bool:
-    """Tell whether `root` is a checkout of this project, and not a folder of packages inside another one."""
-    top = _git(root, "rev-parse", "--show-toplevel").strip()
-    return bool(top) and Path(top).resolve() == root and bool(_git(root, "ls-files", "llip/__init__.py"))
+    """Return the file of a snapshot that holds the commit it was taken from; the run's provenance reads it."""
+    commit = code_commit(Path(llip.__file__).resolve().parent.parent)
+    return {COMMIT_FILE: f"{commit}\n"} if commit else {}
 
 
 def _code_files(root: Path, left_out: list[Path]) -> Iterable[str]:
     """Yield the names, relative to `root`, of what belongs to the code."""
-    if _is_checkout(root):
-        names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    if is_checkout(root):
+        names = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     else:
         found = (path for package in PACKAGES for path in (root / package).rglob("*"))
         names = [str(path.relative_to(root)) for path in found if "__pycache__" not in path.parts]

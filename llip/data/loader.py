@@ -30,7 +30,7 @@ from llip.data.tar_reader import RawSample
 from llip.data.worker_stats import WorkerReport, WorkerStats
 from llip.errors import UserError
 from llip.open_clip.factory import CROP_SCALE
-from llip.system.exit_with_parent import exit_with_parent
+from llip.system.exit_with_parent import serve_parent
 
 BATCH_DEADLINE = 300.0
 """Seconds without a batch after which a run ends with a message: nothing waits for ever."""
@@ -91,7 +91,7 @@ class CaptionedImages(IterableDataset):
         tally = WorkerStats(self.max_bad_fraction, len(self.sources), wanted)
         maker = _BatchMaker(self, tally, self._mixture(reader, self._start(logical), tally))
         if info:  # torch has given each worker one thread
-            exit_with_parent([stream.watch.interrupt for stream in maker.mixture.streams])
+            serve_parent([stream.watch.interrupt for stream in maker.mixture.streams])
         try:
             yield from maker.batches()
         except UserError as error:

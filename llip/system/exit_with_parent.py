@@ -1,49 +1,45 @@
-"""A data worker ends with the process that started it, not with a signal to the run, and takes its commands along."""
+"""Exit with the parent process: a killed launcher cannot stop its children, so they must notice. Imports no torch."""
 
 import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""What ends a run in good order: a scheduler's and a launcher's way to ask, Ctrl-C, and SLURM's warning."""
+"""Signals that end a run in good order: a scheduler's or launcher's request, Ctrl-C, and SLURM's warning."""
 
-_EVERY = 0.1  # seconds between looks at the parent; until then a dead one seems to hold what its workers inherited
+_INTERVAL = 0.1  # seconds between checks of the parent; a dead one seems to hold its locks as long as its workers live
 
 
-def exit_with_parent(cleanups: Sequence[Callable[[], object]] = ()) -> None:
-    """Let this process leave when its parent is gone or asks it to by SIGTERM, and at nobody else's request.
+def exit_with_parent(parent: int, code: int) -> None:
+    """Exit with `code`, from a thread, as soon as process `parent` is no longer this process's parent."""
+    threading.Thread(target=_exit_after, args=(parent, _sleep, (), code), name="exit-with-parent", daemon=True).start()
 
-    Schedulers and launchers signal every process of a run. The main process then ends what it is at in good order, for
-    which it needs its workers; so they, and the commands that they start from here on, do not listen to such signals.
 
-    For a process's main thread, before it starts others.
+def serve_parent(cleanups: Sequence[Callable[[], object]] = ()) -> None:
+    """Make this process a worker: it exits when its parent exits or sends it SIGTERM, and ignores `STOP_SIGNALS` else.
+
+    Schedulers and launchers signal every process of a run. The main process needs its workers to end the run in good
+    order, so the workers, and the commands that they start from here on, must not react.
+
+    Call it from a process's main thread, before other threads start.
 
     Args:
-        cleanups: called before the process leaves, from another thread, for instance to kill the commands that it has
-            started: they would go on until they next write something. An `OSError` of one does not keep the next from
-            being called.
+        cleanups: called from another thread before the process exits, for instance to kill the commands that it has
+            started, which would run until their next write. An `OSError` of one does not skip the others.
     """
-    parent = os.getppid()
-    asked = _asked_by(parent)
-
-    def watch() -> None:
-        while os.getppid() == parent and not asked(_EVERY):
-            pass
-        for cleanup in cleanups:
-            with contextlib.suppress(OSError):
-                cleanup()
-        os._exit(0)  # torch takes another code from a worker that it has asked to leave for a failure
-
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads: only the one below takes them
+    arguments = (os.getppid(), _wait_for_sigterm, cleanups, 0)  # torch reports a worker that it terminated unless 0
+    threading.Thread(target=_exit_after, args=arguments, name="exit-with-parent", daemon=True).start()
 
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[None]:
-    """Keep `STOP_SIGNALS` waiting inside, and from the processes forked inside until they call `exit_with_parent`.
+    """Block `STOP_SIGNALS` inside the block, and in processes forked inside it until they call `serve_parent`.
 
-    Without it a signal may end a worker in the moment between its fork and that call.
+    Without it a signal may end a worker between its fork and that call.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -52,19 +48,24 @@ def held_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _asked_by(parent: int) -> Callable[[float], bool]:
-    """Return what waits some seconds for a SIGTERM from `parent` (torch ends a worker so that does not leave)."""
+def _exit_after(parent: int, stop: Callable[[int], bool], cleanups: Sequence[Callable[[], object]], code: int) -> None:
+    while os.getppid() == parent and not stop(parent):
+        pass
+    for cleanup in cleanups:
+        with contextlib.suppress(OSError):
+            cleanup()
+    os._exit(code)
+
+
+def _sleep(_: int) -> bool:
+    time.sleep(_INTERVAL)
+    return False
+
+
+def _wait_for_sigterm(parent: int) -> bool:
+    """Wait for a moment, and return whether `parent` sent SIGTERM; the signals must be blocked."""
     if hasattr(signal, "sigtimedwait"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # everywhere: the thread alone takes them
-
-        def asked(seconds: float) -> bool:
-            taken = signal.sigtimedwait(STOP_SIGNALS, seconds)
-            return taken is not None and taken.si_signo == signal.SIGTERM and taken.si_pid == parent
-
-        return asked
-    for number in STOP_SIGNALS:  # macOS does not tell who sends a signal
-        signal.signal(number, signal.SIG_IGN)
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    return event.wait
+        received = signal.sigtimedwait(STOP_SIGNALS, _INTERVAL)
+        return received is not None and received.si_signo == signal.SIGTERM and received.si_pid == parent
+    time.sleep(_INTERVAL)  # macOS does not report the sender
+    return signal.SIGTERM in signal.sigpending()

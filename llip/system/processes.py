@@ -4,6 +4,7 @@ Works inside an initialised `torch.distributed` group (gloo or NCCL) and alone.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CPU = torch.device("cpu")
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+"""Longest that a process of an evaluation waits for the others, whose share of the images may be slower to read."""
 
 
 @dataclasses.dataclass(frozen=True)

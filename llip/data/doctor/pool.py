@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection
 import torch
 
 from llip.data.doctor.scan import ScanSettings, ShardFindings, ShardScanner
+from llip.system.exit_with_parent import exit_with_parent
 
 WORKER_DIED = "process died reading it"
 WORKER_SILENT = "process hung reading it"
 _PATIENCE = 60.0  # seconds that a process may be silent beyond the deadline of its reads
-_ORPHAN_CHECK = 5.0  # seconds
 _GRACE = 2.0  # seconds
 
 
@@ -114,15 +114,13 @@ class _Worker:
 
 
 def _work(connection: Connection, settings: ScanSettings, parent: int) -> None:
+    exit_with_parent(parent, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends this process
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # unwinds: readers end their commands
     warnings.simplefilter("ignore")  # PIL's, on odd images; what matters is counted
     torch.set_num_threads(1)
     scanner = ShardScanner(settings)
     while True:
-        while not connection.poll(_ORPHAN_CHECK):
-            if os.getppid() != parent:
-                return
         url = connection.recv()
         try:
             answer: ShardFindings | str = scanner.scan(url, connection.send)

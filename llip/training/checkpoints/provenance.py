@@ -1,31 +1,30 @@
-"""Under what a run is trained: code, libraries, data, machine. In every checkpoint, and compared when a run goes on."""
+"""Provenance of a run: code, libraries, data, machine. Part of every checkpoint, and compared on resume."""
 
 import importlib.metadata
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llip.system.git import code_commit
 from llip.system.processes import Processes
 
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "webdataset", "timm", "numpy", "simplejpeg")
-"""Whose versions may change results."""
-COMMIT_FILE = "COMMIT"
-"""Beside the package in a snapshot of the code: the commit that it was taken from."""
+"""Packages whose versions may change results."""
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_provenance(processes: Processes, data_digest: int) -> dict[str, Any]:
-    """Return plain values that describe this run's circumstances on this process.
+    """Return plain values that describe what this process runs on.
 
     Args:
         processes: of the run.
-        data_digest: a number that stands for the shards and what is known of them.
+        data_digest: hash of the shards' names and known sample counts.
     """
     cuda = processes.device.type == "cuda"
     return {
-        "commit": code_commit(),
+        "commit": code_commit(_ROOT),
         "python": platform.python_version(),
         **{name: _version(name) for name in LIBRARIES},
         "cuda": torch.version.cuda if cuda else None,
@@ -41,26 +40,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def code_commit() -> str | None:
-    """Return the commit of the code that runs, `+changes` where files differ from it; None outside a checkout."""
-    folder = Path(__file__).parents[3]
-    if (folder / COMMIT_FILE).is_file():
-        return (folder / COMMIT_FILE).read_text().strip() or None
-    try:
-        _git(folder, "ls-files", "--error-unmatch", "llip/__init__.py")  # not somebody else's checkout around us
-        commit = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changed else "")
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
