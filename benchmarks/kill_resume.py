@@ -166,11 +166,12 @@ def stop_writing(launched: Launched, folder: Path, seconds: float = DEADLINE) ->
     Returns:
         Whether they stand still or the run has ended; False when it did not happen in time.
     """
-    path, members = folder / "checkpoints" / "writing.tmp", launched.members()  # before: it takes a while
+    members = launched.members()  # before: it takes a while
 
     def writing() -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return path.stat().st_mtime > launched.began
+            paths = (folder / "checkpoints").glob("*.tmp")
+            return any(path.stat().st_mtime > launched.began for path in paths)
         return False
 
     def caught() -> bool:

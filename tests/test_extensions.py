@@ -34,7 +34,7 @@ def test_a_file_of_ones_own_trains_and_loads(tiny_model, tmp_path, monkeypatch):
     assert weights.shape == (3, 5, 1, 8)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 5, 1))
     torch.testing.assert_close(model.similarity(h, t), torch.einsum("btd,td->bt", model.contextualize(h, t), t))
-    from llip.training.checkpoints.run_folder import read_records
+    from llip.training.checkpoints.records import read_records
 
     losses = [record["loss"] for record in read_records(config.folder / "metrics.jsonl")]
     assert losses[-1] < 0.8 * losses[0]

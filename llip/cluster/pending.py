@@ -22,7 +22,7 @@ from llip.open_clip.factory import load_pretrained
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.system.processes import Processes
 from llip.training.checkpoints.checkpoint import FORMAT
-from llip.training.checkpoints.run_folder import (
+from llip.training.checkpoints.records import (
     EVALS,
     BestEffort,
     append_record,

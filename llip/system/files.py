@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def atomic_write(path: Path, *, flush: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the disk cannot take the file; names `path`.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # several processes may write `path`
     try:
         yield temporary
         if flush:
@@ -43,11 +44,13 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all.
+    """Write a UTF-8 file whole or not at all; a file that holds the text already is left alone, even on a full disk.
 
     Raises:
         OSError: the disk cannot take the file; names `path`.
     """
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

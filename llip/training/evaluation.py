@@ -16,7 +16,7 @@ from llip.errors import UserError
 from llip.open_clip.factory import image_transforms, model_spec, spec_tokenizer
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.system.processes import Processes
-from llip.training.checkpoints.run_folder import EVALS
+from llip.training.checkpoints.records import EVALS
 from llip.training.reporting.run_log import RunLog, log
 from llip.training.trainer import Evaluate
 

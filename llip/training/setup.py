@@ -23,8 +23,8 @@ from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.paths import expand_variables
 from llip.system.processes import Processes, raise_on_all_ranks
 from llip.training.checkpoints.checkpoint import newest_good_checkpoint
-from llip.training.checkpoints.provenance import differences, make_provenance
-from llip.training.checkpoints.run_folder import claim_folder, locked_folder
+from llip.training.checkpoints.provenance import make_provenance
+from llip.training.checkpoints.run_folder import claim_folder, differences, locked_folder
 from llip.training.checkpoints.train_state import TrainState
 from llip.training.reporting.data_report import DataCounts, DataReport
 from llip.training.reporting.run_log import RunLog, log, start_logging

@@ -12,7 +12,7 @@ from llip.cluster.pending import add_evaluation, evaluate_saved, save_for_eval
 from llip.cluster.tasks import EVALUATION_JOBS
 from llip.configs import Config
 from llip.open_clip.factory import create_model, model_spec
-from llip.training.checkpoints import run_folder
+from llip.training.checkpoints import records
 from tests.cluster.evaluated_run import evaluated_run, recorded
 
 
@@ -79,7 +79,7 @@ def test_there_is_one_line_for_each_step_and_task(config, model):
 
 
 def test_records_that_stay_locked_do_not_hang(config, model, monkeypatch):
-    monkeypatch.setattr(run_folder, "RECORDS_PATIENCE", 0.2)
+    monkeypatch.setattr(records, "RECORDS_PATIENCE", 0.2)
     weights = save_for_eval(config.folder, model, 5)
     with open(config.folder / ".evals.lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

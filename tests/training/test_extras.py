@@ -14,7 +14,7 @@ from llip.errors import UserError
 from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
 from llip.training import trainer
-from llip.training.checkpoints.run_folder import read_records
+from llip.training.checkpoints.records import read_records
 from llip.training.reporting.profiling import parse_window
 from tests.helpers import write_pairs
 

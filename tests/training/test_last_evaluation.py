@@ -8,7 +8,7 @@ import pytest
 from llip.configs import Config
 from llip.main import train
 from llip.training import evaluation as online
-from llip.training.checkpoints.run_folder import read_records
+from llip.training.checkpoints.records import read_records
 from llip.training.distributed.signals import StopRequest
 from tests.helpers import write_pairs
 

@@ -13,7 +13,7 @@ import pytest
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
-from llip.training.checkpoints.run_folder import read_records
+from llip.training.checkpoints.records import read_records
 from tests.helpers import TINY_MODEL, write_pairs
 from tests.training.step.test_engine import saved, train_together
 

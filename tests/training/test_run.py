@@ -20,7 +20,8 @@ from llip.main import main, train
 from llip.open_clip.factory import get_tokenizer
 from llip.open_clip.weights.load import read_checkpoint
 from llip.training.checkpoints.checkpoint import list_checkpoints, newest_good_checkpoint
-from llip.training.checkpoints.run_folder import locked_folder, read_records
+from llip.training.checkpoints.records import read_records
+from llip.training.checkpoints.run_folder import locked_folder
 
 
 @pytest.fixture(scope="module")

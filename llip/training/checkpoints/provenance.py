@@ -40,12 +40,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return `name: before -> now` for each entry that has changed."""
-    return [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llip.training.checkpoints.run_folder import EVALS, METRICS, read_records
+from llip.training.checkpoints.records import EVALS, METRICS, read_records
 
 _PANELS = (
     ("loss", "loss"),

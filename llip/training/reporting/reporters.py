@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from llip.configs import Config
 from llip.errors import UserError
-from llip.training.checkpoints.run_folder import BestEffort, replace_text
+from llip.system.files import write_text
+from llip.training.checkpoints.records import BestEffort
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -85,7 +86,7 @@ class WeightsAndBiases:
             raise UserError("report_to = wandb needs the package: pip install wandb") from None
         path = folder / WANDB_ID
         if not path.is_file():
-            replace_text(path, uuid.uuid4().hex[:8])
+            write_text(path, uuid.uuid4().hex[:8])
         try:
             self._run = wandb.init(
                 id=path.read_text().strip(), resume="allow", name=config.name, dir=folder, config=dict(vars(config))

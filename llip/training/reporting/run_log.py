@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from llip.configs import Config
 from llip.data.loader import Batch
-from llip.training.checkpoints.run_folder import (
+from llip.training.checkpoints.records import (
     EVALS,
     METRICS,
     BestEffort,

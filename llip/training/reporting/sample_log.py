@@ -7,7 +7,7 @@ A step has one line per accumulation slice. After a restart the files are cut ba
 
 from pathlib import Path
 
-from llip.training.checkpoints.run_folder import BestEffort, append_record, cut_back
+from llip.training.checkpoints.records import BestEffort, append_record, cut_back
 
 FOLDER = "sample_ids"
 

@@ -12,17 +12,12 @@ import torch
 
 from llip.configs import Config
 from llip.errors import CollectiveUserError, UserError
+from llip.system import locks
 from llip.system.processes import Processes
 from llip.training import setup
-from llip.training.checkpoints import run_folder
-from llip.training.checkpoints.run_folder import (
-    append_record,
-    claim_folder,
-    cut_back,
-    locked_evaluations,
-    locked_folder,
-    read_records,
-)
+from llip.training.checkpoints import records, run_folder
+from llip.training.checkpoints.records import append_record, cut_back, locked_evaluations, read_records
+from llip.training.checkpoints.run_folder import claim_folder, locked_folder
 
 CONFIG = Config(name="run", train_data="pairs.tar", train_num_samples=1000)
 
@@ -43,7 +38,7 @@ def refuse(monkeypatch, number):
     def flock(file, operation):
         raise OSError(number, errno.errorcode[number])
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 0.3)
 
 
@@ -128,7 +123,7 @@ def test_a_line_after_half_a_line_takes_its_place(tmp_path, before):
 
 
 def test_evaluations_that_stay_locked_do_not_hang(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "RECORDS_PATIENCE", 0.2)
+    monkeypatch.setattr(records, "RECORDS_PATIENCE", 0.2)
     with open(tmp_path / ".evals.lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with (
@@ -147,7 +142,7 @@ def _start(rank: int, count: int, logs: str) -> tuple[str, str]:
         return type(error).__name__, str(error)
 
 
-@pytest.mark.parametrize("name", ["config.yaml.tmp", "log.txt"])
+@pytest.mark.parametrize("name", ["config.yaml", "log.txt"])
 def test_every_process_hears_of_a_file_that_cannot_be_written(tmp_path, pool, name):
     (tmp_path / "run" / name).mkdir(parents=True)  # no file can be opened there, not even by root
     first, second = pool.run(_start, 2, str(tmp_path))

@@ -13,7 +13,7 @@ from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
 from llip.system.processes import Processes
 from llip.training import trainer
-from llip.training.checkpoints.run_folder import read_records
+from llip.training.checkpoints.records import read_records
 from llip.training.debug import replay
 from tests.helpers import write_pairs
 
@@ -178,7 +178,7 @@ def test_a_passport_is_in_the_checkpoint_and_a_difference_is_told(config, monkey
     monkeypatch.setattr("llip.training.checkpoints.provenance.platform.node", lambda: "elsewhere")
     train(config.replace(save_steps=1), "cpu")
     text = (config.folder / "log.txt").read_text()
-    assert f"not as at the checkpoint: host: {provenance['host']} -> elsewhere" in text
+    assert f"not as at the checkpoint: host: {provenance['host']!r} -> 'elsewhere'" in text
     assert "commit" not in text
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from llip.configs import Config
 from llip.main import train
-from llip.training.checkpoints import run_folder
-from llip.training.checkpoints.run_folder import read_records
+from llip.training.checkpoints import records
+from llip.training.checkpoints.records import read_records
 from llip.training.reporting.sample_log import SampleLog, cut_back_ids
 from tests.helpers import write_pairs
 
@@ -60,7 +60,7 @@ def test_killed_and_resumed_uses_the_same_samples(config, tmp_path):
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(run_folder.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(records.log, "warning", lambda text, *values: said.append(text % values))
     cut_back_ids(tmp_path, 0)
     log = SampleLog(tmp_path, 3)
     log.path.symlink_to("/dev/full")

@@ -11,7 +11,7 @@ from llip.configs import Config
 from llip.errors import RunError, UserError
 from llip.open_clip.weights.load import read_checkpoint
 from llip.system.processes import Processes
-from llip.training.checkpoints.run_folder import read_records
+from llip.training.checkpoints.records import read_records
 from tests.helpers import write_pairs
 
 ENGINES = ("ddp", "fsdp")
