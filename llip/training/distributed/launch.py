@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -10,10 +11,11 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llip.configs import Config
 from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, CollectiveUserError, UserError
+from llip.system.files import write_json
 from llip.system.processes import Processes
 from llip.training.distributed.exit_with_launcher import LAUNCHER
 from llip.training.distributed.signals import STOP_SIGNALS
@@ -23,17 +25,19 @@ from llip.training.distributed.watchdog import Watchdog, name_of_exit
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-NOTES_FOLDER = "LLIP_NOTES_FOLDER"
-"""Where the processes that this module starts leave what they have to tell, so that it is told once."""
+REPORTS_FOLDER = "LLIP_REPORTS_FOLDER"
+"""Environment variable: folder in which the processes started here leave their errors, so that one is printed."""
+
+_PROCESSES_PER_CORE = 4  # on the CPU; more is a typing error
 
 
 def joins_environment() -> bool:
-    """Tell whether torchrun, srun or our own launcher started this process as one of several."""
+    """Return whether torchrun, srun or our own launcher started this process as one of several."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def adopt_slurm() -> None:
-    """Under srun, describe this task's place in the variables that torchrun sets; elsewhere do nothing."""
+    """Under srun, set the variables that torchrun would set; elsewhere do nothing."""
     if "SLURM_PROCID" not in os.environ or joins_environment() or int(os.environ.get("SLURM_NTASKS", 1)) < 2:
         return
     if "SLURM_STEP_ID" not in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
@@ -49,10 +53,10 @@ def adopt_slurm() -> None:
 
 
 def resolve_device(config: Config) -> str:
-    """Return cuda or cpu, having compared what the config asks for with what is here.
+    """Return cuda or cpu, after a comparison of what the config asks for with what this machine has.
 
     Raises:
-        UserError: more is asked for than there is, with the overrides to type and what they give.
+        UserError: the config asks for more than there is; names the overrides to use and their effect.
     """
     import torch
 
@@ -61,58 +65,64 @@ def resolve_device(config: Config) -> str:
     if joined is not None and joined != config.processes:
         raise UserError(
             f"config {config.name} asks for {config.nodes} nodes x {config.ngpus} = {config.processes} processes, and "
-            f"the launcher started {joined}. {_restored(config, 1, joined)} (nodes x ngpus must be {joined})"
+            f"the launcher started {joined}. {_smaller(config, 1, joined)}; nodes x ngpus must be {joined}"
         )
     if joined is None and config.nodes > 1:
-        found = f"{gpus} GPUs" if config.device != "cpu" else "CPUs"
-        ngpus = max(1, gpus) if config.device != "cpu" else config.ngpus
+        machine = f"{gpus} GPUs" if config.device != "cpu" else "CPUs"
+        ngpus = max(1, gpus) if config.device != "cpu" else min(config.ngpus, _most_processes())
         raise UserError(
-            f"config {config.name} asks for {config.nodes} nodes x {config.ngpus} GPUs, found one machine with {found} "
-            "and no multi-node launch (submitit_openclip.py, srun or torchrun start one). "
-            + _restored(config, 1, ngpus, on_cpu=config.device != "cpu" and gpus == 0)
+            f"config {config.name} asks for {config.nodes} nodes x {config.ngpus} GPUs, found one machine with "
+            f"{machine} and no multi-node launch (submitit_openclip.py, srun or torchrun start one). "
+            + _smaller(config, 1, ngpus, on_cpu=config.device != "cpu" and gpus == 0)
         )
     if config.device == "cpu" or (config.device == "auto" and gpus == 0 and config.ngpus == 1):
+        if joined is None and config.ngpus > _most_processes():
+            raise UserError(
+                f"config {config.name} asks for {config.ngpus} processes on this machine, which has {os.cpu_count()} "
+                f"cores (at most {_PROCESSES_PER_CORE} processes per core). "
+                + _smaller(config, config.nodes, os.cpu_count() or 1)
+            )
         return "cpu"
     if gpus < config.ngpus:
         raise UserError(
             f"config {config.name} asks for {config.ngpus} GPUs on this machine, found {gpus}. "
-            + _restored(config, config.nodes, max(1, gpus), on_cpu=gpus == 0)
+            + _smaller(config, config.nodes, max(1, gpus), on_cpu=gpus == 0)
         )
     return "cuda"
 
 
-def _restored(config: Config, nodes: int, ngpus: int, on_cpu: bool = False) -> str:
-    """Say what to type instead, the global batch that gives, and what restores the config's own."""
+def _most_processes() -> int:
+    return _PROCESSES_PER_CORE * (os.cpu_count() or 1)
+
+
+def _smaller(config: Config, nodes: int, ngpus: int, on_cpu: bool = False) -> str:
+    """Return a sentence with the overrides to use, their global batch, and what restores the config's."""
     overrides = f"nodes={nodes} ngpus={ngpus}" + (" device=cpu" if on_cpu else "")
-    batch = config.batch_size * nodes * ngpus * config.accum_freq
-    text = f"Type {overrides}: global batch {batch:,} in the place of {config.global_batch:,}"
-    if batch != config.global_batch:
-        accum = config.global_batch / (config.batch_size * nodes * ngpus)
-        if accum == int(accum):
-            text += f"; accum_freq={int(accum)} restores it"
-        else:
-            text += f"; accum_freq={round(accum)} gives {config.batch_size * nodes * ngpus * round(accum):,}"
-    return text
+    slices = config.batch_size * nodes * ngpus  # pairs per micro-batch
+    batch = slices * config.accum_freq
+    if batch == config.global_batch:
+        return f"Use {overrides} (same global batch)"
+    accum = max(1, round(config.global_batch / slices))
+    effect = "restores it" if accum * slices == config.global_batch else f"gives {accum * slices:,}"
+    return f"Use {overrides} (global batch {batch:,} instead of {config.global_batch:,}; accum_freq={accum} {effect})"
 
 
 def start_processes(arguments: list[str], config: Config) -> int:
     """Start the config's processes of `python -m llip.main` on this machine with PyTorch's elastic launcher and wait.
 
-    No process is restarted: the first failure ends all. What goes wrong is told once. A signal is passed on, and the
-    processes get as long as a step and a checkpoint may take to end in good order; Ctrl-C a second time ends them.
+    No process is restarted: the first failure ends all, and one message reports it. A signal is passed on, and the
+    processes may finish the step and save; a second Ctrl-C ends them at once.
 
     Returns:
         The exit code.
     """
-    import logging
-
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.subprocess_handler.subprocess_handler"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # we say it ourselves, once
-    later = {  # not in the oldest PyTorch that is supported, which kills what has not left 30 s after SIGTERM
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # one message of ours instead
+    later: dict[str, Any] = {  # PyTorch 2.9 lacks them and kills processes 30 s after SIGTERM
         "signals_to_handle": ",".join(number.name for number in STOP_SIGNALS),
         "shutdown_timeout": int(60 * config.timeout_minutes) + 60,
     }
@@ -128,20 +138,20 @@ def start_processes(arguments: list[str], config: Config) -> int:
         monitor_interval=0.2,
         **{name: value for name, value in later.items() if name in LaunchConfig.__dataclass_fields__},
     )
-    signal.signal(signal.SIGUSR2, _pass_on)  # a PyTorch that knows of more signals puts its own in this place
-    with tempfile.TemporaryDirectory(prefix="llip-") as notes:
-        os.environ |= {NOTES_FOLDER: notes, LAUNCHER: str(os.getpid())}
+    signal.signal(signal.SIGUSR2, _pass_on)  # newer PyTorch replaces it with its own
+    with tempfile.TemporaryDirectory(prefix="llip-") as folder:
+        os.environ |= {REPORTS_FOLDER: folder, LAUNCHER: str(os.getpid())}
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes are here
         try:
             elastic_launch(launch, sys.executable)("-m", "llip.main", *arguments)
         except ChildFailedError as failure:
-            return _tell_failure(Path(notes), failure)
+            return _report_failure(_failures(Path(folder), failure))
         except SignalException as asked:
-            return _tell_stop(Path(notes), asked.sigval)
+            return _report_stop(Path(folder), asked.sigval)
         finally:
-            del os.environ[NOTES_FOLDER], os.environ[LAUNCHER]
-        return EXIT_STOPPED if _stopped(Path(notes)) else 0
+            del os.environ[REPORTS_FOLDER], os.environ[LAUNCHER]
+        return EXIT_STOPPED if _stopped(Path(folder)) else 0
 
 
 def _pass_on(number: int, _: object) -> None:
@@ -150,61 +160,77 @@ def _pass_on(number: int, _: object) -> None:
     raise SignalException(f"got signal {number}", sigval=signal.SIGTERM)
 
 
-def _tell_failure(notes: Path, failure: "ChildFailedError") -> int:
-    """Say once why the run ended; what processes say of others is only news if nobody speaks for himself."""
-    told = _told(notes)
-    mistakes = [one for one in told if one["code"] == EXIT_USER]
-    if mistakes:
-        print(f"error: {mistakes[0]['message']}", file=sys.stderr)
-        return EXIT_USER
-    rank, first = failure.get_first_failure()
-    speaks = {one["rank"] for one in told}
-    ends = {rank: one for rank, one in sorted(failure.failures.items()) if rank not in speaks}
-    died = {rank: one for rank, one in ends.items() if one.exitcode != -signal.SIGTERM} or {rank: first}
-    if rank in speaks:
-        died = {}
-    lines = [f"process {rank} ended: {name_of_exit(one.exitcode)}" for rank, one in died.items()]
-    lines += [one["message"] for one in told[:1]]
-    print(f"\nerror: {'. '.join(lines) or 'see above'}", file=sys.stderr)  # a progress bar may have been left open
-    return EXIT_RUN if told or any(one.exitcode < 0 for one in died.values()) else 1
+class RankFailure(NamedTuple):
+    """Why a process of the run failed. The smallest one is closest to the cause."""
+
+    kind: int  # one of _MISTAKE, _DEATH, _REPORT
+    rank: int
+    message: str
+    code: int  # for the launcher to exit with
 
 
-def _tell_stop(notes: Path, number: signal.Signals) -> int:
-    told = _told(notes)
-    if told:
-        print(f"error: {told[0]['message']}", file=sys.stderr)
-        return told[0]["code"]
-    return EXIT_STOPPED if _stopped(notes) else 128 + number
+_MISTAKE, _DEATH, _REPORT = range(3)  # a user's; an end without a report; a report, often of another process's end
 
 
-def _told(notes: Path) -> list[dict[str, Any]]:
-    """Return what processes have left to tell, by rank: `rank`, `message`, `code`."""
-    return [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
+def _read_reports(folder: Path) -> list[RankFailure]:
+    reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(RankFailure(_MISTAKE if each["code"] == EXIT_USER else _REPORT, **each) for each in reports)
 
 
-def _stopped(notes: Path) -> bool:
-    return any(notes.glob("*.stopped"))
+def _failures(folder: Path, failure: "ChildFailedError") -> list[RankFailure]:
+    """Return the failures of the run's processes, sorted, without those that only follow from another one."""
+    reports = _read_reports(folder)
+    reported = {report.rank for report in reports}
+    first, _ = failure.get_first_failure()
+    if first in reported:  # the launcher then ended the others
+        return reports
+    deaths = [
+        RankFailure(
+            _DEATH, rank, f"process {rank} ended: {name_of_exit(end.exitcode)}", 1 if end.exitcode > 0 else EXIT_RUN
+        )
+        for rank, end in failure.failures.items()
+        if rank not in reported and (rank == first or end.exitcode != -signal.SIGTERM)  # which the launcher sends
+    ]
+    return sorted([*reports, *deaths])
+
+
+def _report_failure(failures: list[RankFailure]) -> int:
+    """Print one message for all failures, and return the exit code."""
+    deaths = [failure for failure in failures if failure.kind == _DEATH]
+    others = [failure for failure in failures if failure.kind != _DEATH]
+    chosen = others[:1] if failures[0].kind == _MISTAKE else deaths + others[:1]
+    message = ". ".join(failure.message for failure in chosen)
+    print(f"\nerror: {message}", file=sys.stderr)  # a progress bar may have been left open
+    return max(failure.code for failure in chosen)
+
+
+def _report_stop(folder: Path, number: signal.Signals) -> int:
+    if reports := _read_reports(folder):
+        return _report_failure(reports)
+    return EXIT_STOPPED if _stopped(folder) else 128 + number
+
+
+def _stopped(folder: Path) -> bool:
+    return any(folder.glob("*.stopped"))
 
 
 def exit_code(finished: bool) -> int:
-    """Return the exit code of a process whose part of the run has ended in good order."""
+    """Return the exit code of a process that has ended in good order."""
     if finished:
         return 0
-    notes = os.environ.get(NOTES_FOLDER)
-    if not notes:
+    folder = os.environ.get(REPORTS_FOLDER)
+    if not folder:
         return EXIT_STOPPED
-    (Path(notes) / f"{_rank():06}.stopped").touch()  # another code than 0 would make the launcher end the others
+    (Path(folder) / f"{_rank():06}.stopped").touch()  # any code but 0 would make the launcher end the others
     return 0
 
 
 def report_error(error: UserError) -> int:
-    """Tell an error once, however many processes make it, and return the exit code."""
-    notes = os.environ.get(NOTES_FOLDER)
-    if notes:  # the launcher tells
-        path = Path(notes) / f"{_rank():06}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"rank": _rank(), "message": str(error), "code": error.exit_code}))
-        partial.replace(path)
+    """Report an error, once however many processes raise it, and return the exit code."""
+    folder = os.environ.get(REPORTS_FOLDER)
+    if folder:  # the launcher prints it
+        report = {"rank": _rank(), "message": str(error), "code": error.exit_code}
+        write_json(Path(folder) / f"{_rank():06}.json", report)
     elif _rank() == 0 or not isinstance(error, CollectiveUserError):
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
@@ -216,15 +242,15 @@ def _rank() -> int:
 
 @contextlib.contextmanager
 def watched(config: Config, processes: Processes) -> Iterator[Watchdog]:
-    """Watchdog this process inside: it ends when it does not move on within `timeout_minutes`.
+    """Run the block under a watchdog, which ends the process when a phase takes longer than `timeout_minutes`.
 
     Raises:
         RunError: another process died or does not answer; names it.
     """
     deadline = 60 * config.timeout_minutes
-    watch = Watchdog(processes.rank, processes.world_size, processes.store, deadline, report_error)
+    watchdog = Watchdog(processes.rank, processes.world_size, processes.store, deadline, report_error)
     try:
-        with watch.explained():
-            yield watch
+        with watchdog.explained():
+            yield watchdog
     finally:
-        watch.stop()
+        watchdog.stop()

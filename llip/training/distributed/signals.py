@@ -1,4 +1,4 @@
-"""A run that is asked to stop: SIGTERM, SIGINT and SIGUSR2 are noted here, and the trainer ends the step and saves."""
+"""Stop requests: on SIGTERM, SIGINT or SIGUSR2 the trainer finishes the step and saves."""
 
 import contextlib
 import os
@@ -20,26 +20,26 @@ class StopRequest:
         return self.signal is not None
 
     def note(self, number: int, _: FrameType | None = None) -> None:
-        """Handle a signal. Ctrl-C a second time leaves at once; a launcher then passes SIGTERM on."""
+        """Handle a signal. A second Ctrl-C exits at once; a launcher then passes SIGTERM on."""
         if self.signal == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
-            os.write(2, b"\nstopped at once; the newest checkpoint is what remains\n")
+            os.write(2, b"\nstopped at once; the newest checkpoint remains\n")
             os._exit(128 + signal.SIGINT)
         self.signal = signal.Signals(number)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the signals of `STOP_SIGNALS` while inside, then put back the handlers that were there.
+    """Handle `STOP_SIGNALS` inside the block, then restore the previous handlers.
 
-    Outside the main thread, where Python takes no signals, nothing is ever noted.
+    Outside the main thread, where Python receives no signals, there is never a request.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

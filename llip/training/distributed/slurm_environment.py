@@ -1,27 +1,27 @@
-"""How the tasks of a job step find each other: the variables that torchrun would set, anew for each attempt."""
+"""How the tasks of a SLURM step find each other: the variables that torchrun would set, for each attempt."""
 
 import os
 from collections.abc import Mapping
 
-FIRST_PORT, PORTS = 12_000, 20_000  # below those that Linux hands out by itself
-_ATTEMPTS = 16  # ports that one job has to itself before its neighbours' begin
+FIRST_PORT, PORTS = 12_000, 20_000  # below Linux's ephemeral ports
+_ATTEMPTS = 16  # ports per job
 
 
 def rendezvous_port(environment: Mapping[str, str]) -> int:
-    """Return the port at which this attempt of this job meets, in 12000 .. 31999.
+    """Return the rendezvous port of this attempt of this job, in 12000 .. 31999.
 
-    Another one for each attempt, so that a requeued job does not run into what is left of the last one; and never that
-    of a job submitted just before or after, which may share the node.
+    Each attempt has another one, so that a requeued job does not meet leftovers of the last attempt; jobs submitted
+    just before or after, which may share the node, have others too.
     """
     job, attempt = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
     return FIRST_PORT + (job * _ATTEMPTS + attempt % _ATTEMPTS) % PORTS
 
 
 def join_step(first_host: str) -> None:
-    """Describe this task's place in its SLURM step in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Set, for this task of a SLURM step, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        first_host: the machine of task 0; not used where the job has one node, since names need not resolve there.
+        first_host: host of task 0; unused where the job has one node, since names need not resolve there.
     """
     one_node = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1
     os.environ.update(

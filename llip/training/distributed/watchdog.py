@@ -1,8 +1,8 @@
-"""Who is at what: each process tells where it stands, and ends when it does not move on.
+"""Watchdog of a run: each process publishes heartbeats, and exits when it makes no progress.
 
-A collective waits for all processes, and does not say which one it waits for. Here a thread of each process publishes
-its step and phase in the key-value store through which they found each other, so that whoever gives up can name the
-process that is missing, where it was last seen, and since when.
+A collective waits for all processes and does not report which one is missing. A thread of each process publishes its
+step and phase in the store of the rendezvous, so that a process that gives up can name the missing one, and where and
+when it was last seen.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import torch.distributed as dist
 from llip.errors import EXIT_RUN, RunError
 
 PUBLISH_EVERY = 1.0
-"""Seconds between two heartbeats of life."""
-_LOOK_EVERY = 0.2  # seconds
+"""Seconds between two heartbeats."""
+_CHECK_EVERY = 0.2  # seconds
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
 
 
 class Heartbeat(NamedTuple):
-    """One process's sign of life."""
+    """State of one process, as it last published it."""
 
     beat: int  # counts up while the process lives
     step: int
@@ -37,39 +37,39 @@ class Heartbeat(NamedTuple):
 
 
 class Watchdog:
-    """This process's sign of life, and what it knows of the others'."""
+    """Publishes this process's heartbeats, and reads those of the others."""
 
     def __init__(
         self,
         rank: int,
-        count: int,
+        world_size: int,
         store: dist.Store | None,
         deadline: float,
-        tell: Callable[[RunError], None],
+        report: Callable[[RunError], object],
     ) -> None:
         """Start watching.
 
         Args:
             rank: of this process.
-            count: of processes.
-            store: that all processes share; None for a single one.
-            deadline: seconds in one phase after which a process ends the run.
-            tell: brings an error to the user, before this process leaves.
+            world_size: number of processes.
+            store: shared by all processes; None for a single one.
+            deadline: seconds in one phase after which the process ends the run.
+            report: shows an error to the user before this process exits.
         """
-        self.rank, self.count, self.store, self.deadline, self.tell = rank, count, store, deadline, tell
+        self.rank, self.world_size, self.store, self.deadline, self.report = rank, world_size, store, deadline, report
         self.step, self.phase, self.since, self.patience = 0, "start", time.monotonic(), 1.0
         self._beat = 0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def enter(self, phase: str, step: int, patience: float = 1.0) -> None:
-        """Note what this process begins to do.
+        """Begin a phase.
 
         Args:
-            phase: a word for people.
+            phase: its name in messages.
             step: of the run.
-            patience: times the deadline, what it may take.
+            patience: how long it may take, in deadlines.
         """
         self.step, self.phase, self.since, self.patience = step, phase, time.monotonic(), patience
 
@@ -78,14 +78,14 @@ class Watchdog:
         self._stopped.set()
         self._thread.join(5)
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         published = 0.0
-        while not self._stopped.wait(_LOOK_EVERY):
+        while not self._stopped.wait(_CHECK_EVERY):
             if time.monotonic() - published >= PUBLISH_EVERY:
                 published = time.monotonic()
                 self._publish()
             if time.monotonic() - self.since > self.patience * self.deadline:
-                self.tell(self._stuck())
+                self.report(self._stuck())
                 sys.stderr.flush()
                 os._exit(EXIT_RUN)
 
@@ -93,46 +93,48 @@ class Watchdog:
         if self.store is None:
             return
         self._beat += 1
-        with contextlib.suppress(RuntimeError):  # the store may have gone with its process
+        with contextlib.suppress(RuntimeError):  # the store dies with process 0
             seconds = time.monotonic() - self.since
-            self.store.set(f"sign/{self.rank}", f"{self._beat} {self.step} {seconds:.0f} {self.phase}")
+            self.store.set(f"heartbeat/{self.rank}", f"{self._beat} {self.step} {seconds:.0f} {self.phase}")
 
     def heartbeats(self) -> dict[int, Heartbeat] | None:
-        """Return the newest sign of every process that has given one; None where the store is gone."""
+        """Return the newest heartbeat of each process that has published one; None where the store is gone."""
         assert self.store is not None
-        found = {}
+        beats = {}
         try:
-            for rank in range(self.count):
-                if self.store.check([f"sign/{rank}"]):
-                    beat, step, seconds, phase = self.store.get(f"sign/{rank}").decode().split(" ", 3)
-                    found[rank] = Heartbeat(int(beat), int(step), phase, float(seconds))
+            for rank in range(self.world_size):
+                if self.store.check([f"heartbeat/{rank}"]):
+                    beat, step, seconds, phase = self.store.get(f"heartbeat/{rank}").decode().split(" ", 3)
+                    beats[rank] = Heartbeat(int(beat), int(step), phase, float(seconds))
         except RuntimeError:
             return None
-        return found
+        return beats
 
     def missing(self) -> str:
-        """Say which processes have died or are behind, as far as one can know; takes a few seconds."""
+        """Return a sentence on which processes have died or are behind; takes a few seconds."""
         before = self.heartbeats()
         time.sleep(2.5 * PUBLISH_EVERY)
         after = self.heartbeats()
         if before is None or after is None:
-            return "process 0 is gone, and with it the record of the others"
-        gone = [rank for rank in range(self.count) if rank not in after or after[rank] == before.get(rank)]
+            return "process 0 is gone, and with it the heartbeats of the others"
+        gone = [rank for rank in range(self.world_size) if rank not in after or after[rank] == before.get(rank)]
         gone = [rank for rank in gone if rank != self.rank]
         if gone:
             return "; ".join(
-                f"process {rank} is gone, last seen at {after[rank]}" if rank in after else f"process {rank} never came"
+                f"process {rank} is gone, last seen at {after[rank]}"
+                if rank in after
+                else f"process {rank} never joined"
                 for rank in gone
             )
-        furthest = max(sign.step for sign in after.values())
+        furthest = max(beat.step for beat in after.values())
         behind = {
-            rank: sign
-            for rank, sign in after.items()
-            if rank != self.rank and (sign.step < furthest or sign.phase != after.get(self.rank, sign).phase)
+            rank: beat
+            for rank, beat in after.items()
+            if rank != self.rank and (beat.step < furthest or beat.phase != after.get(self.rank, beat).phase)
         }
         if behind:
-            return "; ".join(f"process {rank} is at {sign}" for rank, sign in behind.items())
-        return f"all {self.count} processes are alive and at the same place"
+            return "; ".join(f"process {rank} is at {beat}" for rank, beat in behind.items())
+        return f"all {self.world_size} processes are alive and in the same phase"
 
     def _stuck(self) -> RunError:
         where = Heartbeat(self._beat, self.step, self.phase, time.monotonic() - self.since)
@@ -144,7 +146,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn a collective's failure inside into one sentence that names who is missing.
+        """Turn a failed collective into one message that names the missing process.
 
         Raises:
             RunError: a collective failed.
@@ -152,7 +154,7 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not is_lost_peer(error):
+            if self.world_size == 1 or not is_lost_peer(error):
                 raise
             first_line = (str(error).splitlines() or [""])[0]
             raise RunError(
@@ -162,13 +164,13 @@ class Watchdog:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Tell whether a collective failed because another process died or did not answer."""
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_PEER)
+    """Return whether a collective failed because another process died or did not answer."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST_PEER)
 
 
 def name_of_exit(code: int) -> str:
-    """Return how a process ended, in words, from the exit code of subprocess (negative: a signal)."""
+    """Describe an exit code as `subprocess` reports it (negative: a signal)."""
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return f"killed by {name}" + (" (often: memory ran out)" if -code == signal.SIGKILL else "")
+    return f"killed by {name}" + (" (often: out of memory)" if -code == signal.SIGKILL else "")

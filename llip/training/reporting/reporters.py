@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -116,7 +116,7 @@ class WeightsAndBiases:
             raise OSError(str(error)) from error
 
 
-REPORTERS: dict[str, type[Reporter]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+REPORTERS: dict[str, Callable[[Path, Config, int], Reporter]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def open_reporters(config: Config, folder: Path, step: int) -> list[Reporter]:

@@ -14,7 +14,7 @@ from llip.open_clip.model import Llip
 from llip.open_clip.objectives import Objective
 from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
-from llip.training.distributed.processes import combine_logsumexp, gather_texts
+from llip.training.distributed.collectives import combine_logsumexp, gather_texts
 
 _MEASURED = 32  # pairs
 

@@ -1,6 +1,7 @@
 """Which processes a run gets: never fewer than asked for, and the way out spelled out."""
 
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ def gpus(monkeypatch):
     """Set how many GPUs this machine seems to have."""
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     return lambda count: monkeypatch.setattr("torch.cuda.device_count", lambda: count)
 
 
@@ -33,13 +35,15 @@ def test_auto_takes_the_gpus_where_there_are_some(gpus):
         (
             2,
             {"ngpus": 8, "batch_size": 10},
-            "asks for 8 GPUs on this machine, found 2. Type nodes=1 ngpus=2: global batch 20 in the place of 80; "
-            "accum_freq=4 restores it",
+            "asks for 8 GPUs on this machine, found 2. Use nodes=1 ngpus=2 (global batch 20 instead of 80; "
+            "accum_freq=4 restores it)",
         ),
-        (0, {"ngpus": 2}, "found 0. Type nodes=1 ngpus=1 device=cpu"),
+        (0, {"ngpus": 2}, "found 0. Use nodes=1 ngpus=1 device=cpu"),
         (0, {"device": "cuda"}, "found 0"),
         (8, {"ngpus": 8, "nodes": 4}, "found one machine with 8 GPUs and no multi-node launch"),
         (3, {"ngpus": 4, "batch_size": 10}, "accum_freq=1 gives 30"),
+        (0, {"ngpus": 1, "device": "cuda", "batch_size": 8}, "Use nodes=1 ngpus=1 device=cpu (same global batch)"),
+        (0, {"ngpus": 1000, "device": "cpu"}, "asks for 1000 processes on this machine, which has 2 cores"),
     ],
 )
 def test_more_than_there_is_is_refused(gpus, found, changes, message):
@@ -78,3 +82,36 @@ def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
         "MASTER_PORT": str(12_000 + 123 * 16),  # sixteen for each job: one for each attempt
     }
     assert "RANK" not in os.environ
+
+
+class Failed:
+    """Stands for PyTorch's ChildFailedError: exit codes by rank, and who failed first."""
+
+    def __init__(self, first, codes):
+        self.failures = {rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}
+        self.first = first
+
+    def get_first_failure(self):
+        return self.first, self.failures[self.first]
+
+
+@pytest.mark.parametrize(
+    ("first", "codes", "reports", "message", "code"),
+    [
+        (1, {0: 3, 1: -9}, {0: ("lost 1", 3)}, "process 1 ended: killed by SIGKILL (often: out of memory). lost 1", 3),
+        (0, {0: 3, 1: -9}, {0: ("stuck", 3)}, "stuck", 3),  # the launcher killed the other
+        (1, {0: 2, 1: 2}, {0: ("no such file", 2), 1: ("no such file", 2)}, "no such file", 2),
+        (1, {0: -15, 1: 1}, {}, "process 1 ended: exit code 1", 1),  # its traceback is on the screen
+        (0, {0: -15}, {}, "process 0 ended: killed by SIGTERM", 3),
+        (2, {0: 3, 2: -9}, {0: ("lost 2", 3), 1: ("wrong", 2)}, "wrong", 2),
+    ],
+)
+def test_one_message_for_all_failures(tmp_path, monkeypatch, capsys, first, codes, reports, message, code):
+    monkeypatch.setenv(launch.REPORTS_FOLDER, str(tmp_path))
+    for rank, (text, exit_code) in reports.items():
+        monkeypatch.setenv("RANK", str(rank))
+        error = UserError(text)
+        error.exit_code = exit_code
+        assert launch.report_error(error) == exit_code
+    assert launch._report_failure(launch._failures(tmp_path, Failed(first, codes))) == code
+    assert capsys.readouterr().err == f"\nerror: {message}\n"

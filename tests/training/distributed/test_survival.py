@@ -40,7 +40,7 @@ def make_command(tmp_path_factory):
         slow += "def slowly(*a):\n    time.sleep(0.15)\n"
         slow += f"    while os.path.exists({str(logs / 'hold')!r}):\n        time.sleep(0.05)\n"
         slow += "    return step(*a)\nTrainer._step = slowly\n"
-        slow += "from llip.training import checkpoint\nverify = checkpoint.verify\n"  # nor is its checkpoint large
+        slow += "from llip.training.checkpoints import checkpoint\nverify = checkpoint.verify\n"  # a small checkpoint
         slow += "def thoroughly(path):\n    time.sleep(0.2)\n    verify(path)\ncheckpoint.verify = thoroughly\n"
         text = f"from llip.configs import Config\ndef run():\n    return Config({values})\n"
         file.write_text(text + (slow if name != "straight" else ""))
