@@ -1,14 +1,15 @@
-"""Kill a run at random moments and start it again: `python -m benchmarks.kill_resume [--kills 20] [--json]`.
+"""Kill a run at random moments and resume it: `python -m benchmarks.kill_resume [--kills 20] [--json]`.
 
-One run goes through undisturbed. Another is killed (SIGKILL) again and again, the same command continuing it each time:
-the whole tree of processes, the launcher alone, the tree while a checkpoint is being written, or the launcher while the
-run is starting up. Whoever outlives a killed launcher by long is counted. In the end the losses and the final weights
-must be those of the first run, to the last bit. Needs /proc (Linux).
+One run is undisturbed. Another is killed (SIGKILL) again and again, and the same command resumes it: the whole tree of
+processes, the launcher alone, the tree while it writes a checkpoint, or the launcher during start-up. Processes that
+outlive a killed launcher are counted. In the end, losses and final weights must equal those of the first run, bit for
+bit. Needs /proc (Linux).
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -18,27 +19,29 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from llip.system.program import program
+
 KINDS = ("tree", "launcher", "writing", "start")
-"""What is killed: everything; the process that was started; everything, in the middle of writing a checkpoint; the
-process that was started, before the first step."""
+"""What is killed: all processes; the launcher; all processes while they write a checkpoint; the launcher before the
+first step."""
 START_MOMENTS = (0.5, 6.0)
-"""Seconds after its start between which a run that starts up is killed, unless it takes its first step earlier."""
+"""Range of seconds after which a run is killed during start-up, unless its first step comes earlier."""
 DEADLINE = 300.0
-"""Seconds that one start may take until it is killed or has finished."""
+"""Longest time in seconds from a start to its kill or its end."""
 _MARK = "LLIP_KILL_RESUME"
-_GONE = 20.0  # seconds in which the others must be gone once the launcher is
-_STEPS = 8  # of a run for each kill: most of a start's steps, and those that go by until it is killed
+_GONE = 20.0  # seconds after the launcher's end in which the others must end
+_STEPS = 8  # per kill: the most steps of a start, and those until it is killed
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of the killed run."""
+    """Result of a killed and resumed run."""
 
     processes: int
     kills: dict[str, int]  # by kind
@@ -46,12 +49,12 @@ class Outcome:
     repeated_steps: int  # computed again, because they came after the newest checkpoint
     different_losses: int
     different_weights: int  # tensors
-    survivors: int  # processes that outlived their launcher by too long
+    survivors: int  # processes that outlived their launcher
     seconds: float
 
 
 class Launched:
-    """A command and all processes that come from it, found by a mark in their environment."""
+    """A command and all its descendants, found by a mark in their environment."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.mark = uuid.uuid4().hex
@@ -61,20 +64,20 @@ class Launched:
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
 
     def members(self) -> list[int]:
-        """Return the ids of the processes that are alive."""
-        wanted, found = f"{_MARK}={self.mark}".encode(), []
+        """Return the ids of the live processes."""
+        mark, processes = f"{_MARK}={self.mark}".encode(), []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
                     state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                    if state != "Z" and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
+                    if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
+                        processes.append(int(folder.name))
                 except OSError:
                     continue  # it has just ended
-        return found
+        return processes
 
     def kill(self, kind: str) -> int:
-        """Kill, and return how many processes had to be ended because they outlived the launcher."""
+        """Kill, and return the number of processes that outlived the launcher."""
         if kind in ("launcher", "start"):
             self.process.kill()
         else:
@@ -103,7 +106,7 @@ def _send(process: int, number: signal.Signals) -> None:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Look every few milliseconds whether `condition` holds; False when it has not come true in time."""
+    """Wait until `condition` holds; return False when it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -113,7 +116,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def logged_steps(folder: Path) -> int:
-    """Return the last step in the run's metrics, 0 before the first."""
+    """Return the last step in the run's metrics; 0 before the first."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     try:
@@ -137,15 +140,15 @@ def kill_once(command: list[str], folder: Path, kind: str, draw: random.Random, 
     """
     begin, launched = logged_steps(folder), Launched(command, folder.parent / f"{folder.name}.txt")
 
-    def come(steps: int) -> bool:
+    def reached_step(steps: int) -> bool:
         return logged_steps(folder) >= begin + steps or launched.process.poll() is not None
 
     target = draw.randint(1, most)
     if kind == "start":
-        wait_for(lambda: come(1), draw.uniform(*START_MOMENTS))
+        wait_for(lambda: reached_step(1), draw.uniform(*START_MOMENTS))
         reached = True
     else:
-        reached = wait_for(lambda: come(target), DEADLINE)
+        reached = wait_for(lambda: reached_step(target), DEADLINE)
         if kind == "writing" and reached:
             reached = stop_writing(launched, folder)
         elif reached:
@@ -153,18 +156,18 @@ def kill_once(command: list[str], folder: Path, kind: str, draw: random.Random, 
     ended = launched.process.poll() is not None
     survivors = launched.kill(kind)
     if not reached:
-        what = "was not caught writing a checkpoint" if kind == "writing" else f"did not get {target} steps on"
+        what = "was not caught writing a checkpoint" if kind == "writing" else f"did not take {target} steps"
         raise RuntimeError(f"the run {what} in {DEADLINE:.0f} s; see {folder}.txt")
     return not ended, survivors
 
 
 def stop_writing(launched: Launched, folder: Path, seconds: float = DEADLINE) -> bool:
-    """Stop all processes of a run (SIGSTOP) in the middle of writing a checkpoint; they stay so.
+    """Stop all processes of a run (SIGSTOP) while they write a checkpoint.
 
-    A file that an earlier start has left does not count, nor one that is in its place before everybody stands still.
+    A file that an earlier start has left does not count, nor one that is complete before all are stopped.
 
     Returns:
-        Whether they stand still or the run has ended; False when it did not happen in time.
+        Whether they are stopped or the run has ended; False when neither happened in time.
     """
     members = launched.members()  # before: it takes a while
 
@@ -193,18 +196,18 @@ def stop_writing(launched: Launched, folder: Path, seconds: float = DEADLINE) ->
 def run_killed(
     command: Callable[[str], list[str]], logs: Path, kinds: list[str], seed: int, processes: int, most: int = 6
 ) -> Outcome:
-    """Run once undisturbed and once with a kill of each of `kinds`, and compare.
+    """Run once undisturbed and once with kills of the `kinds`, and compare.
 
     Args:
-        command: returns the command of the run of a name, which logs every step into `logs`.
+        command: returns the command of a run by name, which logs every step below `logs`.
         logs: folder of both runs.
         kinds: of the kills, in order.
         seed: of the moments.
-        processes: that the command starts, for the outcome.
-        most: steps between a start and the kill.
+        processes: number of processes that the command starts.
+        most: largest number of steps between a start and its kill.
 
     Raises:
-        RuntimeError: a run failed, or did not get on.
+        RuntimeError: a run failed or made no progress.
     """
     started = time.monotonic()
     straight, killed = logs / "straight", logs / "killed"
@@ -219,7 +222,7 @@ def run_killed(
             break
         done[kind] += 1
         survivors += outlived
-        if kind != "start":  # which leaves the steps of the start before it, and those are counted
+        if kind != "start":  # whose steps are those of the start before, which are counted
             repeated += logged_steps(killed) - max(saved_steps(killed), default=0)
     if code := Launched(command("killed"), logs / "killed.txt").finish():
         raise RuntimeError(f"the killed run ended with exit code {code}; see {logs / 'killed.txt'}")
@@ -243,7 +246,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def read_losses(folder: Path) -> dict[int, float]:
-    """Return the loss of every logged step; one line per step, or it is an error."""
+    """Return the loss of every logged step; two lines for one step are an error."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len({record["step"] for record in records}) == len(records), f"{folder}: a step is logged twice"
     return {record["step"]: record["loss"] for record in records}
@@ -254,12 +257,25 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["state_dict"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Kill and resume with each number of processes; exit code 1 when anything differs, stays or was not killed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_resume", description=__doc__.split("\n\n")[0])
+def run_command(name: str, logs: Path, processes: int, steps: int) -> list[str]:
+    """Return the command of a run of some steps with 16 pairs each; its data lie beside `logs`."""
+    fields = {
+        "name": name, "logs": logs, "device": "cpu", "ngpus": processes, "batch_size": 16 // processes,
+        "train_num_samples": 16 * steps, "epochs": 1, "warmup": 4, "precision": "fp32", "workers": 1, "log_steps": 1,
+        "save_steps": 3, "eval_steps": 0, "report_to": "none", "train_data": f"scenes:{logs.parent / 'scenes'}",
+    }  # fmt: skip
+    return [sys.executable, "-m", "llip.main", "llip_quickstart", *(f"{key}={value}" for key, value in fields.items())]
+
+
+@program
+def main(arguments: Sequence[str]) -> int:
+    """Kill and resume with each number of processes; exit code 1 when losses or weights differ or processes survive."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kill_resume", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--kills", type=int, default=20, help="per number of processes [%(default)s]")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="[1 2]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
     given = parser.parse_args(arguments)
     outcomes = []
@@ -270,16 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
             kinds = [KINDS[index % len(KINDS)] for index in range(given.kills)]
             steps = _STEPS * (given.kills + 2)
 
-            def command(name: str, processes: int = processes, logs: Path = logs, steps: int = steps) -> list[str]:
-                fields = {
-                    "name": name, "logs": logs, "device": "cpu", "ngpus": processes, "batch_size": 16 // processes,
-                    "train_num_samples": 16 * steps, "epochs": 1, "warmup": 4, "precision": "fp32", "workers": 1,
-                    "log_steps": 1, "save_steps": 3, "eval_steps": 0, "report_to": "none",
-                    "train_data": f"scenes:{Path(folder) / 'scenes'}",
-                }  # fmt: skip
-                words = [f"{key}={value}" for key, value in fields.items()]
-                return [sys.executable, "-m", "llip.main", "llip_quickstart", *words]
-
+            command = functools.partial(run_command, logs=logs, processes=processes, steps=steps)
             outcomes.append(run_killed(command, logs, kinds, given.seed, processes))
     if given.json:
         print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
@@ -289,20 +296,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_good(outcome: Outcome, kills: int) -> bool:
-    """Tell whether a run was killed that often and nothing of it was lost or left behind."""
+    """Return whether a run was killed that often, lost nothing and left no process behind."""
     wrong = outcome.different_losses or outcome.different_weights or outcome.survivors
     return not wrong and sum(outcome.kills.values()) == kills
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Return the outcomes for people."""
+    """Return the outcomes as a table."""
     head = f"kills ({', '.join(KINDS)})"
     rows = [f"processes  {head}  steps  repeated  losses differ  weights differ  survivors"]
-    for one in outcomes:
-        kinds = f"{sum(one.kills.values())} ({', '.join(str(one.kills[kind]) for kind in KINDS)})"
+    for outcome in outcomes:
+        kinds = f"{sum(outcome.kills.values())} ({', '.join(str(outcome.kills[kind]) for kind in KINDS)})"
         rows.append(
-            f"{one.processes:9}  {kinds:{len(head)}}  {one.steps:5}  {one.repeated_steps:8}  "
-            f"{one.different_losses:13}  {one.different_weights:14}  {one.survivors:9}"
+            f"{outcome.processes:9}  {kinds:{len(head)}}  {outcome.steps:5}  {outcome.repeated_steps:8}  "
+            f"{outcome.different_losses:13}  {outcome.different_weights:14}  {outcome.survivors:9}"
         )
     return "\n".join(rows)
 

@@ -1,1 +1,1 @@
-"""What knows nothing of the project: paths, cores, GPUs, processes that end with their parent."""
+"""Independent of the project: files, locks, paths, git, cores, GPUs, processes, programs."""

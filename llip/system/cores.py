@@ -1,9 +1,9 @@
-"""What this machine offers."""
+"""CPU cores of this machine."""
 
 import os
 
 CORES = "LLIP_CORES"
-"""Environment variable: cores to count on, where others work on the same machine."""
+"""Environment variable: number of cores to use, where others work on the same machine."""
 
 
 def usable_cores() -> int:

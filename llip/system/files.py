@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed."""
+"""Atomic writes: a file is written under a temporary name, then renamed."""
 
 import contextlib
 import json

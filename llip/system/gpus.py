@@ -1,4 +1,4 @@
-"""What GPUs can do, by name: from the vendors' data sheets, dense (without structured sparsity)."""
+"""Peak FLOP/s and memory of GPUs, from the vendors' data sheets; dense, without structured sparsity."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ class Gpu:
         memory: bytes.
         half: FLOP/s of bf16 or fp16 products summed in float32.
         single: FLOP/s in float32, without TF32.
-        device_name: words of `torch.cuda.get_device_name()`, all of them, in lower case.
+        device_name: words that `torch.cuda.get_device_name()` must contain, in lower case.
     """
 
     name: str
@@ -30,7 +30,7 @@ def _gpu(name: str, gib: int, half: float, single: float, *device_name: str) -> 
     return Gpu(name, gib * _GIB, half * _TERA, single * _TERA, device_name)
 
 
-# Sheets that print a figure "with sparsity" are halved here. Where several fit a device's name, the first one counts.
+# Figures "with sparsity" are halved here. Where several entries match a device's name, the first one counts.
 _GPUS = (
     _gpu("h100-nvl-94g", 94, 835.5, 60.0, "h100", "nvl"),  # NVIDIA H100 data sheet
     _gpu("h100-pcie-80g", 80, 756.0, 51.0, "h100", "pcie"),
@@ -62,7 +62,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """Return the peak FLOP/s of a device, or None where it is not in the table.
 
     Args:
-        device_name: as `torch.cuda.get_device_name()` gives it, for instance 'NVIDIA H100 80GB HBM3'.
+        device_name: from `torch.cuda.get_device_name()`, for instance 'NVIDIA H100 80GB HBM3'.
         precision: of a config: fp32, amp_bf16 or amp_fp16.
     """
     words = device_name.lower().replace("-", " ").replace("_", " ").split()

@@ -20,12 +20,12 @@ GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """One process's rank, the number of processes, its device, and the store that they share."""
+    """One process's rank, world size, device, and the store shared by all processes."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = CPU
-    store: dist.Store | None = None  # that the processes share, beside the collectives
+    store: dist.Store | None = None  # key-value store of the rendezvous
 
     @classmethod
     def of_group(cls, device: torch.device = CPU) -> "Processes":

@@ -1,4 +1,4 @@
-"""What all command-line programs share: one way to start, one way to fail."""
+"""How all command-line programs start and fail."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from llip.errors import UserError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 def program(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:

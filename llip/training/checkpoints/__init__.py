@@ -1,1 +1,1 @@
-"""What a run keeps: checkpoints, train state, run folder, provenance."""
+"""State of a run on disk: checkpoints, train state, run folder, records, provenance."""

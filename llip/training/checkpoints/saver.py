@@ -1,4 +1,4 @@
-"""When a run saves, what goes into a checkpoint, and what happens when the disk does not take it."""
+"""When a run saves, what goes into a checkpoint, and what happens when the disk cannot take it."""
 
 import time
 from typing import Any
@@ -15,47 +15,40 @@ from llip.training.reporting.run_log import log
 
 
 class Saver:
-    """Writes the run's checkpoints; every process takes part, the main one writes."""
+    """Writes the run's checkpoints; collective, the main process writes."""
 
     def __init__(
         self, config: Config, model: Llip, state: TrainState, processes: Processes, provenance: dict[str, Any]
     ) -> None:
         """Save `model` and `state` as `config` says, with the run's provenance in every checkpoint."""
-        self.config, self.model, self.state, self.processes, self.provenance = (
-            config,
-            model,
-            state,
-            processes,
-            provenance,
-        )
+        self.config, self.model, self.state = config, model, state
+        self.processes, self.provenance = processes, provenance
         self.saved_at = time.monotonic()
         self.saved_step = state.step
 
     def is_due(self, done: bool) -> bool:
-        """Tell whether this step ends with a checkpoint, on all processes alike."""
+        """Return whether this step ends with a checkpoint; the same on all processes."""
         config, step = self.config, self.state.step
         by_epoch = config.save_frequency and step % (config.save_frequency * config.steps_per_epoch) == 0
         by_step = config.save_steps and step % config.save_steps == 0
         forever = config.keep_every and step % (config.keep_every * config.steps_per_epoch) == 0
         by_time = False
-        if config.save_minutes:  # the main process's clock decides for all
+        if config.save_minutes:  # by the main process's clock
             by_time = self.processes.broadcast_object(time.monotonic() - self.saved_at >= 60 * config.save_minutes)
         return bool(done or by_epoch or by_step or forever or by_time)
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint of the present step.
+        """Write a checkpoint of the current step.
 
-        Where it cannot be written a run goes on, with a warning, and tries again when the next one is due; unless it is
-        the `last`, which nobody would write again.
+        If that fails, the run continues with a warning and tries again when the next one is due; unless it is the
+        `last`.
 
         Raises:
             RunError: the last checkpoint cannot be written.
         """
         weights = self.state.engine.model_state(self.model)
         content = self.state.save(self.processes)
-        problem = None
-        if content is not None:
-            problem = self._write(content, weights)
+        problem = None if content is None else self._write(content, weights)
         problem = self.processes.broadcast_object(problem)
         self.saved_at = time.monotonic()
         if problem is None:
@@ -63,9 +56,9 @@ class Saver:
             return
         remains = f"the newest one is of step {self.saved_step}" if self.saved_step else "there is none yet"
         if last:
-            raise RunError(f"{problem}; {remains}. Make room or mend the folder, and give the same command again")
+            raise RunError(f"{problem}; {remains}. Make room or fix the folder, then run the same command again")
         if self.processes.is_main:
-            log.warning("%s; %s. Training goes on, and tries again at the next one", problem, remains)
+            log.warning("%s; %s. Training continues and tries again at the next one", problem, remains)
 
     def _write(self, content: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
         config = self.config

@@ -1,4 +1,4 @@
-"""The mutable part of a run: everything a restart needs beside the weights."""
+"""Mutable state of a run: everything that resuming needs beside the weights."""
 
 import dataclasses
 from typing import Any
@@ -15,30 +15,30 @@ from llip.training.step.engine import Engine
 
 @dataclasses.dataclass
 class TrainState:
-    """Step, samples, optimizer, loss scaler, random states and data position; knows how to save and restore itself."""
+    """Step, samples, optimizer, loss scaler, random states and data position; saves and restores itself."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     position: DataPosition
     counts: DataCounts
     averaged: ModelEmaV3 | None = None  # an exponential moving average of the model
-    engine: Engine = dataclasses.field(default_factory=Engine)  # how the weights lie on the processes
+    engine: Engine = dataclasses.field(default_factory=Engine)  # how the weights are distributed over processes
     step: int = 0
     samples_seen: int = 0
-    skipped_steps: int = 0  # steps without an update, because loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of them, up to the present step
+    skipped_steps: int = 0  # without an update, because loss or gradient was not finite
+    skipped_in_a_row: int = 0  # up to the current step
 
     def save(self, processes: Processes) -> dict[str, Any] | None:
-        """Return plain containers on the main process, None elsewhere. Every process must call it."""
+        """Return plain containers on the main process, None elsewhere. Collective."""
         device = processes.device
-        own = {
+        local = {
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "position": self.position.plain(),
             "counts": self.counts.plain(),
         }
         optimizer = self.engine.optimizer_state(self.optimizer)
-        everyone = processes.gather_object(own)
+        everyone = processes.gather_object(local)
         if everyone is None:
             return None
         averaged = {} if self.averaged is None else {"ema_state_dict": self.averaged.module.state_dict()}
@@ -56,30 +56,30 @@ class TrainState:
         """Continue from `saved`, with the data of `layout`.
 
         Returns:
-            None when the data go on exactly where they stopped; otherwise a sentence that says how they go on, because
-            the number of processes or workers is another one, or the shards are others.
+            None when the data continue exactly where they stopped; otherwise a message on how they continue, because
+            the number of processes or workers, or the shards, have changed.
 
         Raises:
-            UserError: another version of llip has written it.
+            UserError: written by another version of llip.
         """
         everyone = saved["processes"]
         try:
-            positions = [DataPosition.from_plain(one["position"]) for one in everyone]
+            positions = [DataPosition.from_plain(each["position"]) for each in everyone]
         except (KeyError, TypeError) as error:
             raise UserError(
-                "the checkpoint tells where its data stood in the form of another version of llip, which cannot be "
-                "continued; start from its weights instead: name=NEW pretrained=PATH/TO/step_<N>.pt"
+                "the checkpoint stores its data position in the format of another version of llip, which cannot be "
+                "resumed; start from its weights instead: name=NEW pretrained=PATH/TO/step_<N>.pt"
             ) from error
         self.step, self.samples_seen = saved["step"], saved["samples_seen"]
         self.skipped_steps, self.skipped_in_a_row = saved["skipped_steps"], saved.get("skipped_in_a_row", 0)
         self.engine.load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if len(everyone) == processes.world_size:
-            own = everyone[processes.rank]
-            torch.set_rng_state(own["rng"])
-            if own["cuda_rng"] is not None and processes.device.type == "cuda":
-                torch.cuda.set_rng_state(own["cuda_rng"], processes.device)
-        if processes.is_main:  # only the sum over the processes is ever shown
-            self.counts.restore(one["counts"] for one in everyone)
+            local = everyone[processes.rank]
+            torch.set_rng_state(local["rng"])
+            if local["cuda_rng"] is not None and processes.device.type == "cuda":
+                torch.cuda.set_rng_state(local["cuda_rng"], processes.device)
+        if processes.is_main:  # only the sum over processes is shown
+            self.counts.restore(each["counts"] for each in everyone)
         self.position, note = continue_data(positions, self.position, layout, processes.rank, processes.world_size)
         return note

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""The curves of a run as a figure."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,7 @@ _PANELS = (
     ("grad_norm", "gradient norm"),
     ("logit_scale", "logit scale"),
     ("samples_per_second", "samples / s"),
-    ("data_wait_fraction", "share of time waiting for data"),
+    ("data_wait_fraction", "fraction of time waiting for data"),
 )
 
 
@@ -20,7 +20,7 @@ def draw_curves(folder: Path) -> Path | None:
     """Draw `<folder>/figures/curves.png` from the run's metrics and online evaluations.
 
     Returns:
-        The file, or None where nothing is logged yet, or the disk does not take it (a warning says so).
+        The file; None where nothing is logged yet, or, with a warning, where the disk cannot take it.
     """
     try:
         return _draw(folder, read_records(folder / METRICS), read_records(folder / EVALS))
@@ -49,9 +49,9 @@ def _draw(folder: Path, records: list[dict[str, Any]], evals: list[dict[str, Any
     if evals:
         axis = axes.flat[len(_PANELS)]
         for task in dict.fromkeys(record["task"] for record in evals):
-            own = [record for record in evals if record["task"] == task]
-            metric = next(iter(own[0]["values"]))  # the first that the task declares
-            points = [(record["step"], record["values"][metric]) for record in own]
+            results = [record for record in evals if record["task"] == task]
+            metric = next(iter(results[0]["values"]))  # the task's first
+            points = [(record["step"], record["values"][metric]) for record in results]
             axis.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", label=f"{task}, {metric}")
         axis.set_title("zero-shot, %", fontsize=10)
         axis.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""A window of steps under PyTorch's profiler: `profile_steps=20-25` writes a trace and a summary for people."""
+"""Profile a window of steps with PyTorch's profiler: `profile_steps=20-25` writes a trace and a summary."""
 
 import contextlib
 import re
@@ -18,7 +18,7 @@ def parse_window(text: str) -> tuple[int, int]:
     """Return (first, last) step of `FIRST-LAST`, or of a single step.
 
     Raises:
-        UserError: the text does not read as that.
+        UserError: the text has another form.
     """
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -31,14 +31,14 @@ class StepProfiler:
     """Profiles the main process from the beginning of one step to the end of another."""
 
     def __init__(self, window: str | None, folder: Path | None, device: torch.device) -> None:
-        """Profile `window`, as `parse_window` reads it, into `<folder>/profile`; None of either: never."""
+        """Profile `window`, in the form of `parse_window`, into `<folder>/profile`; do nothing where one is None."""
         self.first, self.last = parse_window(window) if window and folder else (0, -1)
         self.folder, self.device = folder, device
         self._profile: profile | None = None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surround a step."""
+        """Run one step inside."""
         if number == self.first:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
@@ -51,13 +51,13 @@ class StepProfiler:
             self._write(self._profile)
             self._profile = None
 
-    def _write(self, found: profile) -> None:
+    def _write(self, finished: profile) -> None:
         assert self.folder is not None
         folder = self.folder / "profile"
         folder.mkdir(exist_ok=True)
         name = f"steps_{self.first}-{self.last}"
-        found.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        finished.export_chrome_trace(str(folder / f"{name}.json.gz"))
         by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = found.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=60)
+        table = finished.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=60)
         (folder / f"{name}.txt").write_text(table)
-        log.info("profile: %s (for people), %s (for perfetto.dev)", folder / f"{name}.txt", f"{name}.json.gz")
+        log.info("profile: summary %s, trace %s (open it at perfetto.dev)", folder / f"{name}.txt", f"{name}.json.gz")

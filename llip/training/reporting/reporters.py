@@ -1,4 +1,4 @@
-"""Where curves go beside metrics.jsonl: TensorBoard, Weights & Biases. One class each, by its name in `report_to`."""
+"""Reporters beside metrics.jsonl, by their names in `report_to`: TensorBoard, Weights & Biases."""
 
 import contextlib
 import uuid
@@ -14,48 +14,48 @@ from llip.training.checkpoints.records import BestEffort
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_ROOM = 1 << 16  # bytes that must fit on the disk before curves are written again
+_ROOM = 1 << 16  # free bytes that the disk needs before curves are written again
 
 WANDB_ID = "wandb_id"
-"""File of the run's folder that holds its id at Weights & Biases, so that a restart goes on with the same curves."""
+"""File of the run's folder with its id at Weights & Biases, so that a resumed run continues the same curves."""
 
 
 class Reporter(Protocol):
-    """Takes scalars. What a disk or a service does not take is lost, with a warning; it never ends a run."""
+    """Receives scalars. A failing disk or service loses them with a warning; it never ends a run."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Record numbers of a step, by `group/name`."""
+        """Record the scalars of a step, by `group/name`."""
 
     def close(self) -> None:
         """Flush what is buffered."""
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`; a restart hides what lies after the step that it goes on from."""
+    """Event files in `<run>/tensorboard`; a resumed run hides events after the step it resumes from."""
 
     def __init__(self, folder: Path, config: Config, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)
-        self._gaps = BestEffort(str(self._folder))
+        self._guard = BestEffort(str(self._folder))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        with self._gaps.allowed():
+        with self._guard.allowed():
             writer = self._open_writer()
             try:
                 for name, value in values.items():
                     writer.add_scalar(name, value, step)
             except OSError:
-                self._give_up()
+                self._drop_writer()
                 raise
 
     def _open_writer(self) -> "SummaryWriter":
-        """Return the writer, a new one after a failure: its thread writes no more once a write has failed."""
+        """Return the writer; a new one after a failure, which ends the old one's thread."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            room = self._folder / "room.tmp"  # each try would leave an empty event file otherwise
+            room = self._folder / "room.tmp"  # otherwise each try would leave an empty event file
             try:
                 room.write_bytes(bytes(_ROOM))
             finally:
@@ -63,7 +63,7 @@ class TensorBoard:
             self._writer = SummaryWriter(self._folder)
         return self._writer
 
-    def _give_up(self) -> None:
+    def _drop_writer(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
             with contextlib.suppress(OSError):
@@ -71,9 +71,9 @@ class TensorBoard:
 
     def close(self) -> None:
         if self._writer is not None:
-            with self._gaps.allowed():
+            with self._guard.allowed():
                 self._writer.close()
-        self._gaps.close()
+        self._guard.close()
 
 
 class WeightsAndBiases:
@@ -93,19 +93,18 @@ class WeightsAndBiases:
             )
         except (wandb.Error, OSError) as error:
             raise UserError(
-                f"report_to = wandb: no run could be opened ({error}); log in with `wandb login`, or set "
-                "WANDB_MODE=offline"
+                f"report_to = wandb: cannot open a run: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
-        self._gaps, self._error = BestEffort("the run at Weights & Biases"), wandb.Error
+        self._guard, self._error = BestEffort("the run at Weights & Biases"), wandb.Error
         self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back after a restart
+        self._run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back on resume
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        with self._gaps.allowed(), self._disk_error():
+        with self._guard.allowed(), self._disk_error():
             self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        with self._gaps.allowed(), self._disk_error():
+        with self._guard.allowed(), self._disk_error():
             self._run.finish()
 
     @contextlib.contextmanager
@@ -120,10 +119,10 @@ REPORTERS: dict[str, Callable[[Path, Config, int], Reporter]] = {"tensorboard": 
 
 
 def open_reporters(config: Config, folder: Path, step: int) -> list[Reporter]:
-    """Open what `report_to` names, for a run that goes on from `step`.
+    """Open the reporters in `report_to`, for a run that continues from `step`.
 
     Raises:
-        UserError: a package is missing, or a service does not open a run.
-        OSError: the disk does not take a reporter's files.
+        UserError: a package is missing, or a service opens no run.
+        OSError: the disk cannot take a reporter's files.
     """
     return [REPORTERS[name](folder, config, step) for name in config.report_to]

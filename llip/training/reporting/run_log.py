@@ -1,4 +1,4 @@
-"""What a run says: the terminal, log.txt, metrics.jsonl, evals.jsonl and reporters. The main process alone speaks."""
+"""Output of a run: the terminal, log.txt, metrics.jsonl, evals.jsonl and reporters. Only the main process writes."""
 
 import contextlib
 import logging
@@ -28,24 +28,24 @@ log = logging.getLogger("llip")
 
 
 class Terminal:
-    """Standard error for progress bars. One that is gone, or a file on a full disk, ends no run."""
+    """Standard error for progress bars; a closed terminal or a full disk does not end the run."""
 
     def write(self, text: str) -> None:
-        """Write what can be written."""
+        """Write text, if possible."""
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
+        """Flush, if possible."""
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
 
     def isatty(self) -> bool:
-        """Tell whether somebody is looking."""
+        """Return whether this is a terminal."""
         return sys.stderr.isatty()
 
     def fileno(self) -> int:
-        """Return the file's number, by which tqdm asks for the width of the screen."""
+        """Return the file descriptor, from which tqdm finds the width of the screen."""
         return sys.stderr.fileno()
 
 
@@ -53,25 +53,27 @@ class _TqdmHandler(logging.Handler):
     """Prints log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone, or a file on a full disk: log.txt has it too
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk; log.txt has it too
             tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _FileHandler(logging.FileHandler):
-    """Writes log.txt; a disk that does not take a line is said once, not with a traceback for every line."""
+    """Writes log.txt; reports a failing disk once, not with a traceback for every line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._told = False
+        self._reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._told:
-            self._told = True
+        elif not self._reported:
+            self._reported = True
             with contextlib.suppress(OSError):
-                tqdm.write(f"{self.baseFilename} cannot be written: {error}. It has gaps from here on", file=sys.stderr)
+                tqdm.write(
+                    f"{self.baseFilename} cannot be written: {error}. Lines are missing from here on", file=sys.stderr
+                )
 
 
 def start_logging(folder: Path | None) -> None:
@@ -92,9 +94,9 @@ def start_logging(folder: Path | None) -> None:
 
 
 class RunLog:
-    """Writes a run's records. On processes other than the main one it writes nothing but ids of samples.
+    """Writes a run's records; on processes other than the main one only the ids of samples.
 
-    A disk that is full or fails in the middle of a run is a warning: records are lost until it takes them again.
+    A disk that is full or fails in the middle of a run is a warning: records are lost until it works again.
     """
 
     def __init__(
@@ -103,11 +105,11 @@ class RunLog:
         """Open the record files of `folder`, cut back to `step`; no folder, no records.
 
         Args:
-            folder: the run's, None on processes other than the main one.
-            config: the run.
-            step: where it starts.
-            data: what this process's workers report.
-            samples: takes the ids of this process's samples, where they are wanted.
+            folder: the run's folder; None on processes other than the main one.
+            config: the run's config.
+            step: first step minus one.
+            data: collects the reports of this process's workers.
+            samples: writes the ids of this process's samples; None: not written.
 
         Raises:
             UserError: a reporter cannot be opened.
@@ -115,30 +117,30 @@ class RunLog:
         """
         self.folder, self.data, self.samples = folder, data, samples
         self.reporters: list[Reporter] = []
-        self._gaps: dict[str, BestEffort] = {}
+        self._guards: dict[str, BestEffort] = {}
         if folder is None:
             return
-        self._gaps = {name: BestEffort(str(folder / name)) for name in (METRICS, EVALS)}
+        self._guards = {name: BestEffort(str(folder / name)) for name in (METRICS, EVALS)}
         cut_back(folder / METRICS, step)
-        with locked_evaluations(folder):  # jobs of the run before may still write
+        with locked_evaluations(folder):  # evaluation jobs of an earlier start may still write
             cut_back(folder / EVALS, step)
         self.reporters = open_reporters(config, folder, step)
 
     def batch(self, batch: Batch, number: int, step: int) -> None:
-        """Note what came with this process's batch number `number`, which `step` uses."""
+        """Record the report and ids of this process's batch `number`, which `step` uses."""
         self.data.add(batch.report, number)
         if self.samples is not None:
             self.samples.add(step, batch.ids)
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Record one logged step: `step` and numbers; null is what is not finite, which JSON has no word for."""
+        """Record one logged step: `step` and numbers; values that are not finite become null."""
         if self.folder is None:
             return
         record = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        with self._gaps[METRICS].allowed():
+        with self._guards[METRICS].allowed():
             append_record(self.folder / METRICS, record)
         self._scalars("train", record)
 
@@ -146,7 +148,7 @@ class RunLog:
         """Record one online evaluation: one line per step and task."""
         if self.folder is None:
             return
-        with self._gaps[EVALS].allowed(), locked_evaluations(self.folder):
+        with self._guards[EVALS].allowed(), locked_evaluations(self.folder):
             append_record(self.folder / EVALS, {"step": step, "task": task, "values": values})
         self._scalars(f"eval/{task}", {"step": step, **values})
 
@@ -157,8 +159,8 @@ class RunLog:
         try:
             with locked_evaluations(self.folder):
                 records = read_records(self.folder / EVALS)
-        except OSError as error:  # evaluating once more is the smaller harm
-            log.warning("evaluations that are done already cannot be found: %s", error)
+        except OSError as error:  # then evaluate again
+            log.warning("finished evaluations cannot be read: %s; they run again", error)
             return set()
         return {record["task"] for record in records if record["step"] == step and "task" in record}
 
@@ -172,9 +174,9 @@ class RunLog:
             reporter.scalars(record["step"], values)
 
     def close(self) -> None:
-        """Flush what is buffered, and say which records are lost."""
-        for gaps in self._gaps.values():
-            gaps.close()
+        """Flush what is buffered, and warn about lost records."""
+        for guard in self._guards.values():
+            guard.close()
         if self.samples is not None:
             self.samples.close()
         for reporter in self.reporters:

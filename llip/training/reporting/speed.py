@@ -1,4 +1,4 @@
-"""How fast a run is, in units that compare across models: tokens, FLOP/s, and the share of what the GPU could do."""
+"""Speed of a run in units that compare across models: tokens per second, FLOP/s, MFU."""
 
 import torch
 
@@ -10,13 +10,13 @@ from llip.system.processes import Processes
 
 
 class Speed:
-    """Turns pairs per second into the other figures."""
+    """Converts pairs per second to the other units."""
 
     def __init__(self, config: Config, processes: Processes) -> None:
-        """Count what one pair costs.
+        """Compute the cost of one pair.
 
         Args:
-            config: the run.
+            config: the run's config.
             processes: of the run.
         """
         spec = model_spec(config)
@@ -29,9 +29,9 @@ class Speed:
     def record(self, pairs_per_second: float) -> dict[str, float | None]:
         """Return the fields of metrics.jsonl.
 
-        tokens_per_second: positions of both towers' sequences, after patch dropout. tflops: model FLOPs in 10^12 per
-        second, all processes together, recomputation not counted. mfu: their share of the GPUs' peak, None where the
-        device is not in the table of `llip.tools.plan`.
+        tokens_per_second: tokens of both towers, after patch dropout. tflops: model FLOPs in 10^12 per second over all
+        processes, without recomputation. mfu: their fraction of the GPUs' peak; None where the device is not in
+        `llip.system.gpus`.
         """
         rate = pairs_per_second * self.flops
         return {

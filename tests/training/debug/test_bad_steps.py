@@ -162,7 +162,7 @@ def test_a_full_disk_is_a_warning_until_the_last_checkpoint(config, small_files,
         train(config, "cpu")
     text = (config.folder / "log.txt").read_text()
     assert "step_4.pt cannot be written" in text
-    assert "Training goes on" in text
+    assert "Training continues" in text
     assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["latest.pt", "step_2.pt"]
 
 
