@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llip.errors import UserError, did_you_mean
 from llip.extensions import objectives, poolings
+from llip.system.paths import expand_variables, is_below, unset_variables
 
 if TYPE_CHECKING:
     from llip.configs import Config
@@ -45,6 +46,22 @@ def checked(name: str, kind: Any, value: Any) -> Any:
         return value
     hint = did_you_mean(str(value), typing.get_args(kind)) if typing.get_origin(kind) is Literal else ""
     raise UserError(f"config field {name} = {value!r}: expected {type_name(kind)}.{hint}")
+
+
+def expand_paths(config: "Config") -> None:
+    """Expand `~` and variables in the fields that hold paths; `train_data` expands its own.
+
+    Raises:
+        UserError: `logs` names a variable that is not set, or `name` a folder outside `logs`.
+    """
+    for name in ("logs", "resume", "model", "pretrained", "tokenizer"):
+        if (value := getattr(config, name)) is not None:
+            object.__setattr__(config, name, expand_variables(value))
+    object.__setattr__(config, "evals", tuple(map(expand_variables, config.evals)))
+    if unset := unset_variables(config.logs):
+        raise UserError(f"config field logs = {config.logs!r}: the environment variable {unset[0]} is not set")
+    if config.name and not is_below(config.name):
+        raise UserError(f"config field name = {config.name!r}: expected a folder below logs; move runs with logs=DIR")
 
 
 def check_ranges(config: "Config") -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from llip.config_checks import check_engine, check_ranges, checked, type_name
+from llip.config_checks import check_engine, check_ranges, checked, expand_paths, type_name
 from llip.errors import UserError, did_you_mean
 from llip.extensions import objectives, poolings
 
@@ -138,6 +138,7 @@ class Config:
     def __post_init__(self) -> None:
         for name, field in config_fields().items():
             object.__setattr__(self, name, checked(name, field.type, getattr(self, name)))
+        expand_paths(self)
         check_ranges(self)
         check_engine(self)
 
@@ -315,6 +316,5 @@ def search_config(name: str, overrides: list[str] | None = None) -> Config:
         raise UserError(f"config {name}: {error}. Config fields: {', '.join(config_fields())}") from error
     if not isinstance(config, Config):
         raise UserError(f"config {name} returned {type(config).__name__}, expected llip.configs.Config")
-    if not config.name:
-        config = config.replace(name=function_name)
-    return config.replace(**parse_overrides(overrides or []))
+    config = config.replace(**parse_overrides(overrides or []))
+    return config if config.name else config.replace(name=function_name)

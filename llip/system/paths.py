@@ -32,3 +32,9 @@ def expand_path(text: str, base: Path | None = None) -> Path:
 def unset_variables(text: str | Path) -> list[str]:
     """Return the names of variables in an expanded path, which are those that are not set."""
     return [match["braced"] or match["plain"] for match in _VARIABLE.finditer(str(text))]
+
+
+def is_below(name: str) -> bool:
+    """Return whether the relative path `name` leads below a folder: not to the folder itself, nor out of it."""
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and name[0] != "~" and "\0" not in name
