@@ -5,15 +5,24 @@ the config asks for; under torchrun or srun it joins those that are there.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from llip.cli import parse_command
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
 from llip.training.distributed.exit_with_launcher import exit_with_launcher
 
+if TYPE_CHECKING:
+    from llip.training.evaluation import SubmitEvaluation
 
-def main(arguments: list[str] | None = None) -> int:
-    """Resolve the config, start or join its processes, train. Returns the exit code."""
+
+def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluation | None" = None) -> int:
+    """Resolve the config, start or join its processes, train. Returns the exit code.
+
+    Args:
+        arguments: the command line.
+        submit_evaluation: hands online evaluations to other jobs; for a process that joins others, as in a SLURM job.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     exit_with_launcher()
     try:
@@ -28,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(config_yaml(command.config), end="")
         return 0
-    return launch(command.config, arguments)
+    return launch(command.config, arguments, submit_evaluation)
 
 
-def launch(config: Config, arguments: list[str]) -> int:
+def launch(config: Config, arguments: list[str], submit_evaluation: "SubmitEvaluation | None" = None) -> int:
     """Run this process's part of the config, or start the processes that do."""
     from llip.training.distributed import launch
 
@@ -39,13 +48,13 @@ def launch(config: Config, arguments: list[str]) -> int:
         launch.adopt_slurm()
         device = launch.resolve_device(config)
         if launch.joins_environment() or config.ngpus == 1:
-            return launch.exit_code(train(config, device))
+            return launch.exit_code(train(config, device, submit_evaluation))
         return launch.start_processes(arguments, config)
     except UserError as error:
         return launch.report_error(error)
 
 
-def train(config: Config, device: str) -> bool:
+def train(config: Config, device: str, submit_evaluation: "SubmitEvaluation | None" = None) -> bool:
     """Train as one process of the run: join the others, build or restore, fit. Returns whether the run is finished."""
     from llip.training.checkpoints.saver import Saver
     from llip.training.distributed.launch import watched
@@ -65,7 +74,7 @@ def train(config: Config, device: str) -> bool:
     ):
         data = check_data(config, processes)
         run = build_run(config, data, processes)
-        evaluate = online_evaluation(config, run.run_log, processes)
+        evaluate = online_evaluation(config, run.run_log, processes, submit_evaluation)
         saver = Saver(config, run.task.model, run.state, processes, run.provenance)
         trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate)
         nothing_to_do = run.state.step >= config.total_steps

@@ -1,6 +1,5 @@
 """The command that submits training: its script, its array of seeds, and mistakes told before anything is submitted."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llip.cluster.evaluation import EvaluationJobs
 from llip.cluster.training import parse_training, training_request
 from llip.configs import search_config
 from submitit_openclip import main
@@ -75,11 +75,10 @@ def test_an_array_gives_each_run_its_seed_and_its_folder(words):
 
 
 def test_evaluation_jobs_are_small_and_can_be_switched_off(words):
-    def jobs(*more: str) -> str | None:
+    def jobs(*more: str) -> EvaluationJobs | None:
         return training_request(parse_training([*words, *more]), write=False).tasks[0].evaluation_jobs
 
-    asked = json.loads(jobs("--partition", "p", "--eval-tasks", "2", "--eval-time", "30"))
-    parameters = asked["parameters"]
+    parameters = jobs("--partition", "p", "--eval-tasks", "2", "--eval-time", "30").parameters
     assert (parameters["nodes"], parameters["ntasks_per_node"], parameters["time"]) == (1, 2, 30)
     assert (parameters["partition"], parameters["job_name"]) == ("p", "llip_quickstart-eval")
     assert jobs("--eval-tasks", "0") is None

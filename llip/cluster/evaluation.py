@@ -1,14 +1,19 @@
-"""Online evaluation as jobs of its own: the training job submits one for each step to be evaluated, and trains on."""
+"""Online evaluation in separate jobs: the training job submits one for each evaluated step and continues training."""
 
-import json
+import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
+from llip.cluster.pending import save_for_eval
 from llip.cluster.submit import JobRequest
 from llip.cluster.tasks import join_job
 from llip.configs import Config, own_files, read_file
 from llip.errors import UserError
+from llip.open_clip.model import Llip
+from llip.training.checkpoints.records import EVALS
+from llip.training.reporting.run_log import log
 
 
 class EvaluationTask:
@@ -50,21 +55,34 @@ class EvaluationTask:
     __submitit_checkpoint__ = checkpoint
 
 
-def submit_evaluation(options: str, config: Config, weights: Path) -> str:
-    """Submit the job that evaluates `weights`, from within the training job, and return its id.
+@dataclasses.dataclass(frozen=True)
+class EvaluationJobs:
+    """Submits evaluation jobs from within a training job; `llip.main.main` takes it as `submit_evaluation`."""
 
-    Args:
-        options: the json that the training job carries, see `tasks.EVALUATION_JOBS`.
-        config: the run's.
-        weights: the file that the job evaluates and removes.
+    logs: Path
+    parameters: dict[str, Any]  # sbatch's
+    max_timeouts: int
 
-    Raises:
-        UserError: SLURM does not take the job.
-    """
-    asked = json.loads(options)
-    parameters = asked["parameters"]
-    shaped = config.replace(nodes=parameters["nodes"], ngpus=parameters["ntasks_per_node"])
-    own = [str(path) for path in own_files(config)]
-    task = EvaluationTask(shaped, weights.absolute(), str(Path.cwd()), own)
-    request = JobRequest(Path(asked["logs"]), parameters, [task], asked["max_timeouts"])
-    return request.submit()[0]
+    def __call__(self, config: Config, model: Llip, step: int) -> None:
+        """Save the model and submit the job that evaluates it; a failure is a warning, and training continues."""
+        weights = None
+        try:
+            weights = save_for_eval(config.folder, model, step)
+            job = self.submit(config, weights)
+            log.info("step %d is evaluated by job %s; results go to %s", step, job, config.folder / EVALS)
+        except (UserError, OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            log.warning("step %d is not evaluated: %s", step, error)
+            if weights is not None:
+                with contextlib.suppress(OSError):
+                    weights.unlink(missing_ok=True)
+
+    def submit(self, config: Config, weights: Path) -> str:
+        """Submit the job that evaluates and removes the file `weights`; return its id.
+
+        Raises:
+            UserError: SLURM refuses the job.
+        """
+        shaped = config.replace(nodes=self.parameters["nodes"], ngpus=self.parameters["ntasks_per_node"])
+        own = [str(path) for path in own_files(config)]
+        task = EvaluationTask(shaped, weights.absolute(), str(Path.cwd()), own)
+        return JobRequest(self.logs, self.parameters, [task], self.max_timeouts).submit()[0]

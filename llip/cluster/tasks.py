@@ -6,13 +6,13 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llip.errors import EXIT_STOPPED
 from llip.training.distributed.slurm_environment import join_step
 
-EVALUATION_JOBS = "LLIP_EVALUATION_JOBS"
-"""Variable in which a training job carries the options of its evaluation jobs, as json."""
+if TYPE_CHECKING:
+    from llip.training.evaluation import SubmitEvaluation
 
 _WARNING = signal.SIGUSR2
 _DEADLINE = 60
@@ -28,13 +28,13 @@ def join_job() -> None:
 class TrainTask:
     """Trains a config as one task of a job; picklable, so that SLURM can start it again as it was."""
 
-    def __init__(self, arguments: list[str], folder: str, evaluation_jobs: str | None = None) -> None:
+    def __init__(self, arguments: list[str], folder: str, evaluation_jobs: "SubmitEvaluation | None" = None) -> None:
         """Describe the task.
 
         Args:
             arguments: what `llip.main` is called with.
             folder: where the job was submitted: relative paths of the config belong to it.
-            evaluation_jobs: options of the jobs for online evaluation as json; None: evaluate in this job.
+            evaluation_jobs: submits the jobs of the online evaluation; None: evaluate in this job.
         """
         self.arguments, self.folder, self.evaluation_jobs = arguments, folder, evaluation_jobs
 
@@ -47,12 +47,10 @@ class TrainTask:
         from llip.main import main
 
         os.chdir(self.folder)
-        if self.evaluation_jobs is not None:
-            os.environ[EVALUATION_JOBS] = self.evaluation_jobs
         join_job()
         requeue = signal.getsignal(_WARNING)  # submitit's; it queues the job again
         with _noted_signals() as heard:
-            code = main(self.arguments)
+            code = main(self.arguments, self.evaluation_jobs)
         if code == EXIT_STOPPED:
             if os.environ["SLURM_PROCID"] != "0":
                 raise SystemExit(0)  # task 0 speaks for the job, and may be about to queue it

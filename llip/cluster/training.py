@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from llip.cluster.checks import check_folder, check_slurm, check_training
+from llip.cluster.evaluation import EvaluationJobs
 from llip.cluster.options import (
     Shape,
     SlurmOptions,
@@ -155,8 +155,8 @@ def training_request(command: TrainingCommand, write: bool = True) -> JobRequest
     return JobRequest(logs, parameters, tasks, command.options.max_timeouts)
 
 
-def _evaluation_jobs(command: TrainingCommand, logs: Path, setup: list[str]) -> str | None:
-    """Return the options of the run's evaluation jobs as `llip.cluster.evaluation` reads them; None: there are none."""
+def _evaluation_jobs(command: TrainingCommand, logs: Path, setup: list[str]) -> EvaluationJobs | None:
+    """Return what submits the run's evaluation jobs; None where the run has no evaluation or does it itself."""
     config = command.config
     if not (config.eval_steps and config.evals and command.eval_tasks):
         return None
@@ -164,5 +164,4 @@ def _evaluation_jobs(command: TrainingCommand, logs: Path, setup: list[str]) -> 
     shape = Shape(1, command.eval_tasks, config.workers + 2, config.device != "cpu")
     options = dataclasses.replace(options, job_name=f"{options.job_name or config.name}-eval")
     parameters = sbatch_parameters(options, shape, config.name, setup)
-    request = {"logs": str(logs.absolute()), "parameters": parameters, "max_timeouts": options.max_timeouts}
-    return json.dumps(request)
+    return EvaluationJobs(logs.absolute(), parameters, options.max_timeouts)

@@ -1,6 +1,7 @@
 """The task of an evaluation job, as the training job hands it over: another process, which knows nothing yet."""
 
-import json
+import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from llip.cluster import evaluation
+from llip.cluster.evaluation import EvaluationJobs, EvaluationTask
 from llip.configs import search_config
-from llip.errors import EXIT_USER
+from llip.errors import EXIT_USER, UserError
 from llip.extensions import poolings
+from llip.open_clip.factory import create_model, model_spec
+from tests.cluster.evaluated_run import evaluated_run, recorded
 
 ROOT = Path(__file__).parents[2]
+JOBS = EvaluationJobs(Path("slurm"), {"nodes": 1, "ntasks_per_node": 2}, 3)
 OWN = """
 from llip.configs import Config
 from llip.extensions import poolings
@@ -56,8 +61,7 @@ def task(tmp_path, monkeypatch):
             return ["77"]
 
     monkeypatch.setattr(evaluation, "JobRequest", Request)
-    options = {"logs": "slurm", "parameters": {"nodes": 1, "ntasks_per_node": 2}, "max_timeouts": 3}
-    assert evaluation.submit_evaluation(json.dumps(options), config, tmp_path / "step_5.pt") == "77"
+    assert JOBS.submit(config, tmp_path / "step_5.pt") == "77"
     return taken[0]
 
 
@@ -75,3 +79,44 @@ def test_a_file_that_is_gone_is_one_message(task, tmp_path, capsys, monkeypatch)
         task()
     assert left.value.code == EXIT_USER
     assert "mine.py' is not there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's config and its model."""
+    config = evaluated_run(tmp_path)
+    return config, create_model(model_spec(config)).eval()
+
+
+def test_a_model_is_saved_and_its_evaluation_submitted(run, monkeypatch):
+    submitted: list[EvaluationTask] = []
+
+    class Request:
+        def __init__(self, logs, parameters, tasks, max_timeouts):
+            assert (logs, parameters, max_timeouts) == (JOBS.logs, JOBS.parameters, 3)
+            submitted.extend(tasks)
+
+        def submit(self):
+            return ["77"]
+
+    monkeypatch.setattr(evaluation, "JobRequest", Request)
+    config, model = run
+    JOBS(config, model, 5)
+    (task,) = submitted
+    assert task.weights.is_file()
+    assert (task.config.nodes, task.config.ngpus, task.config.evals) == (1, 2, config.evals)
+    assert task.folder == os.getcwd()
+    assert recorded(config) == []
+
+
+@pytest.mark.parametrize("error", [UserError("no"), OSError("no"), RuntimeError("no")])
+def test_a_submission_that_fails_is_a_warning(run, monkeypatch, caplog, error):
+    def refuse(self):
+        raise error
+
+    monkeypatch.setattr(evaluation.JobRequest, "submit", refuse)
+    monkeypatch.setattr(logging.getLogger("llip"), "propagate", True)
+    config, model = run
+    JOBS(config, model, 5)
+    assert "step 5 is not evaluated: no" in caplog.text
+    assert list((config.folder / "evaluating").iterdir()) == []

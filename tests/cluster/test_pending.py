@@ -9,7 +9,6 @@ import torch
 import llip
 from llip.clipeval.task_result import TaskResult
 from llip.cluster.pending import add_evaluation, evaluate_saved, save_for_eval
-from llip.cluster.tasks import EVALUATION_JOBS
 from llip.configs import Config
 from llip.open_clip.factory import create_model, model_spec
 from llip.training.checkpoints import records
@@ -29,7 +28,7 @@ def model(config: Config):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", EVALUATION_JOBS):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 

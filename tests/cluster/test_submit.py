@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         program.parent.mkdir(exist_ok=True)
         program.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\n{then}\n")
         program.chmod(0o755)
+        shutil.copyfile("/bin/true", srun := program.with_name("srun"))  # submitit looks for it before an array
+        srun.chmod(0o755)
         return tmp_path / "environment"
 
     return write

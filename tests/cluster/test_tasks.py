@@ -10,7 +10,8 @@ import pytest
 
 import llip.main
 from llip.cluster import tasks
-from llip.cluster.tasks import EVALUATION_JOBS, TrainTask
+from llip.cluster.evaluation import EvaluationJobs
+from llip.cluster.tasks import TrainTask
 from llip.errors import EXIT_STOPPED
 
 
@@ -28,17 +29,16 @@ def requeued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[i
     monkeypatch.setattr(tasks, "join_job", lambda: None)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    monkeypatch.setenv(EVALUATION_JOBS, "")  # put back after the test
     monkeypatch.chdir(tmp_path)
     yield calls
     for number, old in before.items():
         signal.signal(number, old)
 
 
-def stopped_by(*numbers: int) -> Callable[[list[str]], int]:
+def stopped_by(*numbers: int) -> Callable[[list[str], object], int]:
     """Return a training run that gets signals, handles them by itself, saves and says so."""
 
-    def main(_: list[str]) -> int:
+    def main(_: list[str], __: object) -> int:
         noted: list[int] = []
         before = {number: signal.signal(number, lambda got, frame: noted.append(got)) for number in numbers}
         for number in numbers:
@@ -58,7 +58,7 @@ def answer_of_scontrol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: st
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, main: Callable[[list[str]], int]) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, main: Callable[[list[str], object], int]) -> int:
     monkeypatch.setattr(llip.main, "main", main)
     try:
         return TrainTask(["some_config"], str(folder))()
@@ -96,21 +96,22 @@ def test_a_scontrol_that_does_not_answer_queues_nothing(requeued, monkeypatch, t
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3])
 def test_other_codes_become_the_jobs(requeued, monkeypatch, tmp_path, code):
-    assert run(monkeypatch, tmp_path, lambda words: code) == code
+    assert run(monkeypatch, tmp_path, lambda words, submit: code) == code
     assert requeued == []
 
 
-def test_the_run_gets_its_words_its_folder_and_the_options_of_its_evaluations(requeued, monkeypatch, tmp_path):
+def test_the_run_gets_its_words_its_folder_and_its_evaluation_jobs(requeued, monkeypatch, tmp_path):
     seen = []
 
-    def main(words: list[str]) -> int:
-        seen.append((words, Path.cwd(), os.environ[EVALUATION_JOBS]))
+    def main(words: list[str], submit_evaluation: object) -> int:
+        seen.append((words, Path.cwd(), submit_evaluation))
         return 0
 
     monkeypatch.setattr(llip.main, "main", main)
     (tmp_path / "submitted_from").mkdir()
-    task = pickle.loads(pickle.dumps(TrainTask(["a", "b=1"], str(tmp_path / "submitted_from"), "{}")))
+    jobs = EvaluationJobs(Path("slurm"), {"nodes": 1}, 3)
+    task = pickle.loads(pickle.dumps(TrainTask(["a", "b=1"], str(tmp_path / "submitted_from"), jobs)))
     task()
     task.checkpoint().function()  # what submitit runs after a requeue
-    assert seen == [(["a", "b=1"], tmp_path / "submitted_from", "{}")] * 2
+    assert seen == [(["a", "b=1"], tmp_path / "submitted_from", jobs)] * 2
     assert task.__submitit_checkpoint__().function.arguments == ["a", "b=1"]

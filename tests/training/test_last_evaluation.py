@@ -52,9 +52,9 @@ def after_first_task(monkeypatch, step, action):
 
     make = online.online_evaluation
 
-    def making(config, run_log, processes):
+    def making(config, run_log, processes, submit):
         telling.run_log = run_log
-        return make(config, run_log, processes)
+        return make(config, run_log, processes, submit)
 
     monkeypatch.setattr(online, "online_evaluation", making)
     monkeypatch.setattr(online, "report_result", telling)
