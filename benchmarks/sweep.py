@@ -14,6 +14,7 @@ from typing import Any
 from llip.cluster.snapshot import frozen_config
 from llip.configs import IDENTITY, Config, config_fields, own_files
 from llip.errors import UserError
+from llip.system.files import write_json
 
 RESULT = "benchmark.json"
 """File of a run's folder that holds its result and the values it belongs to."""
@@ -78,10 +79,7 @@ def result_identity(config: Config) -> dict[str, Any]:
 
 def write_result(config: Config, result: Result) -> None:
     """Keep a run's result in its folder, beside what it depends on."""
-    path = config.folder / RESULT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(result) | {"config": result_identity(config)}, indent=1))
-    temporary.replace(path)
+    write_json(config.folder / RESULT, dataclasses.asdict(result) | {"config": result_identity(config)})
 
 
 def read_result(config: Config) -> Result | None:

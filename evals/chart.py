@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llip.system.files import atomic_write
+
 MOST_LABEL = 48  # characters of a name in the legend
 
 
@@ -52,10 +54,9 @@ def bar_chart(
     axes.set_xlabel("%")
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", fontsize=8)
-    partial = path.with_suffix(".tmp.png")
-    figure.savefig(partial, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
-    partial.replace(path)
 
 
 def _short(name: str) -> str:

@@ -18,11 +18,12 @@ import numpy as np
 
 from evals.bootstrap import Interval, difference_draws, interval
 from evals.chart import bar_chart
-from evals.results import StoredResults, read_results, write_atomically
+from evals.results import StoredResults, read_results
 from evals.tables import aligned_table, markdown_table
 from llip.clipeval.outcomes import Parts, load_outcomes, outcomes_file, parts_of
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import EXIT_USER, UserError
+from llip.system.files import write_text
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,9 @@ def write_files(comparison: Comparison, folder: Path) -> None:
     """Write compare.json, compare.md and compare.png into `folder` (made when it is not there)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "compare.json", json.dumps(comparison.to_json(), indent=2) + "\n")
+        write_text(folder / "compare.json", json.dumps(comparison.to_json(), indent=2) + "\n")
         text = f"# Comparison of zero-shot results, in percent\n\n{as_table(comparison, markdown=True)}\n"
-        write_atomically(folder / "compare.md", text)
+        write_text(folder / "compare.md", text)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
     labels = [row.task if row.metric in ("top1", "mean") else f"{row.task} {row.metric}" for row in comparison.rows]

@@ -21,6 +21,7 @@ from llip.clipeval.metrics import RETRIEVAL
 from llip.clipeval.outcomes import outcomes_file, save_outcomes
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import UserError
+from llip.system.files import write_text
 from llip.system.paths import expand_path
 
 
@@ -151,8 +152,8 @@ class ResultsFile:
             "tasks": {result.task: result.to_json() for result in results},
             "mean": classification_mean(results),
         }
-        write_atomically(self.folder / "results.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(self.folder / "results.md", self._markdown(results))
+        write_text(self.folder / "results.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder / "results.md", self._markdown(results))
 
     @staticmethod
     def _set_aside(current: Path, previous: Path) -> None:
@@ -173,10 +174,3 @@ class ResultsFile:
         return f"# Zero-shot evaluation\n\n{about}\n\n{format_results(results, markdown=True)}\n" + (
             told and told + "\n"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -7,7 +7,6 @@ Shapes: N images, T captions, both in the order of the dataset.
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from llip.clipeval.metrics import RECALLS
+from llip.system.files import atomic_write
 
 Array = np.ndarray
 
@@ -101,8 +101,7 @@ def outcomes_file(results: Path, task: str) -> Path:
 def save_outcomes(path: Path, outcomes: Outcomes) -> None:
     """Write the file in one atomic step; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             samples=np.array(outcomes.samples),
@@ -111,7 +110,6 @@ def save_outcomes(path: Path, outcomes: Outcomes) -> None:
             text_ranks=outcomes.text_ranks.astype(np.uint8),
             owners=outcomes.owners.astype(np.int32),
         )
-    os.replace(temporary, path)
 
 
 def load_outcomes(path: Path) -> Outcomes | None:

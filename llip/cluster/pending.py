@@ -6,7 +6,6 @@ task.
 """
 
 import logging
-import os
 import re
 import uuid
 from pathlib import Path
@@ -20,6 +19,7 @@ from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.factory import load_pretrained
 from llip.open_clip.model import Llip, autocast_dtype
+from llip.system.files import atomic_write
 from llip.system.processes import Processes
 from llip.training.checkpoints.checkpoint import FORMAT
 from llip.training.checkpoints.records import (
@@ -59,13 +59,9 @@ def save_for_eval(run: Path, model: Llip, step: int) -> Path:
             if found and int(found[1]) >= step:
                 path.unlink(missing_ok=True)
     target = folder / f"step_{step}-{uuid.uuid4().hex[:8]}.pt"
-    temporary = target.with_suffix(".tmp")
     content = {"format": FORMAT, "step": step, "model": model.config, "state_dict": model.state_dict()}
-    try:
+    with atomic_write(target) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

@@ -11,7 +11,6 @@ one is known by its URL alone. img2dataset's `00000_stats.json` serves as a coun
 the download wrote down and is not checked against the shard.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from llip.data.sources import is_local
 from llip.errors import UserError
+from llip.system.files import write_text
 
 INDEX_NAME = "llip-index.json"
 _VERSION = 1
@@ -76,14 +76,10 @@ def write_index(entries: Mapping[str, ShardEntry], folder: str | Path | None = N
     for path, named in by_file.items():
         merged = {**_read(path), **named}
         shards = {name: dataclasses.asdict(merged[name]) for name in sorted(merged)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"version": _VERSION, "shards": shards}, indent=0) + "\n")
-            temporary.replace(path)
+            write_text(path, json.dumps({"version": _VERSION, "shards": shards}, indent=0) + "\n")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise UserError(
                 f"index: cannot write {path} ({error.strerror}); choose another folder for it with --index-dir"
             ) from error

@@ -6,11 +6,9 @@ asked for: deleting the folder costs time and nothing else. Files are plain arra
 damaged one; they are read without unpickling.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llip.clipeval.zero_shot import Scorer
+from llip.system.files import atomic_write
 
 FORMAT = 1
 """Part of the name: another meaning of the files gets another number."""
@@ -77,13 +76,9 @@ class TextCache:
     @staticmethod
     def store(path: Path, features: Tensor) -> None:
         """Write features [C, Q, D] in one atomic step; a folder that cannot be written costs a warning, not a task."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, features=features.cpu().numpy())
-            os.replace(temporary, path)
         except OSError as error:
             logger.warning("text features cannot be cached in %s: %s", path.parent, error.strerror)
-            with contextlib.suppress(OSError):
-                temporary.unlink()

@@ -16,7 +16,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 from llip.clipeval.texts.cache import hash_weights
 from llip.errors import UserError
 from llip.open_clip.model import Llip
+from llip.system.files import atomic_write, write_text
 from llip.tools.search.files import FileState
 
 FORMAT = 1
@@ -80,10 +80,8 @@ class Index:
         number = self.next_segment()
         for kind, values in (("features", features), ("tokens", tokens)):
             target = self.path / f"{kind}_{number}.npy"
-            draft = target.with_suffix(".tmp")
-            with draft.open("wb") as file:
+            with atomic_write(target) as draft, draft.open("wb") as file:
                 np.save(file, values, allow_pickle=False)
-            os.replace(draft, target)
         return number
 
     def segment(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,9 +113,7 @@ class Index:
             "damaged": {path: [*dataclasses.astuple(state), reason]
                         for path, (state, reason) in sorted(self.damaged.items())},
         }  # fmt: skip
-        draft = self.path / f"{INDEX}.tmp"
-        draft.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(draft, self.path / INDEX)
+        write_text(self.path / INDEX, json.dumps(record))
         used = {place.segment for _, place in self.images.values()}
         for file in [*self.path.glob("tokens_*.npy"), *self.path.glob("features_*.npy")]:
             if int(file.stem.rsplit("_", 1)[1]) not in used:
