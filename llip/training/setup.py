@@ -29,7 +29,7 @@ from llip.training.checkpoints.train_state import TrainState
 from llip.training.reporting.data_report import DataCounts, DataReport
 from llip.training.reporting.run_log import RunLog, log, start_logging
 from llip.training.reporting.sample_log import SampleLog, cut_back_ids
-from llip.training.step.engine import create_engine
+from llip.training.step.create_engine import create_engine
 from llip.training.step.optimizer import create_optimizer, lock_towers
 from llip.training.step.task import ContrastiveTask
 

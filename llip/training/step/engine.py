@@ -4,8 +4,6 @@ The trainer, checkpoints and evaluation ask the engine, and do not know which on
 both, so a run may go on under the other one.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llip.configs import Config
-from llip.errors import UserError
 from llip.open_clip.model import Llip
-from llip.system.processes import Processes
-from llip.training.reporting.run_log import log
 from llip.training.step.task import ContrastiveTask
 
 
@@ -62,42 +56,3 @@ class Engine:
     def model_with_gradients(self, model: Llip) -> Llip:
         """Return a model with whole weights and gradients on the main process. Every process must call it."""
         return model
-
-
-def create_engine(config: Config, model: Llip, processes: Processes) -> Engine:
-    """Lay a model out as the config says, and let it be compiled where the config says so.
-
-    To be called before the optimizer is made: what it has to hold are the parameters as they are afterwards.
-
-    Args:
-        config: the run.
-        model: with the same weights on every process; changed in place.
-        processes: of the run.
-
-    Raises:
-        UserError: there is nothing to compile with.
-    """
-    if config.torchcompile:
-        _check_compiler(processes.device)
-    if config.distributed_engine == "fsdp":
-        if processes.world_size > 1:
-            from llip.training.step.engine_fsdp import ShardedEngine
-
-            return ShardedEngine(config, model, processes)
-        log.info("distributed_engine=fsdp: a single process has nobody to share with, and keeps all weights")
-    if config.torchcompile:
-        model.visual.compile()
-        model.text.compile()
-    return Engine()
-
-
-def _check_compiler(device: torch.device) -> None:
-    """Say before the start what torch.compile would say in the first step."""
-    if device.type != "cpu":
-        return
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
-    if not any(shutil.which(name) for name in names):
-        raise UserError(
-            f"torchcompile=true on a CPU needs a C++ compiler, and {', '.join(names)} is not on this machine; "
-            "install one, name it in the environment variable CXX, or set torchcompile=false"
-        )

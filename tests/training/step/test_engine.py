@@ -132,7 +132,7 @@ def load_and_save(rank, count, config, path):
     from llip.open_clip.factory import create_model, model_spec
     from llip.open_clip.weights.load import load_weights
     from llip.system.processes import Processes
-    from llip.training.step.engine import create_engine
+    from llip.training.step.create_engine import create_engine
     from llip.training.step.optimizer import create_optimizer
 
     content = read_checkpoint(path)
