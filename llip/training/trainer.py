@@ -25,6 +25,7 @@ from llip.training.debug.nan_dump import BadStep, summary, write_nan_dump
 from llip.training.distributed.processes import PATIENCE
 from llip.training.distributed.signals import StopRequest
 from llip.training.distributed.watchdog import Watchdog
+from llip.training.reporting.data_report import WORST
 from llip.training.reporting.profiling import StepProfiler
 from llip.training.reporting.run_log import RunLog, Terminal, log
 from llip.training.reporting.speed import Speed
@@ -271,8 +272,10 @@ class Trainer:
             )
             progress.set_postfix_str(f"loss {loss_value:.3f}, {rate:,.0f} samples/s", refresh=False)
             window.restart()
-        if step % config.steps_per_epoch == 0 and (counts := self.processes.gather_object(self.state.counts.plain())):
-            self.run_log.data.log_epoch(counts)
+        if step % config.steps_per_epoch == 0:
+            counts = self.processes.gather_object(self.state.counts.plain(WORST))
+            if counts is not None:
+                self.run_log.data.log_epoch(counts)
         evaluating = self._evaluation_is_due(step)
         if self.saver.is_due(done) or self.stopping or evaluating:  # an evaluation may take longer than a job has left
             self.watch.enter("checkpoint", step, PATIENCE)
@@ -319,7 +322,7 @@ class Trainer:
 
     def _data_record(self, window: "_Window") -> dict[str, Any]:
         """Return what the workers of this process did in the window; the counts are those of all processes."""
-        counts = self.processes.gather_object(self.state.counts.plain())
+        counts = self.processes.gather_object(self.state.counts.plain(0))
         if counts is None:
             return {}
         waited = window.waited / window.seconds()

@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from llip.data.position import DataPosition, Layout, continue_data
 from llip.errors import UserError
 from llip.system.processes import Processes
-from llip.training.reporting.data_report import DataCounts
+from llip.training.reporting.data_report import WORST, DataCounts
 from llip.training.step.engine import Engine
 
 
@@ -35,7 +35,7 @@ class TrainState:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "position": self.position.plain(),
-            "counts": self.counts.plain(),
+            "counts": self.counts.plain(WORST),
         }
         optimizer = self.engine.optimizer_state(self.optimizer)
         everyone = processes.gather_object(local)

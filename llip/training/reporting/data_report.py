@@ -1,6 +1,7 @@
 """What the training process makes of its workers' reports: what was used, what was dropped and where, what is slow."""
 
 import dataclasses
+import heapq
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +13,10 @@ WAIT_WORTH_A_LINE = 0.1
 """Share of the time spent waiting for data from which on the log says what is slow."""
 _LINES = 10  # single cases of damage that are told as they come; all are counted
 _TABLE_ROWS = 20
+WORST = 200
+"""Places of damage that each process names in a checkpoint and in an epoch's table."""
+OTHERS = ""
+"""Stands for the shards that are not named."""
 _ADVICE = {
     "read": "more workers, or faster storage",
     "decode": "more workers, or smaller pictures in the shards",
@@ -29,9 +34,19 @@ class DataCounts:
     used: list[int]  # samples, per dataset
     dropped: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (shard, reason) -> samples
 
-    def plain(self) -> dict[str, Any]:
-        """Return plain containers."""
-        return {"used": self.used, "dropped": [[*place, count] for place, count in self.dropped.items()]}
+    def plain(self, worst: int) -> dict[str, Any]:
+        """Return plain containers of bounded size: the `worst` places by name, the others summed by reason.
+
+        Each process may drop samples of every shard, and log lines and checkpoints gather the counts of all processes.
+        """
+        named = self.dropped
+        if len(named) > worst:
+            places = heapq.nlargest(worst, (place for place in named if place[0] != OTHERS), key=named.__getitem__)
+            named = Counter({place: named[place] for place in places})
+            rest = self.by_reason()
+            rest.subtract(DataCounts([], named).by_reason())
+            named |= Counter({(OTHERS, reason): count for reason, count in rest.items()})
+        return {"used": self.used, "dropped": [[*place, count] for place, count in named.items()]}
 
     def restore(self, saved: Iterable[dict[str, Any]]) -> None:
         """Take over the sum of what `plain` described on several processes."""
@@ -148,7 +163,8 @@ class DataReport:
             log.info("data: samples so far by dataset: %s", "; ".join(shares))
         if not counts.dropped:
             return
-        rows = [f"{count:>10,}  {reason:30}  {shard}" for (shard, reason), count in counts.dropped.most_common()]
+        places = sorted(counts.dropped.items(), key=lambda item: (item[0][0] == OTHERS, -item[1]))
+        rows = [f"{count:>10,}  {reason:30}  {shard or '(other shards)'}" for (shard, reason), count in places]
         more = [f"{'':>10}  and {len(rows) - _TABLE_ROWS:,} more"] if len(rows) > _TABLE_ROWS else []
         log.info(
             "data: %s samples dropped so far\n%s",

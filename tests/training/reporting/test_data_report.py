@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from llip.data.worker_stats import WorkerReport
-from llip.training.reporting.data_report import DataCounts, DataReport, sum_counts
+from llip.training.reporting.data_report import OTHERS, WORST, DataCounts, DataReport, sum_counts
 
 
 def report(workers=2):
@@ -24,7 +24,7 @@ def test_counts_of_all_processes_are_added_and_stored():
     one, two = report(), report()
     one.add(WorkerReport([("x.tar", "no image", 2)], [3, 1], {}, 5 << 20), 0)
     two.add(WorkerReport([("y.tar", "no image", 1), ("y.tar", "no caption", 4)], [1, 1], {}, 0), 0)
-    everyone = [one.counts.plain(), two.counts.plain()]
+    everyone = [one.counts.plain(WORST), two.counts.plain(WORST)]
     record = one.record(everyone, 0.0)
     assert (record["dropped_samples"], record["dropped"]) == (7, {"no image": 3, "no caption": 4})
     assert record["dataset_samples"] == [4, 2]
@@ -48,14 +48,14 @@ def test_counts_of_all_processes_are_added_and_stored():
 def test_the_slow_stage_is_named_where_data_are_waited_for(said, seconds, workers, stage):
     one = report(workers)
     one.add(WorkerReport([], [1, 0], seconds, 0), 0)
-    record = one.record([one.counts.plain()], 0.3)
+    record = one.record([one.counts.plain(WORST)], 0.3)
     assert record["data_bottleneck"] == stage
     assert record["data_read_seconds"] == seconds["read"]
     one.explain(record, 0.3)
     one.explain(record, 0.3)
     assert said.text.count(f"the slowest stage is {stage}") == 1
     one.add(WorkerReport([], [1, 0], seconds, 0), 1)
-    assert one.record([one.counts.plain()], 0.05)["data_bottleneck"] is None
+    assert one.record([one.counts.plain(WORST)], 0.05)["data_bottleneck"] is None
 
 
 def test_damage_is_told_once_and_not_without_end(said):
@@ -66,7 +66,25 @@ def test_damage_is_told_once_and_not_without_end(said):
     assert len(said.records) == 11
     assert "dropping from 3.tar: truncated tar" in said.text
     said.clear()
-    one.log_epoch([one.counts.plain()])
+    one.log_epoch([one.counts.plain(WORST)])
     assert "80 samples dropped so far" in said.text
     assert "and 20 more" in said.text
     assert said.text.count("truncated tar") == 20
+
+
+def test_plain_counts_are_bounded_and_lose_no_sample():
+    counts = DataCounts([5])
+    for number in range(1000):
+        counts.dropped[f"{number}.tar", "truncated tar" if number % 2 else "no image"] = number + 1
+    for worst, rows in ((0, 2), (10, 12), (2000, 1000)):
+        plain = counts.plain(worst)
+        assert len(plain["dropped"]) == rows
+        total = sum_counts([plain, plain])
+        assert total.by_reason() == {reason: 2 * count for reason, count in counts.by_reason().items()}
+    named = {shard: count for shard, _, count in counts.plain(10)["dropped"] if shard != OTHERS}
+    assert named == {f"{number}.tar": number + 1 for number in range(990, 1000)}
+    again = DataCounts([0])
+    again.restore([counts.plain(10)])
+    assert again.plain(5)["used"] == [5]
+    assert len(again.plain(5)["dropped"]) == 7
+    assert again.by_reason() == counts.by_reason()
