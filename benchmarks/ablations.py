@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sweep import Variant, draw_bars, draw_curves, run_variants, table
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import UserError
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)

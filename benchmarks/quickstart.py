@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.sweep import Result, Variant, draw_bars, run_variants, table
-from llip.configs import search_config
+from llip.config_search import search_config
 from llip.errors import UserError
 
 RUNGS = {

@@ -17,7 +17,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
 from llip.open_clip.factory import create_model, model_spec, normalise_images
 from llip.open_clip.loss import sigmoid_loss, softmax_loss

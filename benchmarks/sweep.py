@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llip.cluster.snapshot import frozen_config
-from llip.configs import IDENTITY, Config, config_fields, own_files
+from llip.config_search import own_files
+from llip.configs import IDENTITY, Config, config_fields
 from llip.errors import UserError
 from llip.system.files import write_json
 

@@ -14,7 +14,7 @@ from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.task_result import TaskResult
-from llip.configs import search_config
+from llip.config_search import search_config
 from llip.errors import UserError
 from llip.open_clip.model import autocast_dtype
 from llip.system.paths import expand_path, unset_variables

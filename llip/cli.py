@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 
-from llip.configs import Config, config_fields, list_configs, search_config
+from llip.config_search import list_configs, search_config
+from llip.configs import Config, config_fields
 from llip.errors import UserError
 
 

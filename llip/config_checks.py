@@ -1,18 +1,37 @@
-"""What the values of a config may be: their types, their ranges, and what does not go together. Imports no torch."""
+"""What the value of a config field may be: its type and its bounds. Imports no torch."""
 
+import dataclasses
 import math
 import types
 import typing
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from llip.errors import UserError, did_you_mean
-from llip.extensions import objectives, poolings
-from llip.system.paths import expand_variables, is_below, unset_variables
+from llip.system.paths import expand_variables
 
-if TYPE_CHECKING:
-    from llip.configs import Config
 
-LOGGERS = ("tensorboard", "wandb")
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers that a field may take, and how a message describes them."""
+
+    expected: str
+    low: float
+    high: float = math.inf
+    includes_low: bool = True
+    includes_high: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.includes_low else value > self.low
+        below = value <= self.high if self.includes_high else value < self.high
+        return above and below and (isinstance(value, int) or math.isfinite(value))
+
+
+AT_LEAST_1 = Bounds("at least 1", 1, 2**31)
+FROM_0 = Bounds("0 or more", 0, 2**53)
+ABOVE_0 = Bounds("more than 0", 0, 2**31, includes_low=False)
+FROM_0_TO_1 = Bounds("a number from 0 to 1", 0, 1)
+FROM_0_BELOW_1 = Bounds("a number from 0 to 1 (1 excluded)", 0, 1, includes_high=False)
+INT64 = Bounds("an integer of 64 bits", -(2**63), 2**63 - 1)
 
 
 def type_name(kind: Any) -> str:
@@ -48,99 +67,14 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     raise UserError(f"config field {name} = {value!r}: expected {type_name(kind)}.{hint}")
 
 
-def expand_paths(config: "Config") -> None:
-    """Expand `~` and variables in the fields that hold paths; `train_data` expands its own.
-
-    Raises:
-        UserError: `logs` names a variable that is not set, or `name` a folder outside `logs`.
-    """
-    for name in ("logs", "resume", "model", "pretrained", "tokenizer"):
-        if (value := getattr(config, name)) is not None:
-            object.__setattr__(config, name, expand_variables(value))
-    object.__setattr__(config, "evals", tuple(map(expand_variables, config.evals)))
-    if unset := unset_variables(config.logs):
-        raise UserError(f"config field logs = {config.logs!r}: the environment variable {unset[0]} is not set")
-    if config.name and not is_below(config.name):
-        raise UserError(f"config field name = {config.name!r}: expected a folder below logs; move runs with logs=DIR")
+def check_bounds(name: str, value: Any, bounds: Bounds | None) -> None:
+    """Raise a UserError that names field, value and bounds unless `value` is None or within `bounds`."""
+    if bounds is not None and value is not None and value not in bounds:
+        raise UserError(f"config field {name} = {value}: expected {bounds.expected}")
 
 
-def check_ranges(config: "Config") -> None:
-    """Refuse numbers that are out of range and names that nobody knows.
-
-    Raises:
-        UserError: names field, value and what was expected.
-    """
-    positive = (
-        "batch_size",
-        "accum_freq",
-        "epochs",
-        "nodes",
-        "ngpus",
-        "mixture_tokens",
-        "pool_heads",
-        "shuffle_buffer",
-        "max_bad_steps",
-    )
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise UserError(f"config field {name} = {getattr(config, name)}: expected at least 1")
-    switches = (
-        "workers",
-        "log_steps",
-        "save_frequency",
-        "save_steps",
-        "save_minutes",
-        "keep_checkpoints",
-        "keep_every",
-        "eval_steps",
-    )
-    for name in (*switches, "warmup", "wd", "train_num_samples", "lr"):
-        value = getattr(config, name)
-        if value < 0 or not math.isfinite(value):
-            raise UserError(f"config field {name} = {value}: expected 0 or more")
-    for name in ("beta1", "beta2", "max_bad_fraction", "patch_dropout", "layer_decay", "ema_decay"):
-        value = getattr(config, name)
-        if value is not None and (
-            not 0 <= value <= 1 or (value == 1 and name not in ("max_bad_fraction", "layer_decay"))
-        ):
-            raise UserError(f"config field {name} = {value}: expected a number from 0 to 1")
-    for name in (
-        "softmax_temperature",
-        "eps",
-        "grad_clip",
-        "image_size",
-        "context_length",
-        "score_memory",
-        "timeout_minutes",
-    ):
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"config field {name} = {value}: expected more than 0")
-    for name, registry in (("pooling", poolings), ("loss", objectives)):
-        if getattr(config, name) not in registry:
-            value = getattr(config, name)
-            known = ", ".join(map(repr, registry))
-            raise UserError(f"config field {name} = {value!r}: expected one of {known}.{did_you_mean(value, registry)}")
-    for logger in config.report_to:
-        if logger not in LOGGERS:
-            raise UserError(f"config field report_to = {logger!r}: expected {', '.join(LOGGERS)}, or none")
-
-
-def check_engine(config: "Config") -> None:
-    """Refuse what needs all weights, or all gradients, on every process.
-
-    Raises:
-        UserError: names the two fields that do not go together.
-    """
-    if config.distributed_engine == "ddp":
-        return
-    if config.ema_decay is not None:
-        raise UserError(
-            f"ema_decay = {config.ema_decay} with distributed_engine = 'fsdp': the average is kept whole on every "
-            "process, which fsdp is there to avoid; set ema_decay=none or distributed_engine=ddp"
-        )
-    if config.precision == "amp_fp16":
-        raise UserError(
-            "precision = 'amp_fp16' with distributed_engine = 'fsdp': loss scaling does not look at all processes' "
-            "shares of a gradient; set precision=amp_bf16 or distributed_engine=ddp"
-        )
+def expanded(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Expand `~` and variables in a path, or in each of several."""
+    if value is None:
+        return None
+    return expand_variables(value) if isinstance(value, str) else tuple(map(expand_variables, value))

@@ -7,7 +7,8 @@ import time
 import pytest
 import yaml
 
-from llip.configs import Config, list_configs, parse_overrides, search_config
+from llip.config_search import list_configs, parse_overrides, search_config
+from llip.configs import Config
 from llip.errors import UserError
 from llip.main import main
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import llip
-from llip.configs import search_config
+from llip.config_search import search_config
 
 ROOT = Path(__file__).parent.parent
 TELLS = {"search_a_folder": "60 pictures indexed, 0 damaged"}

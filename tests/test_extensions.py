@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import llip
-from llip.configs import Config, own_files, read_file, search_config
+from llip.config_search import own_files, read_file, search_config
+from llip.configs import Config
 from llip.errors import UserError
 from llip.extensions import Registry, objectives, poolings
 from llip.main import train
@@ -119,5 +120,5 @@ def test_a_file_may_be_read_again_by_its_path_and_as_a_module_but_another_file_m
 
 
 def test_no_torch_is_needed_to_know_the_names():
-    code = "import sys, llip.configs as c; c.search_config('llip_b16'); assert 'torch' not in sys.modules"
+    code = "import sys, llip.config_search as c; c.search_config('llip_b16'); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["llip.errors"],
     ["llip.system"],
-    ["llip.extensions", "llip.configs", "llip.config_checks", "llip.run_configs", "llip.cli"],
+    ["llip.extensions", "llip.configs", "llip.config_checks", "llip.config_search", "llip.run_configs", "llip.cli"],
     ["llip.scenes"],
     ["llip.open_clip"],
     ["llip.data"],

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llip.configs import config_fields, list_configs
+from llip.config_search import list_configs
+from llip.configs import config_fields
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from llip.cluster.evaluation import EvaluationJobs
 from llip.cluster.training import parse_training, training_request
-from llip.configs import search_config
+from llip.config_search import search_config
 from submitit_openclip import main
 from tests.helpers import write_tar
 

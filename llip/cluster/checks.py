@@ -5,7 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llip.configs import Config, own_files, read_file
+from llip.config_search import own_files, read_file
+from llip.configs import Config
 from llip.errors import UserError
 from llip.training.checkpoints.run_folder import locked_folder
 

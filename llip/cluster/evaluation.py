@@ -9,7 +9,8 @@ from typing import Any
 from llip.cluster.pending import save_for_eval
 from llip.cluster.submit import JobRequest
 from llip.cluster.tasks import join_job
-from llip.configs import Config, own_files, read_file
+from llip.config_search import own_files, read_file
+from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.model import Llip
 from llip.training.checkpoints.records import EVALS

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import llip
-from llip.configs import Config, config_fields, own_files
+from llip.config_search import own_files
+from llip.configs import Config, config_fields
 from llip.errors import UserError
 from llip.system.git import COMMIT_FILE, code_commit, git, is_checkout
 
@@ -109,7 +110,9 @@ def frozen_config(config: Config, function: str, own: Sequence[str] = ()) -> str
     reads = [f"read_file(Path(__file__).parent / {name!r})\n" for name in own]
     imports = "from llip.configs import Config\n\n\n"
     if reads:
-        imports = "from pathlib import Path\n\nfrom llip.configs import Config, read_file\n\n"
+        imports = (
+            "from pathlib import Path\n\nfrom llip.config_search import read_file\nfrom llip.configs import Config\n\n"
+        )
         imports += f"{''.join(reads)}\n\n"
     return (
         '"""The config as it was resolved when the run was asked for."""\n\n'

@@ -18,7 +18,8 @@ from llip.cluster.options import (
 from llip.cluster.snapshot import commit_file, copies_of_own_files, frozen_config, take_snapshot, use_snapshot
 from llip.cluster.submit import JobRequest, command_line, counted, tell_notes, tell_submitted
 from llip.cluster.tasks import TrainTask
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import UserError
 
 PROGRAM = "python submitit_openclip.py"

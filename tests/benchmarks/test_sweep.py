@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import sweep
 from benchmarks.sweep import Result, Variant, run_variants, table
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import UserError
 
 BASE = Config(model="ViT-B-32", train_num_samples=1000, batch_size=10, lr=0.25)
@@ -85,6 +86,8 @@ def test_other_processes_read_the_file_of_a_pooling_of_ones_own(tmp_path, monkey
     sweep.train(config)
     ((launched, (word,)),) = seen
     assert launched == config
-    code = f"from llip.configs import search_config as s; c = s({word!r}); print(c.pooling, c.loss, c.ngpus, c.name)"
+    code = (
+        f"from llip.config_search import search_config as s; c = s({word!r}); print(c.pooling, c.loss, c.ngpus, c.name)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert done.stdout == "gated hinge 2 own\n", done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from llip.cluster import evaluation
 from llip.cluster.evaluation import EvaluationJobs, EvaluationTask
-from llip.configs import search_config
+from llip.config_search import search_config
 from llip.errors import EXIT_USER, UserError
 from llip.extensions import poolings
 from llip.open_clip.factory import create_model, model_spec

@@ -16,7 +16,8 @@ from llip.cluster.snapshot import (
     take_snapshot,
     use_snapshot,
 )
-from llip.configs import Config, list_configs, search_config
+from llip.config_search import list_configs, search_config
+from llip.configs import Config
 from llip.errors import UserError
 from llip.extensions import poolings
 
@@ -157,7 +158,7 @@ def mine() -> Config:
 """
 JOB = """
 import sys
-from llip.configs import search_config
+from llip.config_search import search_config
 from llip.extensions import poolings
 config = search_config(sys.argv[1])
 print(config.pooling, config.lr, poolings.find("snapped").note)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import UserError
 from llip.system.paths import is_below
 

@@ -8,7 +8,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import UserError
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llip.configs import Config, own_files
+from llip.config_search import own_files
+from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.model import Llip
 from llip.system.processes import Processes

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import EXIT_STOPPED, RunError, UserError
 
 _WRITTEN = re.compile(r"checkpoint of step \d+ written in ([\d.]+) s")

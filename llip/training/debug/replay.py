@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llip.configs import Config, config_fields, read_file
+from llip.config_search import read_file
+from llip.configs import Config, config_fields
 from llip.errors import UserError
 from llip.extensions import objectives, poolings
 from llip.open_clip.factory import create_model, model_spec

@@ -15,7 +15,7 @@ import pytest
 from open_clip import tokenize
 from PIL import Image
 
-from llip.configs import parse_overrides
+from llip.config_search import parse_overrides
 from llip.data.doctor import pool as doctor_pool
 from llip.data.doctor.__main__ import main
 from llip.data.doctor.report import KeyDigests

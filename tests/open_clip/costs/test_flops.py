@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.open_clip.costs import shapes
 from llip.open_clip.costs.flops import flops_per_pair, image_tower, step_flops, text_head, text_tower
 from llip.open_clip.costs.shapes import kept_patches

@@ -6,7 +6,8 @@ import open_clip
 import pytest
 import torch
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.open_clip.costs.flops import image_tower, text_tower
 from llip.open_clip.factory import create_model, model_spec
 from llip.tools.plan.memory import activations, block_bytes, gpu_memory, tower_widths

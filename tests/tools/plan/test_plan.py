@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llip.configs import Config, search_config
+from llip.config_search import search_config
+from llip.configs import Config
 from llip.errors import UserError
 from llip.system.gpus import GPUS, find_gpu, peak_flops
 from llip.tools.plan.__main__ import main, on_nodes

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from llip.configs import Config, read_file
+from llip.config_search import read_file
+from llip.configs import Config
 from llip.errors import RunError, UserError
 from llip.extensions import objectives, poolings
 from llip.main import train

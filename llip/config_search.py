@@ -1,0 +1,141 @@
+"""Configs by name, `path/to/file.py:function`, and `field=value` overrides. Imports no torch."""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llip.config_checks import type_name
+from llip.configs import Config, check_field_name, config_fields
+from llip.errors import UserError, did_you_mean
+from llip.extensions import objectives, poolings
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Read `text` from the command line as the declared type of field `name`.
+
+    Accepts Python's number forms (5e-4, 400_000_000), true/false, none, bare strings and comma lists.
+
+    Raises:
+        UserError: the text does not read as that type.
+    """
+    kind = config_fields()[name].type
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    if text.lower() == "none" and (optional or typing.get_origin(kind) is tuple):
+        return None if optional else ()
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int:
+            number = float(text) if "e" in text.lower() or "." in text else int(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"config field {name} = {text!r}: expected {type_name(kind)}") from None
+    if typing.get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """Turn `field=value` words into typed values; a leftover or unknown word is a `UserError`."""
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, separator, text = word.partition("=")
+        if not separator:
+            raise UserError(f"cannot read {word!r}: overrides are written field=value, for instance batch_size=64")
+        check_field_name(name)
+        if name in changes:
+            raise UserError(f"config field {name} is given twice")
+        changes[name] = parse_value(name, text)
+    return changes
+
+
+def list_configs() -> dict[str, Callable[[], Config]]:
+    """Return every config function in `llip.run_configs` by name."""
+    package = importlib.import_module("llip.run_configs")
+    found: dict[str, Callable[[], Config]] = {}
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{module_info.name}")
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_"):
+                assert name not in found, f"two configs are called {name}"
+                found[name] = function
+    return found
+
+
+def read_file(path: Path) -> types.ModuleType:
+    """Run a Python file of the user's, with configs in it or with what it registers, and return it as a module.
+
+    Raises:
+        UserError: it is not there, is not Python, or does not run.
+    """
+    if not path.is_file():
+        raise UserError(f"config file {str(path)!r} is not there; expected path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"llip_user_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {str(path)!r} is not a Python file; expected path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config file {str(path)!r} does not run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def own_files(config: Config) -> list[Path]:
+    """Return the files that register what `config` names and the project does not ship: `read_file` reads them again.
+
+    Raises:
+        UserError: something was not registered in a file.
+    """
+    found = (poolings.source(config.pooling), objectives.source(config.loss))
+    return list(dict.fromkeys(path for path in found if path is not None))
+
+
+def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
+    module = read_file(path)
+    functions = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    }
+    if function_name not in functions:
+        raise UserError(f"no config {function_name!r} in {path}.{did_you_mean(function_name, functions)}")
+    return functions[function_name]
+
+
+def search_config(name: str, overrides: list[str] | None = None) -> Config:
+    """Resolve a config by name, or as `path/to/file.py:function`, and apply `field=value` overrides.
+
+    Raises:
+        UserError: unknown config or field (with the nearest names), wrong type or value.
+    """
+    file, separator, function_name = name.rpartition(":")
+    if separator and (file.endswith(".py") or "/" in file):
+        function = _function_from_file(Path(file), function_name)
+    else:
+        configs = list_configs()
+        if name not in configs:
+            raise UserError(f"unknown config {name!r}.{did_you_mean(name, configs)} (--list shows all of them)")
+        function, function_name = configs[name], name
+    try:
+        config = function()
+    except TypeError as error:
+        raise UserError(f"config {name}: {error}. Config fields: {', '.join(config_fields())}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"config {name} returned {type(config).__name__}, expected llip.configs.Config")
+    config = config.replace(**parse_overrides(overrides or []))
+    return config if config.name else config.replace(name=function_name)
