@@ -46,7 +46,8 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
         for partial in folder.glob("*.tmp"):  # of a run that was killed while it wrote
             partial.unlink(missing_ok=True)
         with atomic_write(target, flush=True) as temporary:
-            torch.save({"format": FORMAT, **content}, temporary)
+            with temporary.open("wb") as file:
+                torch.save({"format": FORMAT, **content}, file)
             verify(temporary)
         with atomic_write(folder / "latest.pt", flush=True) as temporary:
             try:
@@ -54,8 +55,10 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
             except OSError:  # file systems without hard links
                 shutil.copyfile(target, temporary)
         flush_to_disk(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"checkpoint {target} cannot be written: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch raises "unexpected pos" instead of a full disk's error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or cause
+        raise UserError(f"checkpoint {target} cannot be written: {reason}") from error
     if keep:
         _remove_old(folder, keep, forever)
     return time.perf_counter() - started
