@@ -1,5 +1,6 @@
 """Checkpoint files: never torn, loadable without executing code, and found again after a crash."""
 
+import contextlib
 import logging
 import os
 import re
@@ -44,7 +45,8 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
     target = folder / f"step_{step}.pt"
     try:
         for partial in folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         with atomic_write(target, flush=True) as temporary:
             with temporary.open("wb") as file:
                 torch.save({"format": FORMAT, **content}, file)

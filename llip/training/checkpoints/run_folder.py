@@ -84,10 +84,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         fields = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeError):
         fields = None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is damaged; expected the run's config as YAML. Remove it to use this config")
     defaults = {name: field.default for name, field in config_fields().items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in (defaults | fields).items()}
+    values = defaults | fields if isinstance(fields, dict) else {}
+    if not all(isinstance(values.get(name), int) for name in ("epochs", "batch_size", "nodes", "ngpus", "accum_freq")):
+        raise UserError(f"{path} is damaged; expected the run's config as YAML. Remove it to use this config")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -118,7 +119,7 @@ def claim_folder(folder: Path, config: Config, started: bool) -> list[str]:
     if started and path.is_file():
         old, new = _read_config(path), yaml.safe_load(config_yaml(config))
         before, now = _identity(old), _identity(new)
-        if now["epochs"] > before.get("epochs", 0):
+        if now["epochs"] > before["epochs"]:
             messages.append(
                 f"epochs grows from {before['epochs']} to {now['epochs']}: the cosine is stretched, so the learning "
                 "rate jumps up to the longer schedule's and the run differs from one planned for that length"

@@ -1,6 +1,7 @@
 """The curves of a run as a figure."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def draw_curves(folder: Path) -> Path | None:
         The file; None where nothing is logged yet, or, with a warning, where the disk cannot take it.
     """
     try:
-        return _draw(folder, read_records(folder / METRICS), read_records(folder / EVALS))
+        evals = [record for record in read_records(folder / EVALS) if record.get("task") and record.get("values")]
+        return _draw(folder, read_records(folder / METRICS), evals)
     except OSError as error:
         logging.getLogger("llip").warning("the curves of %s cannot be drawn: %s", folder, error)
         return None
@@ -43,7 +45,7 @@ def _draw(folder: Path, records: list[dict[str, Any]], evals: list[dict[str, Any
     rows = -(-panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
     for axis, (key, title) in zip(axes.flat, _PANELS, strict=False):
-        axis.plot(steps, [record[key] for record in records], linewidth=1.5)
+        axis.plot(steps, [record.get(key) for record in records], linewidth=1.5)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     if evals:
@@ -51,7 +53,7 @@ def _draw(folder: Path, records: list[dict[str, Any]], evals: list[dict[str, Any
         for task in dict.fromkeys(record["task"] for record in evals):
             results = [record for record in evals if record["task"] == task]
             metric = next(iter(results[0]["values"]))  # the task's first
-            points = [(record["step"], record["values"][metric]) for record in results]
+            points = [(record["step"], record["values"].get(metric, math.nan)) for record in results]
             axis.plot([x for x, _ in points], [100 * y for _, y in points], marker="o", label=f"{task}, {metric}")
         axis.set_title("zero-shot, %", fontsize=10)
         axis.legend(fontsize=7)

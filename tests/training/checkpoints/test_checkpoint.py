@@ -170,3 +170,10 @@ def test_an_old_checkpoint_that_stays_is_a_warning(tmp_path, monkeypatch):
     assert names(tmp_path) == ["latest.pt", "step_2.pt", "step_3.pt"]
     assert len(said) == 1
     assert "step_2.pt" in said[0]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    (tmp_path / "step_1.pt.abc.tmp").write_bytes(b"half")
+    (tmp_path / "folder.tmp").mkdir()  # what cannot be removed does not matter
+    write_checkpoint(tmp_path, 2, content(2), keep=1)
+    assert names(tmp_path) == ["folder.tmp", "latest.pt", "step_2.pt"]

@@ -176,3 +176,10 @@ def test_records_that_cannot_be_cut_back_are_agreed_upon(tmp_path, full_disk):
     alone = Processes(0, 1, torch.device("cpu"))
     with pytest.raises(CollectiveUserError, match=r"metrics\.jsonl"), setup._all_fail_alike(alone):
         cut_back(path, 90)
+
+
+@pytest.mark.parametrize("text", ["[1]", "epochs: many", "batch_size: {}", "nodes: null", "a: b: c", "\xff\xfe"])
+def test_a_damaged_config_is_the_users_to_remove(tmp_path, text):
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        claim_folder(tmp_path, CONFIG, started=True)
