@@ -52,6 +52,21 @@ def adopt_slurm() -> None:
     join_step(hosts.stdout.split()[0])
 
 
+def _joined_processes() -> int | None:
+    """Return how many processes the launcher started; None without one.
+
+    Raises:
+        UserError: its variables contradict each other.
+    """
+    if not joins_environment():
+        return None
+    values = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not all(value.isdecimal() for value in values.values()) or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        given = " ".join(f"{name}={value!r}" for name, value in values.items())
+        raise UserError(f"environment {given}: expected numbers, RANK < WORLD_SIZE; unset them without a launcher")
+    return int(values["WORLD_SIZE"])
+
+
 def resolve_device(config: Config) -> str:
     """Return cuda or cpu, after a comparison of what the config asks for with what this machine has.
 
@@ -61,7 +76,7 @@ def resolve_device(config: Config) -> str:
     import torch
 
     gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
-    joined = int(os.environ["WORLD_SIZE"]) if joins_environment() else None
+    joined = _joined_processes()
     if joined is not None and joined != config.processes:
         raise UserError(
             f"config {config.name} asks for {config.nodes} nodes x {config.ngpus} = {config.processes} processes, and "
@@ -237,7 +252,8 @@ def report_error(error: UserError) -> int:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 @contextlib.contextmanager

@@ -62,6 +62,16 @@ def test_a_launcher_with_another_number_of_processes_is_refused(gpus, monkeypatc
         launch.resolve_device(Config(ngpus=8))
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [("abc", "2"), ("0", "x"), ("5", "1"), ("-1", "2"), ("", "1")])
+def test_a_launcher_whose_variables_are_wrong_is_refused(gpus, monkeypatch, capsys, rank, world_size):
+    gpus(0)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(UserError, match="RANK < WORLD_SIZE") as raised:
+        launch.resolve_device(Config(ngpus=1, device="cpu"))
+    assert launch.report_error(raised.value) == 2
+
+
 def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
     gpus(0)
     scontrol = tmp_path / "scontrol"
