@@ -42,6 +42,7 @@ from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_tr
 from llip.errors import EXIT_USER, UserError
 from llip.open_clip.factory import CROP_SCALE, get_tokenizer
 from llip.system.cores import usable_cores
+from llip.system.files import atomic_write
 
 CONTEXT_LENGTH = 77
 MADE_SHARDS, MADE_PER_SHARD = 8, 250
@@ -253,8 +254,7 @@ def make_shards(folder: Path, seed: int = 0) -> str:
         path = folder / f"{shard:05d}.tar"
         if path.exists():
             continue
-        part = path.with_suffix(".part")
-        with tarfile.open(part, "w") as tar:
+        with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
             for index in range(MADE_PER_SHARD):
                 rng = np.random.default_rng([seed, shard, index])
                 buffer = io.BytesIO()
@@ -264,7 +264,6 @@ def make_shards(folder: Path, seed: int = 0) -> str:
                     member = tarfile.TarInfo(f"{shard:05d}{index:04d}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        part.replace(path)
     return str(folder / f"{{00000..{MADE_SHARDS - 1:05d}}}.tar")
 
 

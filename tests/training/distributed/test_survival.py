@@ -1,4 +1,4 @@
-"""Runs that are signalled, killed and stopped: nothing is lost, nothing is left behind, and the reason is told."""
+"""Runs that are signalled, killed and stopped: nothing is lost, nothing is left behind, and the reason is reported."""
 
 import os
 import re
