@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llip.cluster.snapshot import frozen_config
-from llip.config_search import own_files
 from llip.configs import IDENTITY, Config, config_fields
 from llip.errors import UserError
 from llip.system.files import write_json
@@ -124,7 +123,7 @@ def train(config: Config) -> None:
 
     file = config.folder / "sweep_config.py"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(frozen_config(config, "run", [str(path) for path in own_files(config)]))
+    file.write_text(frozen_config(config, "run"))
     code = launch(config, [f"{file}:run"])
     if code:
         raise RuntimeError(f"run {config.folder} ended with exit code {code}")

@@ -1,7 +1,6 @@
 """Configs by name, `path/to/file.py:function`, and `field=value` overrides. Imports no torch."""
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import types
@@ -13,7 +12,7 @@ from typing import Any
 from llip.config_checks import type_name
 from llip.configs import Config, check_field_name, config_fields
 from llip.errors import UserError, did_you_mean
-from llip.extensions import objectives, poolings
+from llip.extensions import load_file
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -74,39 +73,8 @@ def list_configs() -> dict[str, Callable[[], Config]]:
     return found
 
 
-def read_file(path: Path) -> types.ModuleType:
-    """Run a Python file of the user's, with configs in it or with what it registers, and return it as a module.
-
-    Raises:
-        UserError: it is not there, is not Python, or does not run.
-    """
-    if not path.is_file():
-        raise UserError(f"config file {str(path)!r} is not there; expected path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"llip_user_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {str(path)!r} is not a Python file; expected path/to/file.py:function")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config file {str(path)!r} does not run: {type(error).__name__}: {error}") from error
-    return module
-
-
-def own_files(config: Config) -> list[Path]:
-    """Return the files that register what `config` names and the project does not ship: `read_file` reads them again.
-
-    Raises:
-        UserError: something was not registered in a file.
-    """
-    found = (poolings.source(config.pooling), objectives.source(config.loss))
-    return list(dict.fromkeys(path for path in found if path is not None))
-
-
 def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
-    module = read_file(path)
+    module = load_file(path, f"config {str(path)!r}")
     functions = {
         name: value
         for name, value in vars(module).items()

@@ -21,7 +21,7 @@ from llip.config_checks import (
     expanded,
 )  # fmt: skip
 from llip.errors import UserError, did_you_mean
-from llip.extensions import objectives, poolings
+from llip.extensions import SHIPPED, check_extension
 from llip.system.paths import is_below, unset_variables
 
 IDENTITY = "identity"  # another value makes another experiment
@@ -56,6 +56,10 @@ class Config:
     )
     train_num_samples: int = _field(0, "pairs that make one epoch of the schedule", bounds=FROM_0)
     caption_keys: str = _field("txt", "caption sources: txt, json.FIELD; weighted as in json.captions:0.7,txt:0.3")
+    image_transform: str | None = _field(
+        None, "path/file.py:Name: maps a decoded image (uint8 [H, W, 3]) and a seed to an image, before the random crop"
+    )
+    caption_transform: str | None = _field(None, "path/file.py:Name: maps a caption and a seed to a caption")
     workers: int = _operational(
         4, "data-loading processes per training process; 0 loads in the training process", bounds=FROM_0
     )
@@ -73,7 +77,7 @@ class Config:
     context_length: int | None = _field(None, "tokens per caption; none: the model's own", bounds=ABOVE_0)
     mixture_tokens: int = _field(1, "K: outputs of the image encoder", bounds=AT_LEAST_1)
     pooling: str = _field(
-        "text", "how K tokens become the image's feature: first, mean, learned, text, or one of your own"
+        "text", "how K tokens become the image's feature: first, mean, learned, text, or path/file.py:Name"
     )
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling", bounds=AT_LEAST_1)
     softmax_temperature: float = _field(
@@ -89,7 +93,7 @@ class Config:
 
     # Objective and optimisation
     loss: str = _field(
-        "sigmoid", "objective over all images x all texts of the global batch: sigmoid, softmax, or one of your own"
+        "sigmoid", "objective over all images x all texts of the global batch: sigmoid, softmax, or path/file.py:Name"
     )
     batch_size: int = _field(256, "pairs per process and per accumulation slice", DERIVED, bounds=AT_LEAST_1)
     accum_freq: int = _field(
@@ -233,12 +237,8 @@ def _check_names(config: Config) -> None:
         raise UserError(f"config field logs = {config.logs!r}: the environment variable {unset[0]} is not set")
     if config.name and not is_below(config.name):
         raise UserError(f"config field name = {config.name!r}: expected a folder below logs; move runs with logs=DIR")
-    for field, value, registry in (("pooling", config.pooling, poolings), ("loss", config.loss, objectives)):
-        if value not in registry:
-            known = ", ".join(map(repr, registry))
-            raise UserError(
-                f"config field {field} = {value!r}: expected one of {known}.{did_you_mean(value, registry)}"
-            )
+    for field in SHIPPED:
+        check_extension(field, getattr(config, field))
     for logger in config.report_to:
         if logger not in LOGGERS:
             raise UserError(f"config field report_to = {logger!r}: expected {', '.join(LOGGERS)}, or none")

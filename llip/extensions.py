@@ -1,106 +1,156 @@
-"""Names that a config may use for poolings and objectives, and how a user's own file adds one. Imports no torch."""
+"""What a config names and a researcher may bring: poolings, losses, image and caption transforms. Imports no torch.
 
-import filecmp
+A name is one that ships with the project, or `path/to/file.py:Name`. The file is imported once per process; a run keeps
+a copy in `<run folder>/extensions`, where it is found when the original path is not there.
+"""
+
 import importlib
+import importlib.util
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import types
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llip.errors import UserError, did_you_mean
+from llip.system.paths import expand_variables
 
-Thing = TypeVar("Thing")
-
-
-class Registry:
-    """What is called by a name in configs and checkpoints; imported when it is first needed."""
-
-    def __init__(self, what: str, shipped: dict[str, str]) -> None:
-        """Begin with what the project ships.
-
-        Args:
-            what: one of these is called in messages.
-            shipped: name -> `module:attribute`.
-        """
-        self.what = what
-        self._places: dict[str, str] = dict(shipped)
-        self._things: dict[str, Any] = {}
-        self._sources: dict[str, str] = {}  # of what was registered: the file that did it
-
-    def register(self, name: str) -> Callable[[Thing], Thing]:
-        """Decorate what configs may call `name` from now on; a file with a config of one's own is the place for it.
-
-        Raises:
-            UserError: the name is taken.
-        """
-        source = str(Path(sys._getframe(1).f_code.co_filename).resolve())
-
-        def add(thing: Thing) -> Thing:
-            if name in self._places:
-                raise UserError(f"{self.what} {name!r} is there already; give yours another name")
-            if name in self._sources:  # the same file may be read twice: by its path, as a module, as a job's copy
-                other = self._sources[name]
-                if not _same_file(other, source) or _called(self._things[name]) != _called(thing):
-                    raise UserError(f"{self.what} {name!r} is there already, from {other}; give yours another name")
-            self._things[name], self._sources[name] = thing, source
-            return thing
-
-        return add
-
-    def find(self, name: str) -> Any:
-        """Return what is called `name`, or raise the `UserError` that names the nearest one."""
-        if name not in self:
-            raise UserError(
-                f"unknown {self.what} {name!r}.{did_you_mean(name, self)} One of your own is known once the file that "
-                "registers it has been read, for instance with a config in it: path/to/file.py:function"
-            )
-        if name not in self._things:
-            module, _, attribute = self._places[name].partition(":")
-            self._things[name] = getattr(importlib.import_module(module), attribute)
-        return self._things[name]
-
-    def source(self, name: str) -> Path | None:
-        """Return the file that registered `name`; None for what the project ships.
-
-        Raises:
-            UserError: it was not registered in a file, so that no other process can read it.
-        """
-        if name not in self._sources:
-            return None
-        path = Path(self._sources[name])
-        if not path.is_file():
-            raise UserError(
-                f"{self.what} {name!r} was registered in {self._sources[name]!r}, which is no file, and other "
-                "processes need one; put it into path/to/file.py, beside a config that names it"
-            )
-        return path
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places or name in self._things
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._places, *self._things]))
-
-
-def _same_file(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    return Path(one).is_file() and Path(other).is_file() and filecmp.cmp(one, other, shallow=False)
-
-
-def _called(thing: Any) -> str | None:
-    return getattr(thing, "__qualname__", None)
-
-
-poolings = Registry(
-    "pooling",
-    {
+SHIPPED: dict[str, dict[str, str]] = {
+    "pooling": {
         "first": "llip.open_clip.pooling:FirstToken",
         "mean": "llip.open_clip.pooling:MeanTokens",
         "learned": "llip.open_clip.pooling:LearnedWeights",
         "text": "llip.open_clip.pooling:TextConditionedPooling",
     },
-)
-objectives = Registry(
-    "loss", {"sigmoid": "llip.open_clip.objectives:SIGMOID", "softmax": "llip.open_clip.objectives:SOFTMAX"}
-)
+    "loss": {
+        "sigmoid": "llip.open_clip.objectives:SIGMOID",
+        "softmax": "llip.open_clip.objectives:SOFTMAX",
+    },
+    "image_transform": {},
+    "caption_transform": {},
+}
+"""Config field -> name -> module:attribute of what ships with the project."""
+FOLDER = "extensions"
+"""Folder of a run that holds copies of its files."""
+
+_modules: dict[Path, tuple[tuple[int, int], types.ModuleType]] = {}  # by resolved path, with the file's time and size
+
+
+def check_extension(field: str, name: str | None) -> None:
+    """Raise a UserError for a name that neither ships nor is written `path/to/file.py:Name`."""
+    shipped = SHIPPED[field]
+    if name is None or name in shipped or _split(name) is not None:
+        return
+    expected = "path/to/file.py:Name"
+    if shipped:
+        expected = f"one of {', '.join(map(repr, shipped))}, or {expected}"
+    raise UserError(f"config field {field} = {name!r}: expected {expected}.{did_you_mean(name, shipped)}")
+
+
+def find_extension(field: str, name: str) -> Any:
+    """Return the object that `name` means for a config field.
+
+    Raises:
+        UserError: an unknown name, a file that is missing or does not run, or one that does not define the name.
+    """
+    check_extension(field, name)
+    if name in SHIPPED[field]:
+        module, _, attribute = SHIPPED[field][name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    path, attribute = _split(name) or (Path(), "")
+    module = load_file(path, f"{field} = {name!r}")
+    if not hasattr(module, attribute):
+        names = [each for each in vars(module) if not each.startswith("_")]
+        raise UserError(f"{field} = {name!r}: {path} defines no {attribute!r}.{did_you_mean(attribute, names)}")
+    return getattr(module, attribute)
+
+
+def load_file(path: Path, needed_for: str) -> types.ModuleType:
+    """Import a Python file of the user's; a file that has not changed is imported once.
+
+    Args:
+        path: of the file.
+        needed_for: named in messages.
+
+    Raises:
+        UserError: the file is missing, is not Python, or does not run.
+    """
+    resolved = path.resolve()
+    if not resolved.is_file():
+        raise UserError(f"{needed_for}: there is no file {str(path)!r} (looked for {resolved})")
+    stamp = (resolved.stat().st_mtime_ns, resolved.stat().st_size)
+    if resolved in _modules and _modules[resolved][0] == stamp:
+        return _modules[resolved][1]
+    name = f"llip_extension_{resolved.stem}_{zlib.crc32(str(resolved).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{needed_for}: {str(path)!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{needed_for}: {str(path)!r} does not run: {type(error).__name__}: {error}") from error
+    _modules[resolved] = (stamp, module)
+    return module
+
+
+def extension_files(fields: Mapping[str, Any]) -> dict[str, Path]:
+    """Return config field -> file of those fields of a config, given as a mapping, that name a user's file."""
+    split = {field: _split(fields.get(field)) for field in SHIPPED}
+    return {field: parts[0] for field, parts in split.items() if parts is not None}
+
+
+def relocate(fields: Mapping[str, Any], folder: Path, *, prefer: bool = False) -> dict[str, str]:
+    """Return config field -> new name where a user's file is to be taken from `folder`.
+
+    Args:
+        fields: of a config.
+        folder: with copies of the files, as `copy_extensions` writes them.
+        prefer: take the copy even where the original is there.
+    """
+    moved = {}
+    for field, path in extension_files(fields).items():
+        copy = folder / path.name
+        if copy.is_file() and (prefer or not path.is_file()):
+            moved[field] = f"{copy}:{_split(fields[field])[1]}"
+    return moved
+
+
+def copy_extensions(files: Iterable[Path], folder: Path) -> None:
+    """Copy a config's files into `folder`, under their own names.
+
+    Raises:
+        UserError: a file is missing, or two have one name. OSError: the folder cannot be written.
+    """
+    by_name: dict[str, Path] = {}
+    for path in {path.resolve() for path in files}:
+        if not path.is_file():
+            raise UserError(f"there is no file {str(path)!r}, which the config names")
+        if path.name in by_name:
+            raise UserError(f"{by_name[path.name]} and {path} have one name; rename one of them")
+        by_name[path.name] = path
+    for name, path in by_name.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        if path != (folder / name).resolve():
+            shutil.copyfile(path, folder / name)
+
+
+def portable_name(name: Any) -> Any:
+    """Return a name without the folder of its file: what identifies an experiment wherever its files lie."""
+    parts = _split(name)
+    return name if parts is None else f"{parts[0].name}:{parts[1]}"
+
+
+def _split(name: Any) -> tuple[Path, str] | None:
+    """Return (file, attribute) of `path/to/file.py:Name`, None for other names."""
+    if not isinstance(name, str):
+        return None
+    file, separator, attribute = name.rpartition(":")
+    if not separator or not file.endswith(".py") or not attribute.isidentifier():
+        return None
+    return Path(expand_variables(file)), attribute

@@ -131,7 +131,7 @@ def test_config_outside_the_repo(tmp_path):
     assert (config.name, config.lr, config.batch_size) == ("tuned", 0.25, 3)
     with pytest.raises(UserError, match="'tuned'"):
         search_config(f"{file}:tune")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="there is no file"):
         search_config(f"{tmp_path}/none.py:tuned")
     file.write_text("def broken(:\n")
     with pytest.raises(UserError, match="SyntaxError"):

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 TELLS = {"search_a_folder": "60 pictures indexed, 0 damaged"}
 """What each example that is a program must print, among other things."""
 EXAMPLES = [ROOT / "examples" / f"{name}.py" for name in TELLS]
-CONFIGS = {"own_pooling_and_loss"}
-"""Examples that hold a config: `tests/test_registry.py` trains with them."""
+CONFIGS = {"extensions"}
+"""Examples that hold a config: `tests/test_extensions.py` trains with them."""
 
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("explain", "plan", "search")]
 

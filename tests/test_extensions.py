@@ -1,4 +1,4 @@
-"""Poolings and objectives of a user's own, in one file beside the config that names them."""
+"""Poolings, objectives, image and caption transforms named `path/to/file.py:Name`: one mechanism for all four."""
 
 import subprocess
 import sys
@@ -8,117 +8,209 @@ import pytest
 import torch
 
 import llip
-from llip.config_search import own_files, read_file, search_config
+from llip.config_search import search_config
 from llip.configs import Config
+from llip.data.loader import make_loader
+from llip.data.position import DataPosition
+from llip.data.sources import parse_train_data
+from llip.data.transforms import EMPTY_CAPTION
 from llip.errors import UserError
-from llip.extensions import Registry, objectives, poolings
-from llip.main import train
-from tests.helpers import write_pairs
+from llip.extensions import check_extension, copy_extensions, find_extension, relocate
+from llip.main import main, train
+from llip.training.checkpoints.records import read_records
+from tests.helpers import tiny_run, write_pairs
 
-EXAMPLE = "examples/own_pooling_and_loss.py:gated"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "extensions.py"
 
 
-def test_a_file_of_ones_own_trains_and_loads(tiny_model, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
     monkeypatch.setattr("llip.training.reporting.figures.draw_curves", lambda folder: None)
-    pairs = write_pairs(tmp_path / "pairs", 32, 16)
-    changes = {
-        "train_data": pairs, "train_num_samples": 32, "caption_keys": "txt", "model": tiny_model, "batch_size": 16,
-        "epochs": 20, "eval_steps": 0, "report_to": "none", "workers": 0, "name": "own", "logs": tmp_path, "warmup": 2,
-        "log_steps": 1, "save_frequency": 0,
-    }  # fmt: skip
-    config = search_config(EXAMPLE, [f"{name}={value}" for name, value in changes.items()])
-    assert (config.pooling, config.loss) == ("gated", "hinge")
-    train(config, "cpu")
-    model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt")
-    h, t = torch.randn(3, 8, 16), torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
-    weights = model.mixture_weights(h, t)
-    assert weights.shape == (3, 5, 1, 8)
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 5, 1))
-    torch.testing.assert_close(model.similarity(h, t), torch.einsum("btd,td->bt", model.contextualize(h, t), t))
-    from llip.training.checkpoints.records import read_records
-
-    losses = [record["loss"] for record in read_records(config.folder / "metrics.jsonl")]
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"config field pooling = 'txt': expected one of 'first'.*Did you mean 'text'"):
-        Config(pooling="txt")
-    with pytest.raises(UserError, match=r"config field loss = 'sigmiod'.*Did you mean 'sigmoid'"):
-        Config(loss="sigmiod")
-
-
-def test_a_name_belongs_to_one():
-    registry = Registry("thing", {"a": "os:path"})
-    import os
-
-    assert registry.find("a") is os.path
-    registry.register("b")(dict)
-    registry.register("b")(dict)  # the same file read twice
-    with pytest.raises(UserError, match="thing 'b' is there already"):
-        registry.register("b")(list)
-    with pytest.raises(UserError, match="thing 'a' is there already"):
-        registry.register("a")(list)
-    with pytest.raises(UserError, match=r"unknown thing 'c'.*registers it"):
-        registry.find("c")
-    assert list(registry) == ["a", "b"]
-
-
-def test_what_is_shipped_can_be_found():
-    assert [poolings.find(name).__name__ for name in ("first", "text")] == ["FirstToken", "TextConditionedPooling"]
-    assert objectives.find("softmax").bias is None
-
-
-REGISTERS = """
-from llip.extensions import poolings
-
-@poolings.register("{name}")
-class Mine:
-    note = "{note}"
-"""
 
 
 @pytest.fixture
-def own_names(monkeypatch):
-    """What a test registers is forgotten after it."""
-    for registry in (poolings, objectives):
-        monkeypatch.setattr(registry, "_things", dict(registry._things))
-        monkeypatch.setattr(registry, "_sources", dict(registry._sources))
+def example(tmp_path) -> dict[str, str]:
+    """The four names of the example, from a copy of its file."""
+    file = tmp_path / "lab" / "extensions.py"
+    file.parent.mkdir()
+    file.write_text(EXAMPLE.read_text())
+    names = {
+        "pooling": "GatedTokens", "loss": "HINGE", "image_transform": "dimmed", "caption_transform": "without_article",
+    }  # fmt: skip
+    return {field: f"{file}:{name}" for field, name in names.items()}
 
 
-def test_the_file_of_a_name_is_known(tmp_path, own_names, monkeypatch):
-    file = tmp_path / "mine.py"
-    file.write_text(REGISTERS.format(name="mine", note="first"))
-    monkeypatch.chdir(tmp_path)
-    read_file(Path("mine.py"))
-    assert own_files(Config(pooling="mine", loss="softmax")) == [file]
-    assert own_files(Config(pooling="first", loss="softmax")) == []
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in read_records(config.folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_four_train_resume_and_load_elsewhere(tmp_path, example, workers, monkeypatch):
+    config = tiny_run(tmp_path, epochs=10, workers=workers, save_steps=5, **example)
+    train(config, "cpu")
+    assert losses(config)[-1] < 0.9 * losses(config)[0]
+    resumed = config.replace(name="resumed", resume=str(config.folder / "checkpoints" / "step_15.pt"))
+    train(resumed, "cpu")
+    assert losses(resumed) == losses(config)[15:]
+
+    # the original file is gone, and another program in another folder loads the checkpoint
+    Path(example["pooling"].rpartition(":")[0]).unlink()
     monkeypatch.chdir("/")
-    assert poolings.source("mine") == file
-    file.unlink()
-    with pytest.raises(UserError, match=r"pooling 'mine' was registered in .*mine\.py', which is no file"):
-        own_files(Config(pooling="mine"))
+    model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt")
+    h, t = torch.randn(3, 4, 16), torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
+    weights = model.mixture_weights(h, t)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 5, 1))
+    torch.testing.assert_close(model.similarity(h, t), torch.einsum("btd,td->bt", model.contextualize(h, t), t))
 
 
-def test_a_file_may_be_read_again_by_its_path_and_as_a_module_but_another_file_may_not(
-    tmp_path, own_names, monkeypatch
-):
-    file, other = tmp_path / "mine_again.py", tmp_path / "other.py"
-    file.write_text(REGISTERS.format(name="again", note="first"))
-    other.write_text(REGISTERS.format(name="again", note="other"))
-    read_file(file)
-    file.write_text(REGISTERS.format(name="again", note="second"))
-    read_file(file)
-    assert poolings.find("again").note == "second"
-    monkeypatch.syspath_prepend(tmp_path)
-    __import__("mine_again")
-    copy = tmp_path / "copy.py"
-    copy.write_bytes(file.read_bytes())
-    read_file(copy)  # as a job's snapshot has it
-    with pytest.raises(UserError, match=r"pooling 'again' is there already, from .*copy\.py"):
-        read_file(other)
+def test_the_example_config(tmp_path):
+    config = search_config(f"{EXAMPLE}:custom")
+    assert config.pooling == f"{EXAMPLE}:GatedTokens"
+    assert find_extension("pooling", config.pooling) is find_extension("pooling", f"{EXAMPLE}:GatedTokens")
 
 
-def test_no_torch_is_needed_to_know_the_names():
+TRANSFORMS = """
+import numpy as np
+
+seen = []
+
+
+def image(pixels, seed):
+    assert pixels.dtype == np.uint8 and pixels.shape == (40, 40, 3)
+    return np.full((7, 9, 3), seed % 251, np.uint8)
+
+
+def caption(text, seed):
+    return f"word{seed % 13}"
+
+
+def nothing(text, seed):
+    return " "
+
+
+def fails(value, seed):
+    return value / "0"
+
+
+def grey(pixels, seed):
+    return pixels[..., 0]
+
+
+def number(value, seed):
+    return 3
+"""
+
+
+def batches(tmp_path, count: int = 2, workers: int = 0, **fields):
+    (tmp_path / "t.py").write_text(TRANSFORMS)
+    data = write_pairs(tmp_path / "pairs", 16, 8)
+    names = {field: f"{tmp_path}/t.py:{name}" for field, name in fields.items()}
+    config = Config(train_data=data, batch_size=8, workers=workers, **names)
+    texts: list[str] = []
+
+    def tokenizer(captions):
+        texts.extend(captions)
+        return torch.tensor(
+            [[int(caption.removeprefix("word") or 0)] if caption[4:].isdigit() else [0] for caption in captions]
+        )
+
+    loader = iter(
+        make_loader(config, parse_train_data(config.train_data), tokenizer, 32, 0, 1, DataPosition(workers), False)
+    )
+    return [next(loader) for _ in range(count)]
+
+
+def test_transforms_see_what_they_are_promised_and_repeat_by_the_seed(tmp_path):
+    first, again = (batches(tmp_path, 4, image_transform="image", caption_transform="caption") for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert not one.error
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+        assert all(len(image.unique()) == 1 for image in one.images)  # the crop of a constant image
+    assert len({int(value) for batch in first for value in batch.images[:, 0, 0, 0]}) > 8  # seeds differ
+    assert len({int(value) for batch in first for value in batch.tokens[:, 0]}) > 3
+
+
+def test_a_caption_without_text_drops_the_sample(tmp_path):
+    (batch,) = batches(tmp_path, 1, caption_transform="nothing")
+    assert EMPTY_CAPTION in batch.error
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "message"),
+    [
+        ("image_transform", "fails", "image_transform fails failed: "),
+        ("image_transform", "grey", "image_transform grey returned uint8 of shape (40, 40), expected a numpy array"),
+        ("image_transform", "number", "image_transform number returned int of shape None"),
+        ("caption_transform", "fails", "caption_transform fails failed: TypeError: unsupported operand"),
+        ("caption_transform", "number", "caption_transform number returned int, expected str"),
+    ],
+)
+def test_a_transform_that_breaks_its_promise_is_one_message(tmp_path, field, name, message):
+    (batch,) = batches(tmp_path, 1, **{field: name})
+    assert message in batch.error
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "message"),
+    [
+        ("pooling", "txt", r"config field pooling = 'txt': expected one of 'first'.*Did you mean 'text'"),
+        ("loss", "sigmiod", r"config field loss = 'sigmiod'.*Did you mean 'sigmoid'"),
+        ("image_transform", "flip", r"config field image_transform = 'flip': expected path/to/file\.py:Name"),
+        ("pooling", "mine.py", r"expected one of .*, or path/to/file\.py:Name"),
+    ],
+)
+def test_an_unknown_name_lists_what_is_expected(field, name, message):
+    with pytest.raises(UserError, match=message):
+        check_extension(field, name)
+    with pytest.raises(UserError, match=message):
+        Config(**{field: name})
+
+
+def test_a_file_that_is_missing_or_lacks_the_name(tmp_path):
+    with pytest.raises(UserError, match=r"pooling = .*gone\.py:Mine': there is no file .*gone\.py' \(looked for"):
+        find_extension("pooling", f"{tmp_path}/gone.py:Mine")
+    (tmp_path / "mine.py").write_text("class Pooled: pass\n")
+    with pytest.raises(UserError, match=r"mine\.py defines no 'Poled'.*'Pooled'"):
+        find_extension("pooling", f"{tmp_path}/mine.py:Poled")
+    (tmp_path / "mine.py").write_text("1 / 0")
+    with pytest.raises(UserError, match=r"mine\.py' does not run: ZeroDivisionError"):
+        find_extension("pooling", f"{tmp_path}/mine.py:Pooled")
+
+
+def test_mistakes_on_the_command_line_are_one_message(tmp_path, capsys):
+    config = tiny_run(tmp_path)
+    fields = [f"{name}={getattr(config, name)}" for name in ("train_data", "model", "batch_size", "train_num_samples")]
+    words = ["llip_quickstart", *fields, f"logs={tmp_path}", "caption_keys=txt", "evals=none", "eval_steps=0"]
+    assert main([*words, f"image_transform={tmp_path}/gone.py:f"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no file" in error
+    assert "Traceback" not in error
+
+
+def test_a_run_keeps_copies_and_relocates_to_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine.py").write_text("x = 1")
+    copy_extensions([tmp_path / "a" / "mine.py"] * 2, tmp_path / "copies")
+    fields = {"pooling": f"{tmp_path}/a/mine.py:Mine", "loss": "sigmoid", "image_transform": None}
+    assert relocate(fields, tmp_path / "copies") == {}
+    copy = {"pooling": f"{tmp_path}/copies/mine.py:Mine"}
+    assert relocate(fields, tmp_path / "copies", prefer=True) == copy
+    (tmp_path / "a" / "mine.py").unlink()
+    assert relocate(fields, tmp_path / "copies") == copy
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(name)
+    with pytest.raises(UserError, match="have one name"):
+        copy_extensions([tmp_path / "b" / "mine.py", tmp_path / "c" / "mine.py"], tmp_path / "copies")
+
+
+def test_what_is_shipped_can_be_found():
+    names = [find_extension("pooling", name).__name__ for name in ("first", "text")]
+    assert names == ["FirstToken", "TextConditionedPooling"]
+    assert find_extension("loss", "softmax").bias is None
+
+
+def test_no_torch_is_needed_to_check_the_names():
     code = "import sys, llip.config_search as c; c.search_config('llip_b16'); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -5,9 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llip.config_search import own_files, read_file
 from llip.configs import Config
 from llip.errors import UserError
+from llip.extensions import extension_files, find_extension
 from llip.training.checkpoints.run_folder import locked_folder
 
 _RUNS_FIRST = "scenes:"
@@ -24,8 +24,8 @@ def check_training(config: Config) -> list[str]:
         UserError: what the run would stop at.
     """
     notes = [*_check_data(config), *_check_weights(config)]
-    for path in own_files(config):
-        read_file(path)  # by itself, as the job does: a module of a package may not run so
+    for field in extension_files(vars(config)):
+        find_extension(field, getattr(config, field))
     if config.steps_per_epoch < 1:
         raise UserError(
             f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "

@@ -9,7 +9,6 @@ from typing import Any
 from llip.cluster.pending import save_for_eval
 from llip.cluster.submit import JobRequest
 from llip.cluster.tasks import join_job
-from llip.config_search import own_files, read_file
 from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.model import Llip
@@ -20,27 +19,20 @@ from llip.training.reporting.run_log import log
 class EvaluationTask:
     """Evaluates weights that a run has put aside, as one task of a job; picklable."""
 
-    def __init__(self, config: Config, weights: Path, folder: str, own: list[str]) -> None:
+    def __init__(self, config: Config, weights: Path, folder: str) -> None:
         """Describe the task.
 
         Args:
             config: the run's, with the nodes and ngpus of the evaluation's job.
             weights: the file. folder: where the run's relative paths belong.
-            own: files of the user's that register what the config names.
         """
-        self.config, self.weights, self.folder, self.own = config, weights, folder, own
+        self.config, self.weights, self.folder = config, weights, folder
 
     def __call__(self) -> int:
         """Join the other tasks and evaluate; leaves with a code other than 0 when something could not be evaluated."""
         from llip.cluster.pending import evaluate_saved
-        from llip.training.distributed.launch import report_error
 
         os.chdir(self.folder)
-        try:
-            for path in self.own:
-                read_file(Path(path))
-        except UserError as error:
-            raise SystemExit(report_error(error)) from error
         join_job()
         code = evaluate_saved(self.config, self.weights)
         if code:
@@ -51,7 +43,7 @@ class EvaluationTask:
         """Called by submitit when the job is queued again: the same task, from the beginning."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(EvaluationTask(self.config, self.weights, self.folder, self.own))
+        return DelayedSubmission(EvaluationTask(self.config, self.weights, self.folder))
 
     __submitit_checkpoint__ = checkpoint
 
@@ -84,6 +76,5 @@ class EvaluationJobs:
             UserError: SLURM refuses the job.
         """
         shaped = config.replace(nodes=self.parameters["nodes"], ngpus=self.parameters["ntasks_per_node"])
-        own = [str(path) for path in own_files(config)]
-        task = EvaluationTask(shaped, weights.absolute(), str(Path.cwd()), own)
+        task = EvaluationTask(shaped, weights.absolute(), str(Path.cwd()))
         return JobRequest(self.logs, self.parameters, [task], self.max_timeouts).submit()[0]

@@ -5,13 +5,13 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import llip
-from llip.config_search import own_files
 from llip.configs import Config, config_fields
 from llip.errors import UserError
+from llip.extensions import FOLDER, extension_files
 from llip.system.git import COMMIT_FILE, code_commit, git, is_checkout
 
 PACKAGES = ("llip", "evals")
@@ -59,6 +59,7 @@ def _copy(files: Mapping[str, Path], extra: Mapping[str, str], target: Path) -> 
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)
         for name, text in extra.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         temporary.chmod(0o755)
         try:
@@ -82,44 +83,46 @@ def use_snapshot(snapshot: Path) -> list[str]:
     ]
 
 
-def copies_of_own_files(config: Config) -> dict[str, str]:
-    """Return the user's files that register what `config` names, as further files of a snapshot: name -> text.
+def copies_of_extensions(config: Config) -> dict[str, str]:
+    """Return the user's files that a config names, as a snapshot holds them: name -> text.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a file cannot be read, or two have one name.
     """
-    copies = {}
-    for index, path in enumerate(own_files(config)):
+    copies: dict[str, str] = {}
+    for field, path in extension_files(vars(config)).items():
         try:
-            copies[f"own_{index}_{path.name}"] = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
-            raise UserError(f"{str(path)!r}, which the config needs, cannot be copied: {error}") from error
+            raise UserError(f"{field} = {getattr(config, field)!r} cannot be copied: {error}") from error
+        if copies.setdefault(f"{FOLDER}/{path.name}", text) != text:
+            raise UserError(f"{field} = {getattr(config, field)!r}: another file of the config has that name")
     return copies
 
 
-def frozen_config(config: Config, function: str, own: Sequence[str] = ()) -> str:
+def frozen_config(config: Config, function: str) -> str:
     """Return the text of a config file whose `function` returns `config`, every value spelled out.
+
+    The user's files are those in the folder `extensions` beside the config file, if it has them.
 
     Args:
         config: as it is resolved.
         function: name of the function.
-        own: files that register what the config names, read first; their paths belong to the config file's folder.
     """
     assert function.isidentifier(), f"{function!r} does not name a function"
     lines = [f"        {name}={getattr(config, name)!r},\n" for name in config_fields()]
-    reads = [f"read_file(Path(__file__).parent / {name!r})\n" for name in own]
-    imports = "from llip.configs import Config\n\n\n"
-    if reads:
-        imports = (
-            "from pathlib import Path\n\nfrom llip.config_search import read_file\nfrom llip.configs import Config\n\n"
-        )
-        imports += f"{''.join(reads)}\n\n"
+    imports, result = "from llip.configs import Config\n", "config"
+    if extension_files(vars(config)):
+        imports = "from pathlib import Path\n\nfrom llip.configs import Config\nfrom llip.extensions import relocate\n"
+        folder = f"Path(__file__).parent / {FOLDER!r}"
+        result = f"config.replace(**relocate(vars(config), {folder}, prefer=True))"
     return (
-        '"""The config as it was resolved when the run was asked for."""\n\n'
-        f"{imports}"
+        '"""The config as it was resolved at submission."""\n\n'
+        f"{imports}\n\n"
         f"def {function}() -> Config:\n"
-        f'    """As asked for."""\n'
-        f"    return Config(\n{''.join(lines)}    )\n"
+        f'    """As submitted."""\n'
+        f"    config = Config(\n{''.join(lines)}    )\n"
+        f"    return {result}\n"
     )
 
 

@@ -15,7 +15,7 @@ from llip.cluster.options import (
     slurm_options,
     time_limit,
 )
-from llip.cluster.snapshot import commit_file, copies_of_own_files, frozen_config, take_snapshot, use_snapshot
+from llip.cluster.snapshot import commit_file, copies_of_extensions, frozen_config, take_snapshot, use_snapshot
 from llip.cluster.submit import JobRequest, command_line, counted, tell_notes, tell_submitted
 from llip.cluster.tasks import TrainTask
 from llip.config_search import search_config
@@ -140,8 +140,7 @@ def training_request(command: TrainingCommand, write: bool = True) -> JobRequest
         UserError: options that contradict the config, or a file of the user's that cannot be copied.
     """
     config, runs = command.config, command.runs()
-    own = copies_of_own_files(config)
-    files = {FROZEN: frozen_config(config, command.function, list(own)), **own, **commit_file()}
+    files = {FROZEN: frozen_config(config, command.function), **copies_of_extensions(config), **commit_file()}
     snapshot = take_snapshot(config.folder / "code", files, Path(config.logs), write)
     setup = use_snapshot(snapshot)
     shape = Shape(config.nodes, config.ngpus, config.workers + 2, config.device != "cpu")

@@ -12,6 +12,7 @@ import io
 import math
 import random
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,13 +64,15 @@ class RandomCrops:
         self.size, self.scale, self.max_pixels = size, scale, max_pixels
         self._scratch = np.empty(0, np.uint8)
 
-    def read(self, data: bytes, rng: random.Random) -> Tensor:
-        """Return the picture in `data`, cropped as `rng` draws, [3, S, S] uint8.
+    def read(self, data: bytes, rng: random.Random, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the picture in `data`, transformed if asked, cropped as `rng` draws, [3, S, S] uint8.
 
         Raises:
             BadSample: the picture cannot be used.
         """
         pixels = self._decode(data)
+        if transform is not None:
+            pixels = transform(pixels)
         _, height, width = pixels.shape
         return resize_crop(pixels, crop_box(height, width, rng, self.scale), self.size)
 

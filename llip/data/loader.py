@@ -7,6 +7,7 @@ whole batches together. What is drawn for a sample (caption, crop) depends on th
 the sample's key alone. A batch carries its reader's cursor; a restart goes on from there without decoding.
 """
 
+import functools
 import random
 import time
 import zlib
@@ -27,6 +28,7 @@ from llip.data.prefetch import READ_DEADLINE
 from llip.data.sources import IMAGE_KEYS, DataSpec, shard_name
 from llip.data.stream import DatasetStream, Mixture
 from llip.data.tar_reader import RawSample
+from llip.data.transforms import transform_caption, transform_function, transform_image
 from llip.data.worker_stats import WorkerReport, WorkerStats
 from llip.errors import UserError
 from llip.open_clip.factory import CROP_SCALE
@@ -74,6 +76,8 @@ class CaptionedImages(IterableDataset):
         self.sources = data.sources
         self.layout = Layout(config.seed, config.shuffle_buffer, data.shard_counts)
         self.caption_sources = parse_caption_keys(config.caption_keys)
+        self.image_transform = transform_function("image_transform", config.image_transform)
+        self.caption_transform = transform_function("caption_transform", config.caption_transform)
         self.batch_size, self.max_bad_fraction = config.batch_size, config.max_bad_fraction
         self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
         self.rank, self.processes, self.position = rank, processes, position
@@ -121,10 +125,14 @@ class CaptionedImages(IterableDataset):
         visit = f"{self.layout.seed}/{pass_index}/{shard_name(sample['__url__'])}/{sample['__key__']}"
         draw = zlib.crc32(visit.encode(errors="surrogateescape"))
         caption = choose_caption(sample, self.caption_sources, random.Random(draw))
+        if self.caption_transform is not None:
+            caption = transform_caption(self.caption_transform, caption, draw)
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
             raise BadSample("no image")
-        return crops.read(sample[key], random.Random(draw + 2**32)), caption  # draws of its own, whatever captions take
+        transform = self.image_transform and functools.partial(transform_image, self.image_transform, seed=draw)
+        # draws of its own, whatever captions take
+        return crops.read(sample[key], random.Random(draw + 2**32), transform), caption
 
 
 class _Check:

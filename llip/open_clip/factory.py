@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llip.configs import Config
 from llip.errors import UserError
+from llip.extensions import FOLDER, portable_name, relocate
 from llip.open_clip.architecture import (
     RESIZE_MODES,
     build_towers,
@@ -279,12 +280,18 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
             f"checkpoint {str(path)!r} does not describe its model (key 'model'); for foreign weights use "
             "llip.create_model_and_transforms(..., pretrained=PATH)"
         )
+    described |= relocate(described, _run_folder(Path(path)) / FOLDER)
     spec = ModelSpec(**described)
     if tokenizer is not None:
         spec.architecture["text_cfg"]["hf_tokenizer_name"] = tokenizer
     model = create_model(spec)
     load_weights(model, checkpoint, source=str(path))
     return _attach(model, spec).eval()
+
+
+def _run_folder(path: Path) -> Path:
+    """Return the folder of a run from one of its checkpoints, or an exported folder itself."""
+    return path if path.is_dir() else path.absolute().parent.parent
 
 
 def check_model_matches(model: Llip, config: Config) -> None:
@@ -294,6 +301,7 @@ def check_model_matches(model: Llip, config: Config) -> None:
         fields.update(fields.pop("architecture"))
         for part in ("vision_cfg", "text_cfg"):
             fields.update({f"{part}.{key}": value for key, value in fields.pop(part).items()})
+        fields["pooling"] = portable_name(fields["pooling"])
         fields.pop("loss")  # decides where training starts, not what the model computes
         fields.pop("vision_cfg.patch_dropout")
         fields.pop("text_cfg.hf_tokenizer_name", None)  # where it lies on this machine

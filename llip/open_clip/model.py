@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llip.extensions import objectives
+from llip.extensions import find_extension
 from llip.open_clip.objectives import Objective
 from llip.open_clip.pooling import unit_norm
 from llip.open_clip.scores.gram import full_precision
@@ -36,7 +36,7 @@ class Llip(nn.Module):
         """
         super().__init__()
         self.visual, self.text, self.pooling = visual, text, pooling
-        objective: Objective = objectives.find(loss)
+        objective: Objective = find_extension("loss", loss)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(objective.scale)))
         self.logit_bias = None if objective.bias is None else nn.Parameter(torch.tensor(objective.bias))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llip.extensions import poolings
+from llip.extensions import find_extension
 from llip.open_clip.scores import similarity
 from llip.open_clip.scores.gram import full_precision
 from llip.open_clip.scores.plan import ScorePlan, plan_scores
@@ -210,5 +210,5 @@ class TextConditionedPooling(nn.Module):
 
 
 def create_pooling(kind: str, mixture_tokens: int, width: int, heads: int, temperature: float) -> nn.Module:
-    """Return the pooling called `kind`: first, mean, learned, text, or one that a user's file has registered."""
-    return poolings.find(kind).build(mixture_tokens, width, heads, temperature)
+    """Return the pooling called `kind`: first, mean, learned, text, or path/to/file.py:Name."""
+    return find_extension("pooling", kind).build(mixture_tokens, width, heads, temperature)

@@ -18,6 +18,7 @@ from llip.data.loader import make_loader
 from llip.data.position import DataPosition, Layout, shards_digest
 from llip.data.sources import SCENES_SCHEME, DataSpec, parse_train_data, shard_name
 from llip.errors import CollectiveUserError, UserError
+from llip.extensions import FOLDER, copy_extensions, extension_files
 from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.paths import expand_variables
@@ -65,6 +66,7 @@ def open_folder(config: Config, processes: Processes) -> Iterator[None]:
             if processes.is_main:
                 stack.enter_context(locked_folder(config.folder))
                 started = any((config.folder / "checkpoints").glob("*.pt"))
+                copy_extensions(extension_files(vars(config)).values(), config.folder / FOLDER)
                 notes = claim_folder(config.folder, config, started)
                 if config.resume is None and started:
                     raise UserError(

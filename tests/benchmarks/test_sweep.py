@@ -80,7 +80,7 @@ def test_the_time_of_a_resumed_run_is_not_known(trained, tmp_path):
 
 
 def test_other_processes_read_the_file_of_a_pooling_of_ones_own(tmp_path, monkeypatch):
-    config = search_config("examples/own_pooling_and_loss.py:gated", [f"logs={tmp_path}", "name=own", "ngpus=2"])
+    config = search_config("examples/extensions.py:custom", [f"logs={tmp_path}", "name=own", "ngpus=2"])
     seen = []
     monkeypatch.setattr("llip.main.launch", lambda config, words: seen.append((config, words)) or 0)
     sweep.train(config)
@@ -90,4 +90,4 @@ def test_other_processes_read_the_file_of_a_pooling_of_ones_own(tmp_path, monkey
         f"from llip.config_search import search_config as s; c = s({word!r}); print(c.pooling, c.loss, c.ngpus, c.name)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    assert done.stdout == "gated hinge 2 own\n", done.stderr
+    assert done.stdout == f"{config.pooling} {config.loss} 2 own\n", done.stderr

@@ -12,32 +12,29 @@ import pytest
 from llip.cluster import evaluation
 from llip.cluster.evaluation import EvaluationJobs, EvaluationTask
 from llip.config_search import search_config
-from llip.errors import EXIT_USER, UserError
-from llip.extensions import poolings
+from llip.errors import UserError
 from llip.open_clip.factory import create_model, model_spec
 from tests.cluster.evaluated_run import evaluated_run, recorded
 
 ROOT = Path(__file__).parents[2]
 JOBS = EvaluationJobs(Path("slurm"), {"nodes": 1, "ntasks_per_node": 2}, 3)
-OWN = """
+MINE = """
 from llip.configs import Config
-from llip.extensions import poolings
 
 
-@poolings.register("evaluated")
 class Mine:
     pass
 
 
 def mine() -> Config:
-    return Config(pooling="evaluated", name="run")
+    return Config(pooling=f"{__file__}:Mine", name="run")
 """
 JOB = """
 import pickle, sys
 from llip.cluster import evaluation, pending
-from llip.extensions import poolings
+from llip.extensions import find_extension
 evaluation.join_job = lambda: None
-pending.evaluate_saved = lambda config, weights: print(config.pooling, config.pooling in poolings, weights)
+pending.evaluate_saved = lambda config, weights: print(find_extension("pooling", config.pooling).__name__, weights)
 task = pickle.load(open(sys.argv[1], "rb"))
 task()
 task.checkpoint().function()  # what submitit runs after a requeue
@@ -46,10 +43,8 @@ task.checkpoint().function()  # what submitit runs after a requeue
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """A submitted task of a config with a pooling of its own, which this process forgets after the test."""
-    for kept in ("_things", "_sources"):
-        monkeypatch.setattr(poolings, kept, dict(getattr(poolings, kept)))
-    (tmp_path / "mine.py").write_text(OWN)
+    """A submitted task of a config with a pooling from a user's file."""
+    (tmp_path / "mine.py").write_text(MINE)
     config = search_config(f"{tmp_path / 'mine.py'}:mine")
     taken = []
 
@@ -65,20 +60,11 @@ def task(tmp_path, monkeypatch):
     return taken[0]
 
 
-def test_the_job_knows_a_pooling_of_ones_own(task, tmp_path):
+def test_the_job_finds_a_pooling_from_a_file(task, tmp_path):
     (tmp_path / "task.pkl").write_bytes(pickle.dumps(task))
     command = [sys.executable, "-c", JOB, str(tmp_path / "task.pkl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.stdout.splitlines() == [f"evaluated True {tmp_path / 'step_5.pt'}"] * 2, done.stderr
-
-
-def test_a_file_that_is_gone_is_one_message(task, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # and back after the test: the task changes folders
-    (tmp_path / "mine.py").unlink()
-    with pytest.raises(SystemExit) as left:
-        task()
-    assert left.value.code == EXIT_USER
-    assert "mine.py' is not there" in capsys.readouterr().err
+    assert done.stdout.splitlines() == [f"Mine {tmp_path / 'step_5.pt'}"] * 2, done.stderr
 
 
 @pytest.fixture

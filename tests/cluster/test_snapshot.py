@@ -11,7 +11,7 @@ from llip.cluster.checks import check_training
 from llip.cluster.snapshot import (
     LARGEST,
     commit_file,
-    copies_of_own_files,
+    copies_of_extensions,
     frozen_config,
     take_snapshot,
     use_snapshot,
@@ -19,7 +19,7 @@ from llip.cluster.snapshot import (
 from llip.config_search import list_configs, search_config
 from llip.configs import Config
 from llip.errors import UserError
-from llip.extensions import poolings
+from llip.extensions import portable_name
 
 
 def git(folder: Path, *words: str) -> str:
@@ -143,61 +143,49 @@ def test_a_frozen_config_is_the_config(name: str, tmp_path: Path):
     assert search_config(f"{path}:{name}") == config
 
 
-OWN = """
+MINE = """
 from llip.configs import Config
-from llip.extensions import poolings
 
 
-@poolings.register("snapped")
-class Snapped:
+class Mine:
     note = "as submitted"
 
 
 def mine() -> Config:
-    return Config(pooling="snapped", lr=0.25)
+    return Config(pooling=f"{__file__}:Mine", lr=0.25)
 """
 JOB = """
 import sys
 from llip.config_search import search_config
-from llip.extensions import poolings
+from llip.extensions import find_extension
 config = search_config(sys.argv[1])
-print(config.pooling, config.lr, poolings.find("snapped").note)
+print(config.lr, find_extension("pooling", config.pooling).note, config.pooling)
 """
 
 
-def test_a_pooling_of_ones_own_goes_into_the_snapshot_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for kept in ("_things", "_sources"):  # forgotten after the test
-        monkeypatch.setattr(poolings, kept, dict(getattr(poolings, kept)))
-    own = tmp_path / "lab" / "mine.py"
-    own.parent.mkdir()
-    own.write_text(OWN)
-    config = search_config(f"{own}:mine")
-    copies = copies_of_own_files(config)
-    assert list(copies.values()) == [OWN]
-    files = {"frozen.py": frozen_config(config, "mine", list(copies)), **copies}
-    taken = take_snapshot(tmp_path / "code", files, tmp_path / "runs")
-    assert check_training(config.replace(train_data="scenes:somewhere", train_num_samples=10**4)) == [
-        "scenes:somewhere is not looked at before the run; it is written when it is not there"
-    ]
-    own.write_text("raise SystemExit('edited after the submission')")
+def test_a_pooling_from_a_file_goes_into_the_snapshot_as_it_was(tmp_path: Path):
+    file = tmp_path / "lab" / "mine.py"
+    file.parent.mkdir()
+    file.write_text(MINE)
+    config = search_config(f"{file}:mine")
+    copies = copies_of_extensions(config)
+    assert copies == {"extensions/mine.py": MINE}
+    taken = take_snapshot(tmp_path / "code", {"frozen.py": frozen_config(config, "mine"), **copies}, tmp_path / "runs")
+    checked = check_training(config.replace(train_data="scenes:somewhere", train_num_samples=10**4))
+    assert len(checked) == 1
+    file.write_text("raise SystemExit('edited after the submission')")
     command = [sys.executable, "-c", JOB, f"{taken / 'frozen.py'}:mine"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split("\n")[0] == "snapped 0.25 as submitted", done.stderr
+    assert done.stdout.split("\n")[0] == f"0.25 as submitted {taken}/extensions/mine.py:Mine", done.stderr
+    # the copy is the same experiment as the original
+    assert portable_name(config.pooling) == portable_name(f"{taken}/extensions/mine.py:Mine") == "mine.py:Mine"
 
 
-def test_own_files_that_do_not_run_by_themselves_are_refused_before_the_job(tmp_path: Path, monkeypatch):
-    for kept in ("_things", "_sources"):
-        monkeypatch.setattr(poolings, kept, dict(getattr(poolings, kept)))
-    package = tmp_path / "labcode"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "other.py").write_text("x = 1\n")
-    (package / "pool.py").write_text("from .other import x\n" + OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    __import__("labcode.pool")
-    with pytest.raises(UserError, match=r"pool\.py' does not run: ImportError"):
-        check_training(Config(pooling="snapped", train_data="scenes:x", train_num_samples=10**4))
+def test_a_file_that_does_not_run_is_refused_before_the_job(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("from .other import x\n" + MINE)
+    with pytest.raises(UserError, match=r"mine\.py' does not run: ImportError"):
+        check_training(Config(pooling=f"{tmp_path}/mine.py:Mine", train_data="scenes:x", train_num_samples=10**4))
 
 
 def test_what_is_shipped_needs_no_copy():
-    assert copies_of_own_files(search_config("llip_quickstart")) == {}
+    assert copies_of_extensions(search_config("llip_quickstart")) == {}

@@ -12,6 +12,7 @@ import yaml
 
 from llip.configs import DERIVED, OPERATIONAL, Config, config_fields
 from llip.errors import UserError
+from llip.extensions import SHIPPED, portable_name
 from llip.system.files import write_text
 from llip.system.locks import file_system, try_lock
 
@@ -74,6 +75,7 @@ def _identity(fields: dict[str, Any]) -> dict[str, Any]:
     """Return what defines the experiment: identity fields, and the global batch instead of its factors."""
     kinds = {name: field.metadata["kind"] for name, field in config_fields().items()}
     identity = {name: value for name, value in fields.items() if kinds.get(name) not in (OPERATIONAL, DERIVED)}
+    identity |= {name: portable_name(value) for name, value in identity.items() if name in SHIPPED}
     identity["global batch"] = fields["batch_size"] * fields["nodes"] * fields["ngpus"] * fields["accum_freq"]
     return identity
 

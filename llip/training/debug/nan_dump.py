@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llip.config_search import own_files
 from llip.configs import Config
-from llip.errors import UserError
 from llip.open_clip.model import Llip
 from llip.system.processes import Processes
 from llip.training.step.accumulation import RandomState, Slice
@@ -123,7 +121,6 @@ def write_nan_dump(
             "processes": processes.world_size,
             "loss_scale": scale,
             "config": dict(vars(config)),
-            "own_files": _own_files(config),
         }
         (folder / "record.json").write_text(json.dumps(plain(about | report), indent=1))
     except (OSError, RuntimeError) as error:
@@ -131,13 +128,6 @@ def write_nan_dump(
     if problems:
         report["unwritten"] = "; ".join(problems)
     return folder, report
-
-
-def _own_files(config: Config) -> list[str]:
-    try:
-        return [str(path) for path in own_files(config)]
-    except UserError:  # registered where there is no file; the replay asks for one
-        return []
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llip.config_search import read_file
 from llip.configs import Config, config_fields
 from llip.errors import UserError
-from llip.extensions import objectives, poolings
+from llip.extensions import FOLDER, relocate
 from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.weights.load import load_weights, read_checkpoint
@@ -59,41 +58,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     if written != FORMAT:
         raise UserError(f"flight record {str(path)!r} has format {written!r}, expected {FORMAT}")
     return record
-
-
-def read_own_files(record: dict[str, Any], given: Sequence[Path] = ()) -> list[Path]:
-    """Read the user's files without which the record's pooling or objective is unknown, saying so first.
-
-    Args:
-        record: of `read_record`.
-        given: files to read in the place of the recorded ones.
-
-    Returns:
-        The files that were read.
-
-    Raises:
-        UserError: a file is not there any more or does not run, or a name is unknown still.
-    """
-    names = {field: record["config"].get(field) for field in ("pooling", "loss")}
-    registries = {"pooling": poolings, "loss": objectives}
-
-    def unknown() -> str:
-        missing = {field: name for field, name in names.items() if name is not None and name not in registries[field]}
-        return " and ".join(f"{field} {name!r}" for field, name in missing.items())
-
-    if not (wanted := unknown()):
-        return []
-    files = list(given) or [Path(name) for name in record.get("own_files", [])]
-    fix = "name the file that registers it with --own path/to/file.py"
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"the run used {wanted}, from {str(path)!r}, which is not there (any more): {fix}")
-        print(f"reading {path}, for {wanted}", file=sys.stderr)
-        read_file(path)
-    if wanted := unknown():
-        found = f"{', '.join(map(str, files))} does not register it" if files else "the record does not tell its file"
-        raise UserError(f"the run used {wanted}, and {found}: {fix}")
-    return files
 
 
 def read_config(fields: dict[str, Any]) -> Config:
@@ -165,20 +129,19 @@ def bad_samples(model: Llip, slices: list[Slice], autocast: Any, keys: list[list
     return {"first_modules": modules, "samples_without_finite_features": samples}
 
 
-def replay(folder: Path, device: torch.device, own: Sequence[Path] = ()) -> dict[str, Any]:
+def replay(folder: Path, device: torch.device) -> dict[str, Any]:
     """Compute the step of a flight record again, as plain values.
 
     Args:
         folder: the record.
         device: to compute on.
-        own: files that register the run's own pooling or objective, in the place of those that the record names.
 
     Raises:
         UserError: the record is not there or damaged, or such a file is missing.
     """
     record = read_record(folder)
-    files = read_own_files(record, own)
-    config = read_config(record["config"])
+    fields = record["config"]
+    config = read_config(fields | relocate(fields, folder.absolute().parent.parent / FOLDER))
     model = create_model(model_spec(config), None, config.model)
     load_weights(model, read_checkpoint(folder / "model.pt"), "the flight record")
     model.to(device).train()
@@ -195,7 +158,6 @@ def replay(folder: Path, device: torch.device, own: Sequence[Path] = ()) -> dict
     recorded = [float(value) for value in record["losses"]]
     return {
         "step": record["step"],
-        "read": [str(path) for path in files],
         "recorded_loss": sum(recorded) / len(recorded),
         "recorded_grad_norm": float(record["grad_norm"]),
         "loss": loss.item(),
@@ -227,18 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llip.training.debug.replay", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="the flight record, <run>/flight/step_<N>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    parser.add_argument(
-        "--own",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="files that register the run's own pooling or loss [those of the run]",
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON line instead")
     given = parser.parse_args(arguments)
     try:
-        result = replay(given.folder, torch.device(given.device), given.own)
+        result = replay(given.folder, torch.device(given.device))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

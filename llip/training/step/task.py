@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llip.extensions import objectives
+from llip.extensions import find_extension
 from llip.open_clip.factory import normalise_images
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives import Objective
@@ -42,7 +42,7 @@ class ContrastiveTask(nn.Module):
             score_memory: GiB that the scores of all pairs may take; None: the default of the device.
         """
         super().__init__()
-        self.objective: Objective = objectives.find(loss)
+        self.objective: Objective = find_extension("loss", loss)
         has_bias = model.logit_bias is not None
         assert has_bias == (self.objective.bias is not None), f"the model was not built for the {loss} loss"
         self.model, self.processes = model, processes

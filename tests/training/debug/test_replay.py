@@ -1,27 +1,22 @@
-"""The replay of a run with a pooling of the user's own, in a process that has not read the user's file yet."""
+"""The replay of a run with a pooling from a user's file."""
 
-import contextlib
 import json
 import math
 
 import pytest
 import torch
 
-from llip.config_search import read_file
 from llip.configs import Config
-from llip.errors import RunError, UserError
-from llip.extensions import objectives, poolings
+from llip.errors import RunError
 from llip.main import train
 from llip.open_clip.model import Llip
 from llip.training.debug import replay
 from tests.helpers import write_pairs
 
-OWN = """
+POOLING = """
 from llip.open_clip.pooling import MeanTokens
-from llip.extensions import poolings
 
 
-@poolings.register("replayed")
 class Mine(MeanTokens):
     @classmethod
     def build(cls, mixture_tokens, width, heads, temperature):
@@ -29,22 +24,12 @@ class Mine(MeanTokens):
 """
 
 
-@contextlib.contextmanager
-def forgotten_after():
-    """What is registered inside is forgotten at the end."""
-    with pytest.MonkeyPatch.context() as patch:
-        for registry in (poolings, objectives):
-            for kept in ("_things", "_sources"):
-                patch.setattr(registry, kept, dict(getattr(registry, kept)))
-        yield
-
-
 @pytest.fixture
 def record(tiny_model, tmp_path, monkeypatch):
-    """The flight record of a run whose weights are not finite, with a pooling that this process has forgotten."""
+    """The flight record of a run whose weights are not finite, with a pooling from a file."""
     own = tmp_path / "lab" / "mine.py"
     own.parent.mkdir()
-    own.write_text(OWN)
+    own.write_text(POOLING)
     fields = {
         "name": "run", "logs": str(tmp_path), "train_data": write_pairs(tmp_path / "pairs", 16, 16),
         "train_num_samples": 16, "model": tiny_model, "mixture_tokens": 4, "batch_size": 16, "epochs": 1, "warmup": 2,
@@ -57,50 +42,25 @@ def record(tiny_model, tmp_path, monkeypatch):
             self.visual.ln_post.weight[0] = math.nan
         return encode(self, images)
 
-    with forgotten_after(), monkeypatch.context() as patch:
-        read_file(own)
-        config = Config(pooling="replayed", **fields)
+    with monkeypatch.context() as patch:
+        config = Config(pooling=f"{own}:Mine", **fields)
         patch.setattr(Llip, "encode_image", poisoned)
         with pytest.raises(RunError):
             train(config, "cpu")
-    assert "replayed" not in poolings
-    with forgotten_after():
-        yield config.folder / "flight" / "step_1", own
+    return config.folder / "flight" / "step_1", own
 
 
-def test_the_file_is_named_and_read_again(record, capsys):
-    folder, own = record
+def test_the_pooling_is_found(record, capsys):
+    folder, _ = record
     assert replay.main([str(folder), "--device", "cpu", "--json"]) == 0
-    told = capsys.readouterr()
-    result = json.loads(told.out)
-    assert result["reproduced"]
-    assert result["read"] == [str(own)]
-    assert f"reading {own}, for pooling 'replayed'" in told.err
+    assert json.loads(capsys.readouterr().out)["reproduced"]
 
 
-def test_a_file_that_has_moved_is_asked_for(record, capsys):
+def test_the_runs_copy_serves_where_the_file_is_gone(record, capsys):
     folder, own = record
-    moved = own.rename(own.with_name("moved.py"))
+    own.unlink()
+    assert replay.main([str(folder), "--device", "cpu"]) == 0
+    assert "wrong again" in capsys.readouterr().out
+    (folder.parent.parent / "extensions" / "mine.py").unlink()
     assert replay.main([str(folder), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert f"pooling 'replayed', from {str(own)!r}, which is not there (any more)" in error
-    assert "--own path/to/file.py" in error
-    assert replay.main([str(folder), "--device", "cpu", "--own", str(moved)]) == 0
-    assert "the numbers go wrong again" in capsys.readouterr().out
-
-
-def test_a_file_that_does_not_help_and_a_record_that_names_none_are_told(tmp_path):
-    empty = tmp_path / "empty.py"
-    empty.write_text("")
-    fields = {"pooling": "text", "loss": "nobody's"}
-    with pytest.raises(UserError, match=r"loss \"nobody's\", and .*empty.py does not register it: .*--own"):
-        replay.read_own_files({"config": fields, "own_files": [str(empty)]})
-    with pytest.raises(UserError, match=r"the record does not tell its file: .*--own"):
-        replay.read_own_files({"config": fields})
-
-
-def test_files_are_left_alone_where_every_name_is_known(tmp_path):
-    trap = tmp_path / "trap.py"
-    trap.write_text("raise SystemExit('this was read')")
-    fields = {"pooling": "text", "loss": "sigmoid"}
-    assert replay.read_own_files({"config": fields, "own_files": [str(trap)]}) == []
+    assert f"there is no file {str(own)!r}" in capsys.readouterr().err

@@ -1,25 +1,27 @@
-"""A pooling and an objective of one's own, and the config that trains with them, in one file.
+"""A pooling, an objective, an image transform and a caption transform, and a config that trains with them, in one file.
 
-    python -m llip.main examples/own_pooling_and_loss.py:gated
+    python -m llip.main examples/extensions.py:custom
 
-Evaluations and `llip.load_pretrained` know the names once this file has been read: name the config in the evaluation's
-YAML (`mc_config_name: examples/own_pooling_and_loss.py:gated`), or import the file.
+Each is named `path/to/file.py:Name`, in a config or on the command line:
+
+    python -m llip.main llip_quickstart pooling=examples/extensions.py:GatedTokens
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.configs import Config
-from llip.extensions import objectives, poolings
 from llip.open_clip.objectives import CombineColumns, Objective
 from llip.open_clip.pooling import TextFreePooling, unit_norm
 from llip.run_configs.quickstart import llip_quickstart
 
 
-@poolings.register("gated")
 class GatedTokens(TextFreePooling):
-    """Each token says by itself how much it counts: weights that depend on the image, but not on the text."""
+    """Weights over tokens that depend on the image, but not on the text."""
 
     def __init__(self, mixture_tokens: int, width: int) -> None:
         super().__init__(mixture_tokens)
@@ -42,15 +44,33 @@ class GatedTokens(TextFreePooling):
 
 
 def hinge(scores: Tensor, offset: int, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None) -> Tensor:
-    """Every other text should score lower than the own one, by a margin of 1 / scale (VSE; no normalisers to share)."""
+    """Hinge over texts: the matching text should score higher than any other by 1 / scale (VSE++)."""
     own = scores.diagonal(offset)[:, None]  # [B, 1]
     losses = F.relu(1 + scale * (scores - own))  # [B, T]; the own pair gives 1, and no gradient
     return losses.mean(dim=1).mean()
 
 
-objectives.register("hinge")(Objective(hinge, scale=10.0, bias=None))
+HINGE = Objective(hinge, scale=10.0, bias=None)
 
 
-def gated() -> Config:
-    """The quickstart with both."""
-    return llip_quickstart().replace(pooling="gated", loss="hinge")
+def dimmed(image: np.ndarray, seed: int) -> np.ndarray:
+    """Return an image [H, W, 3] uint8 with 70 to 100 % of its brightness."""
+    factor = np.random.default_rng(seed).uniform(0.7, 1.0)
+    return (image * factor).astype(np.uint8)
+
+
+def without_article(caption: str, seed: int) -> str:
+    """Return a caption without its leading article, every other time."""
+    article, _, rest = caption.partition(" ")
+    return rest if article.lower() in ("a", "an", "the") and rest and seed % 2 else caption
+
+
+def custom() -> Config:
+    """The quickstart with all four."""
+    here = Path(__file__)
+    return llip_quickstart().replace(
+        pooling=f"{here}:GatedTokens",
+        loss=f"{here}:HINGE",
+        image_transform=f"{here}:dimmed",
+        caption_transform=f"{here}:without_article",
+    )
