@@ -11,6 +11,9 @@ import yaml
 from llip.errors import UserError, did_you_mean, nearest
 from llip.system.paths import expand_path, unset_variables
 
+SHIPPED = Path(__file__).parents[2] / "config_evals"
+"""Evaluation files that ship with the project, in a checkout and in an installed wheel."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -127,11 +130,18 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def find_eval_file(fname: str) -> Path:
-    """Return the path of an evaluation file, or raise a `UserError` that names the nearest one."""
+    """Return the path of an evaluation file: as written, else the one that ships as `config_evals/NAME.yaml`.
+
+    Raises:
+        UserError: neither is there; names the nearest ones.
+    """
     path = expand_path(fname)
     if path.is_file():
         return Path(fname) if not unset_variables(fname) else path
-    here = sorted(str(file) for folder in {Path("config_evals"), Path(fname).parent} for file in folder.glob("*.y*ml"))
+    if Path(fname).parent == Path(SHIPPED.name) and (SHIPPED / Path(fname).name).is_file():
+        return SHIPPED / Path(fname).name
+    here = {str(file) for folder in {Path(SHIPPED.name), Path(fname).parent} for file in folder.glob("*.y*ml")}
+    here = sorted(here | {f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.yaml")})
     same_name = [file for file in here if Path(file).stem == Path(fname).stem]
     close = same_name or nearest(fname, here)
     hint = f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(here) or 'none'}."
