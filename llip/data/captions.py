@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Mapping
 
@@ -82,7 +83,7 @@ def parse_caption_keys(text: str) -> tuple[CaptionSource, ...]:
             value = float(weight or 1)
         except ValueError:
             value = -1.0
-        if value < 0 or not member or (member == "json") != bool(field):
+        if not 0 <= value < math.inf or not member or (member == "json") != bool(field):
             raise UserError(f"caption_keys: cannot read {part!r}; expected txt, json.FIELD, or json.FIELD:0.7,txt:0.3")
         sources.append(CaptionSource(member, field or None, value))
     if not any(source.weight > 0 for source in sources):

@@ -62,6 +62,8 @@ def parse_train_data(train_data: str) -> DataSpec:
         raise UserError("train_data is empty; set it to shards, for instance train_data='/data/{00000..00099}.tar'")
     sources = []
     for pattern in train_data.split("::"):
+        if pattern.count("{") != pattern.count("}") and is_local(pattern):
+            raise UserError(f"train_data {pattern!r}: unbalanced braces; expected a form like '{{00000..00099}}.tar'")
         weight = _WEIGHT.search(pattern)
         if weight:
             pattern = pattern[: weight.start()]
@@ -106,6 +108,10 @@ def check_shards_exist(data: DataSpec) -> None:
             f"train_data: {len(missing)} of {len(local)} shards are missing, the first is {missing[0]!r} "
             f"(searched from {Path.cwd()})"
         )
+    folder = next((url for url in local if Path(url).is_dir()), None)
+    if folder:
+        pattern = folder.rstrip("/") + "/*.tar"
+        raise UserError(f"train_data: {folder!r} is a folder; expected shards, for instance {pattern!r}")
     empty = [url for url in local if Path(url).is_file() and Path(url).stat().st_size == 0]
     if empty:
         raise UserError(f"train_data: {len(empty)} of {len(local)} shards are empty files, the first is {empty[0]!r}")

@@ -314,6 +314,8 @@ def test_pipe_urls_are_read(tmp_path):
         ("nowhere/{00..03}.tar", "4 of 4 shards are missing"),
         ("s3://bucket/{0..1}.tar", "pipe:aws s3 cp"),
         ("a.tar@0::b.tar@0", "weight 0"),
+        ("d/{00000..00007.tar", "unbalanced braces"),
+        ("/tmp", r"'/tmp' is a folder; expected shards, for instance '/tmp/\*\.tar'"),
     ],
 )
 def test_bad_train_data(train_data, message):
@@ -350,7 +352,7 @@ def test_captions_by_weight_and_fallback():
         draw({"txt": b" "}, "txt")
 
 
-@pytest.mark.parametrize("keys", ["", "json", "txt.a", "json.captions:x", "txt:0", "json.a:-1"])
+@pytest.mark.parametrize("keys", ["", "json", "txt.a", "json.captions:x", "txt:0", "json.a:-1", "txt:inf", "txt:nan"])
 def test_bad_caption_keys(keys):
     with pytest.raises(UserError, match="caption_keys"):
         parse_caption_keys(keys)
