@@ -139,7 +139,9 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
     metric = raw.get("metric", metrics[0])
     if metric not in metrics:
         expected = f"a {spec.kind} task has one of {', '.join(metrics)}"
-        raise UserError(f"{where}: metric = {metric!r}; {expected}.{did_you_mean(metric, metrics)}")
+        close = nearest(metric, metrics)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{where}: metric = {metric!r}; {expected}{hint}")
     fields = {field.name: field for field in dataclasses.fields(spec)}
     data = spec(**{key: _typed(fields[key].type, value, base) for key, value in raw.items() if key in fields})
     classnames = TextSource.parse(raw.get("classnames", "dataset"), base)
