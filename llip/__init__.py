@@ -5,7 +5,7 @@ The names below are what a notebook types; each is imported when it is first use
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _EXPORTS = {
     "Llip": "llip.open_clip.model",

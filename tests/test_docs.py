@@ -15,9 +15,10 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def commands(page):
-    """Return the words of each command that starts python."""
+    """Return the words of each command that starts python or llip, the latter as `python -m llip`."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r"^llip ", "python -m llip ", line) for line in lines]
     return [shlex.split(line) for line in lines if re.match(r"(\w+=\S+ )*python ", line)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llip.__main__ import PROGRAMS
 from llip.config_search import list_configs
 from llip.configs import config_fields
 
@@ -43,9 +44,16 @@ def test_command_exists(command):
     elif words[0] in ("pip", "conda", "source"):
         for word in words:
             assert not word.endswith(".txt") or (ROOT / word).is_file()
+    elif words[0] == "llip":
+        check_llip(words)
     else:
         assert words[0] in ("python", "torchrun"), command
         check_python(words)
+
+
+def check_llip(words):
+    """`llip <program> ...`: the program is there."""
+    assert words[1] in PROGRAMS, words
 
 
 def check_python(words):
