@@ -6,19 +6,20 @@ RUN := $(VENV)/bin/python
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 
-.PHONY: help install quickstart test lint format
+.PHONY: help install quickstart test test-fast lint format
 
 help:
 	@echo "make quickstart   install, train Llip on the embedded scenes, evaluate it zero-shot, draw its figures"
-	@echo "make test         install, run the tests"
+	@echo "make test         install, run the tests;  make test-fast leaves out those that take seconds each"
 	@echo "make lint         check style with ruff;  make format applies it"
 
-# The stamp is newer than the requirements once they are installed. uv, where it is there, is much faster than pip.
+# The package itself is installed editable, so that `llip` is a command. The stamp is newer than the requirements once
+# they are installed. uv, where it is there, is much faster than pip.
 install: $(VENV)/.installed
-$(VENV)/.installed: requirements.txt requirements-test.txt
+$(VENV)/.installed: requirements.txt requirements-test.txt pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@if command -v uv >/dev/null; then uv pip install -q --compile-bytecode --python $(RUN) $(PIP_ARGS) -r requirements-test.txt; \
-	else $(RUN) -m pip install -q $(PIP_ARGS) -r requirements-test.txt; fi
+	@if command -v uv >/dev/null; then uv pip install -q --compile-bytecode --python $(RUN) $(PIP_ARGS) -r requirements-test.txt -e .; \
+	else $(RUN) -m pip install -q $(PIP_ARGS) -r requirements-test.txt -e .; fi
 	@touch $@
 
 quickstart: install
@@ -30,6 +31,9 @@ quickstart: install
 
 test: install
 	$(RUN) -m pytest -q -n 2 --dist loadfile
+
+test-fast: install
+	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: install
 	$(RUN) -m ruff check .
