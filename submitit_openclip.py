@@ -5,18 +5,16 @@ folder holds SLURM's logs under `slurm/`. The same command continues a run that 
 """
 
 import sys
+from collections.abc import Sequence
 
 from llip.cluster.training import parse_training, submit_training
-from llip.errors import EXIT_USER, UserError
+from llip.system.program import program
 
 
-def main(arguments: list[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str]) -> int:
     """Submit the job and print where to look. Returns the exit code."""
-    try:
-        submit_training(parse_training(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    submit_training(parse_training(arguments))
     return 0
 
 

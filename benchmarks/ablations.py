@@ -16,6 +16,7 @@ from benchmarks.sweep import Variant, draw_bars, draw_curves, run_variants, tabl
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.errors import UserError
+from llip.system.program import program
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 """Values of K, as in the paper."""
@@ -63,7 +64,8 @@ def make_variants(kind: str, base: Config, values: Sequence[float] | None) -> li
     return by_tokens(base, values or TOKENS) if kind == "tokens" else by_temperature(base, values or TEMPERATURES)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str]) -> int:
     """Run an ablation, print its table and write figure and json. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__.split("\n\n")[0])
     parser.add_argument("kind", choices=("ladder", "tokens", "temperature"), help="what is varied")
@@ -74,13 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, default=Path("logs/ablations"), help="folder of the runs [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
     given = parser.parse_intermixed_args(arguments)
-    try:
-        base = search_config(given.config, given.overrides)
-        variants = make_variants(given.kind, base, given.values)
-        results = run_variants(variants, given.seeds, given.logs, f"{base.name}_{given.kind}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    base = search_config(given.config, given.overrides)
+    variants = make_variants(given.kind, base, given.values)
+    results = run_variants(variants, given.seeds, given.logs, f"{base.name}_{given.kind}")
     columns = {key: key for key in results[0].values}
     stem = given.logs / f"{base.name}_{given.kind}"
     if given.kind == "ladder":

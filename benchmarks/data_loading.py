@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ from llip.data.images import RandomCrops, decode_image
 from llip.data.loader import make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
 from llip.open_clip.factory import CROP_SCALE, get_tokenizer
 from llip.system.cores import usable_cores
 from llip.system.files import atomic_write
+from llip.system.program import program
 
 CONTEXT_LENGTH = 77
 MADE_SHARDS, MADE_PER_SHARD = 8, 250
@@ -345,16 +346,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
-def main(arguments: list[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str]) -> int:
     """Measure and print. Returns the exit code."""
     given = parse_arguments(arguments)
-    try:
-        train_data = make_shards(given.make) if given.make else given.train_data
-        setup = Setup(train_data, given.workers, given.batch_size, given.image_size, given.seconds)
-        found = measure(setup, given.rounds, given.compare, given.stages)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    train_data = make_shards(given.make) if given.make else given.train_data
+    setup = Setup(train_data, given.workers, given.batch_size, given.image_size, given.seconds)
+    found = measure(setup, given.rounds, given.compare, given.stages)
     print(json.dumps(found) if given.json else table(found))
     return 0
 

@@ -8,11 +8,12 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sweep import Result, Variant, draw_bars, run_variants, table
 from llip.config_search import search_config
-from llip.errors import UserError
+from llip.system.program import program
 
 RUNGS = {
     "SigLIP": "quickstart_siglip",
@@ -46,7 +47,8 @@ def wins(results: list[Result]) -> dict[str, int]:
     return counted
 
 
-def main(arguments: list[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str]) -> int:
     """Run the ladder, print the table and write figure and json. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of every rung's config")
@@ -55,12 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, default=Path("logs/ladder"), help="folder of the runs [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
     given = parser.parse_intermixed_args(arguments)
-    try:
-        variants = [Variant(rung, search_config(RUNGS[rung], given.overrides)) for rung in given.rungs]
-        results = run_variants(variants, given.seeds, given.logs, "ladder")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    variants = [Variant(rung, search_config(RUNGS[rung], given.overrides)) for rung in given.rungs]
+    results = run_variants(variants, given.seeds, given.logs, "ladder")
     draw_bars(results, COLUMNS, "Llip", given.logs / "ladder.png")
     if given.json:
         print(json.dumps({"results": [dataclasses.asdict(result) for result in results], "llip_wins": wins(results)}))

@@ -1,4 +1,4 @@
-"""Compare results: `python -m evals.compare A B ... [--json] [--out DIR]`.
+"""Compare results: `llip compare A B ... [--json] [--out DIR]`.
 
 A, B, ... are results.json files or their folders; each of the others is held against A, value by value. A difference
 has a 95 % bootstrap interval over images where both sides kept per-sample outcomes: paired when they scored the same
@@ -22,8 +22,9 @@ from evals.results import StoredResults, read_results
 from evals.tables import aligned_table, markdown_table
 from llip.clipeval.outcomes import Parts, load_outcomes, outcomes_file, parts_of
 from llip.clipeval.task_result import TaskResult, classification_mean
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
 from llip.system.files import write_text
+from llip.system.program import program
 
 
 @dataclass(frozen=True)
@@ -187,25 +188,22 @@ def write_files(comparison: Comparison, folder: Path) -> None:
     bar_chart(folder / "compare.png", "Zero-shot results", labels, sides, {})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m evals.compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="llip compare", description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.json files or their folders; first: A")
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
     parser.add_argument("--out", metavar="DIR", help="write compare.json, compare.md and compare.png there")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
     arguments = parser.parse_args(argv)
-    try:
-        if not 2 <= len(arguments.results) <= 26:
-            raise UserError(f"{len(arguments.results)} results to compare; expected 2 to 26 files or folders")
-        if arguments.seed < 0:
-            raise UserError(f"--seed {arguments.seed}; expected an integer, at least 0")
-        comparison = compare([read_results(path) for path in arguments.results], arguments.seed)
-        if arguments.out:
-            write_files(comparison, Path(arguments.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    if not 2 <= len(arguments.results) <= 26:
+        raise UserError(f"{len(arguments.results)} results to compare; expected 2 to 26 files or folders")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}; expected an integer, at least 0")
+    comparison = compare([read_results(path) for path in arguments.results], arguments.seed)
+    if arguments.out:
+        write_files(comparison, Path(arguments.out))
     print(json.dumps(comparison.to_json()) if arguments.json else as_table(comparison))
     return 0
 

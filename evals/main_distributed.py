@@ -24,6 +24,7 @@ from llip.system.cores import usable_cores
 from llip.system.exit_with_parent import exit_with_parent
 from llip.system.files import write_text
 from llip.system.processes import GROUP_TIMEOUT
+from llip.system.program import program
 
 
 def choose_devices(names: Sequence[str] | None) -> list[str]:
@@ -122,16 +123,13 @@ def _end(processes: Sequence[Any], grace: float = 5.0) -> None:
             process.join()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     """Submit an evaluation to SLURM and print where to look. Returns the exit code."""
     from evals.slurm_job import parse_arguments, submit
 
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        submit(parse_arguments(argv), argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    argv = argv
+    submit(parse_arguments(argv), argv)
     return 0
 
 

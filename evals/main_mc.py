@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from evals import scaffold
-from llip.errors import EXIT_USER, UserError
+from llip.system.program import program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,20 +30,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program that the YAML names and return its exit code."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Run the program that the YAML names; return its exit code. Finished tasks are kept, also after Ctrl-C."""
     arguments = parse_arguments(argv)
-    try:
-        config = scaffold.load(arguments.fname)
-        from evals.main_distributed import choose_devices  # imports torch: not for --help or a mistyped file
+    config = scaffold.load(arguments.fname)
+    from evals.main_distributed import choose_devices  # imports torch: not for --help or a mistyped file
 
-        return scaffold.program(config)(config, choose_devices(arguments.devices))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    except KeyboardInterrupt:
-        print("interrupted; finished tasks are kept and the same command goes on from there", file=sys.stderr)
-        return 130
+    return scaffold.program(config)(config, choose_devices(arguments.devices))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llip.__main__ import PROGRAMS
 from tests.test_readme import check_python
 
 ROOT = Path(__file__).parent.parent
@@ -15,10 +16,11 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def commands(page):
-    """Return the words of each command that starts python or llip, the latter as `python -m llip`."""
+    """Return the words of each command that starts python or llip, the latter as `python -m MODULE`."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    lines = [re.sub(r"^llip ", "python -m llip ", line) for line in lines]
+    modules = {name: place.partition(":")[0].removesuffix(".__main__") for name, (place, _) in PROGRAMS.items()}
+    lines = [re.sub(r"^llip (\w+)", lambda match: f"python -m {modules[match[1]]}", line) for line in lines]
     return [shlex.split(line) for line in lines if re.match(r"(\w+=\S+ )*python ", line)]
 
 

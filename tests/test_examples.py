@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import llip
+from llip.__main__ import PROGRAMS
 from llip.config_search import search_config
 
 ROOT = Path(__file__).parent.parent
@@ -64,9 +65,10 @@ def test_commands_of_a_page_are_understood(page):
     commands = [line.split("#")[0] for block in blocks(page, "bash") for line in block.splitlines()]
     commands = [shlex.split(command) for command in commands if command.strip()]
     assert commands
-    for python, option, module, *arguments in commands:
-        assert (python, option) == ("python", "-m")
-        given = importlib.import_module(f"{module}.__main__").parse_arguments(arguments)
+    for llip_command, program, *arguments in commands:
+        assert llip_command == "llip"
+        module = PROGRAMS[program][0].partition(":")[0]
+        given = importlib.import_module(module).parse_arguments(arguments)
         if hasattr(given, "config"):
             search_config(given.config, given.overrides)
 

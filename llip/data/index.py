@@ -1,7 +1,7 @@
 """How many samples each shard holds, so that a loader need not read to know: `llip-index.json`.
 
 The file lies beside the shards and names them by file name, or in a chosen folder and names them by absolute path or
-URL, so that one folder can serve many datasets. `python -m llip.data.doctor PATTERN --index` writes it.
+URL, so that one folder can serve many datasets. `llip doctor PATTERN --index` writes it.
 
     {"version": 1, "shards": {"00000.tar": {"samples": 998, "damaged": 2, "bytes": 41943040, "mtime_ns": 17...}}}
 
@@ -121,7 +121,7 @@ def load_index(urls: Iterable[str], folder: str | Path | None = None) -> dict[st
     if counts.stale:
         logger.warning(
             "index: %d shards have changed since they were indexed, the first is %s; "
-            "python -m llip.data.doctor PATTERN --index counts them anew",
+            "llip doctor PATTERN --index counts them anew",
             len(counts.stale),
             counts.stale[0],
         )

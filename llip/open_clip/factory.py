@@ -262,7 +262,7 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
     The model carries `.config` (a plain dict), `.preprocess_val` and `.tokenizer`.
 
     Args:
-        path: a checkpoint file, or a folder written by `python -m llip.tools.export`.
+        path: a checkpoint file, or a folder written by `llip export`.
         tokenizer: folder of the tokenizer's files, if they have moved since the checkpoint was written.
         ema: take the moving average of the weights (`ema_decay`) in their place.
 

@@ -1,4 +1,4 @@
-"""`python -m llip.scenes --out DIR`: write the embedded dataset, unless it is there already."""
+"""`llip scenes --out DIR`: write the embedded dataset, unless it is there already."""
 
 import argparse
 import json
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llip.errors import EXIT_USER, UserError
 from llip.scenes import contact_sheet, ensure_scenes
 from llip.scenes.shards import MANIFEST, ScenesArgs
+from llip.system.program import program
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = ScenesArgs()
-    parser = argparse.ArgumentParser(prog="python -m llip.scenes", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="llip scenes", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--train", type=int, default=default.train, help="training scenes (default %(default)s)")
     parser.add_argument(
@@ -30,16 +30,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the command line) and return its exit code."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Run the program; return its exit code."""
     args = _parse(argv)
-    try:
-        out = ensure_scenes(args.out, args.train, args.test, args.seed, args.image_size)
-        if args.sheet is not None:
-            contact_sheet(out, args.sheet, args.rows, args.cols)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER
+    out = ensure_scenes(args.out, args.train, args.test, args.seed, args.image_size)
+    if args.sheet is not None:
+        contact_sheet(out, args.sheet, args.rows, args.cols)
     manifest = json.loads((out / MANIFEST).read_text())
     print(f"{out}: {manifest['train']['samples']} training scenes in {manifest['train']['pattern']}")
     for name, task in manifest["tasks"].items():

@@ -1,4 +1,4 @@
-"""What a catalog finds on this machine: `python -m llip.clipeval.catalog --check [CATALOG] [--json]`.
+"""What a catalog finds on this machine: `llip catalog --check [CATALOG] [--json]`.
 
 Each dataset is opened and counted, its class names and prompts are read, and its first image is decoded. Exit code: 0
 when all that is there is right (a missing dataset is no mistake), 1 when something that is there is wrong, 2 when the
@@ -19,7 +19,8 @@ from llip.clipeval.catalog.opening import check_size, check_targets, labels_of
 from llip.clipeval.datasets import ImageSource
 from llip.clipeval.metrics import CLASSIFICATION
 from llip.data.pixels import to_rgb
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
+from llip.system.program import program
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"
 EXIT_WRONG = 1
@@ -148,10 +149,11 @@ def _line(one: Finding) -> str:
     return "\n      ".join([*lines, *([one.download] if one.download else [])])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m llip.clipeval.catalog",
+        prog="llip catalog",
         description="Tell for each dataset of a catalog what is on this machine, and where to get what is not.",
         epilog="Exit code: 0 all that is there is right, 1 something there is wrong, 2 a mistake in the request.",
     )
@@ -166,12 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these tasks alone")
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
     arguments = parser.parse_args(argv)
-    try:
-        catalog = load_catalog(arguments.check)
-        findings = check_catalog(catalog, arguments.tasks, progress=sys.stderr.isatty())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    catalog = load_catalog(arguments.check)
+    findings = check_catalog(catalog, arguments.tasks, progress=sys.stderr.isatty())
     if arguments.json:
         tasks = {one.task: dataclasses.asdict(one) for one in findings}
         print(json.dumps({"catalog": str(catalog.path), "tasks": tasks}, ensure_ascii=False))

@@ -1,6 +1,6 @@
 """The catalog: a JSON file `name -> entry` that says where each dataset is, its metric, class names and prompts.
 
-    python -m llip.clipeval.catalog --check [CATALOG] [--json]      what is on this machine, and where to get the rest
+    llip catalog --check [CATALOG] [--json]      what is on this machine, and where to get the rest
 
 Relative paths belong to the catalog's folder; `$VARS`, `${VAR:-default}` and `~` are expanded (see `paths`). An entry
 is checked by a JSON Schema: the common fields of `catalog.schema.json` and those that its dataset type declares.

@@ -1,6 +1,6 @@
 """Look at shards before training on them: what they hold, what is damaged, and which values the config needs.
 
-    python -m llip.data.doctor '/data/{00000..00099}.tar' [--index]
+    llip doctor '/data/{00000..00099}.tar' [--index]
 
 Exit code: 0 when all samples can be used, 1 when there is damage, 2 when the request itself is at fault.
 """
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
+from llip.system.program import program
 
 if TYPE_CHECKING:  # these import torch, which takes seconds: not for --help
     from llip.data.doctor.report import Totals
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds: not for --help
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llip.data.doctor",
+        prog="llip doctor",
         description="Look at training shards: contents, damage, and the values to put into the config.",
         epilog="Exit code: 0 all usable, 1 damage found, 2 the request is at fault.",
     )
@@ -44,20 +45,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Look at the shards that the command line names and return the exit code."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Validate the shards that the command line names; return the exit code."""
     arguments = parse_arguments(argv)
-    try:
-        return _diagnose(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _diagnose(arguments: argparse.Namespace) -> int:
     urls = _find_shards(arguments)
     from llip.data.doctor.report import Totals, as_table
     from llip.data.doctor.scan import ScanSettings
@@ -87,7 +78,7 @@ def _find_shards(arguments: argparse.Namespace) -> list[str]:
     if len(arguments.pattern) > 1:
         raise UserError(
             f"{len(arguments.pattern)} patterns given; put one into quotes, so that the shell leaves it alone: "
-            "python -m llip.data.doctor '/data/*.tar' (several are joined by a comma, or by ::)"
+            "llip doctor '/data/*.tar' (several are joined by a comma, or by ::)"
         )
     for option, value, least in (
         ("--workers", arguments.workers, 0),

@@ -1,6 +1,6 @@
 """Pack images with captions into shards, so that training can start.
 
-    python -m llip.data.pack SOURCE --out DIR
+    llip pack SOURCE --out DIR
 
 SOURCE is a folder of images with NAME.txt or NAME.json beside them, a CSV or TSV with a header, or a JSONL. Bytes of
 images are stored as they are. The same source and arguments give the same bytes. Every shard holds `key.jpg` (png,
@@ -33,7 +33,8 @@ from llip.data.pack.sources import (
     Source,
     find_pairs,
 )
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
+from llip.system.program import program
 
 START = ("llip_b32", "nodes=1", "ngpus=1", "eval_steps=0", "evals=none")
 """The printed training command: a middling model on one device, with no evaluation sets needed on the way."""
@@ -59,7 +60,7 @@ class Packed:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llip.data.pack", description="Pack images with captions into shards for training."
+        prog="llip pack", description="Pack images with captions into shards for training."
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder, or a .csv, .tsv or .jsonl file")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the shards go: a folder without any")
@@ -73,25 +74,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Pack what the command line names and return the exit code."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Pack the images and captions that the command line names; return the exit code."""
     arguments = parse_arguments(argv)
-    try:
-        source = Path(arguments.source)
-        columns = Columns(arguments.image_column, arguments.caption_column)
-        image_root = Path(arguments.image_root) if arguments.image_root else None
-        if source.is_dir() and (image_root or columns != Columns()):
-            raise UserError("pack: --image-root and the columns are for a file; SOURCE is a folder")
-        check_out(Path(arguments.out), arguments.per_shard)
-        found = find_pairs(source, image_root, columns)
-        seed = None if arguments.no_shuffle else arguments.seed
-        packed = pack(found, Path(arguments.out), arguments.per_shard, seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    except KeyboardInterrupt:
-        print("interrupted; the shards written so far were taken away again", file=sys.stderr)
-        return 130
+    source = Path(arguments.source)
+    columns = Columns(arguments.image_column, arguments.caption_column)
+    image_root = Path(arguments.image_root) if arguments.image_root else None
+    if source.is_dir() and (image_root or columns != Columns()):
+        raise UserError("pack: --image-root and the columns are for a file; SOURCE is a folder")
+    check_out(Path(arguments.out), arguments.per_shard)
+    found = find_pairs(source, image_root, columns)
+    seed = None if arguments.no_shuffle else arguments.seed
+    packed = pack(found, Path(arguments.out), arguments.per_shard, seed)
     print(json.dumps(dataclasses.asdict(packed)) if arguments.json else as_text(packed))
     return 0
 

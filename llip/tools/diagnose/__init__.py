@@ -1,4 +1,4 @@
 """What the mixture tokens of a model do over a data set: usage, entropies, variances, spectra, alarms.
 
-python -m llip.tools.diagnose CHECKPOINT --data PATTERN [--caption-keys KEYS] [--out DIR]
+llip diagnose CHECKPOINT --data PATTERN [--caption-keys KEYS] [--out DIR]
 """

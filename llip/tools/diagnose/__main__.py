@@ -1,4 +1,4 @@
-"""`python -m llip.tools.diagnose CHECKPOINT --data PATTERN`: what the mixture tokens do over a data set.
+"""`llip diagnose CHECKPOINT --data PATTERN`: what the mixture tokens do over a data set.
 
 Exit code: 0, also with alarms (they are in the table, the json and the figure); 2 when the request is at fault.
 """
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llip.errors import UserError
+from llip.system.program import program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llip.tools.diagnose",
+        prog="llip diagnose",
         description="Measure how a model uses its mixture tokens; docs/explain.md tells what each number means.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that this project wrote")
@@ -55,14 +56,11 @@ def _run(given: argparse.Namespace) -> None:
     print(json.dumps(report) if given.json else as_table(report))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the command line) and return its exit code."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Run the program; return its exit code."""
     given = parse_arguments(argv)
-    try:
-        _run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    _run(given)
     return 0
 
 

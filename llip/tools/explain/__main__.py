@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llip.errors import UserError
+from llip.system.program import program
 
 if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
     from llip.tools.explain.explanation import Explanation
@@ -21,7 +22,7 @@ MOST_IMAGES, MOST_CAPTIONS, MOST_TOKENS = 8, 8, 8
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llip.tools.explain",
+        prog="llip explain",
         description="Draw the scores of images and captions, the weights over mixture tokens, and where tokens look.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that this project wrote")
@@ -98,14 +99,11 @@ def _run(given: argparse.Namespace) -> None:
     print(json.dumps(explanation.to_dict(given.tokens)) if given.json else _as_table(explanation))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the command line) and return its exit code."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Run the program; return its exit code."""
     given = parse_arguments(argv)
-    try:
-        _run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    _run(given)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a folder for others: `python -m llip.tools.export CHECKPOINT --out DIR`.
+"""Write a checkpoint as a folder for others: `llip export CHECKPOINT --out DIR`.
 
 The folder holds safetensors, config and preprocessing, which `llip.load_pretrained(DIR)` opens, and a model card, laid
 out as the Hugging Face hub expects. Where plain OpenCLIP can hold the model it holds that form too.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llip.errors import EXIT_USER, UserError
+from llip.system.program import program
 
 
 def export(
@@ -89,9 +89,10 @@ def as_table(outcome: dict[str, Any]) -> str:
     return "\n".join([*lines, f'llip.load_pretrained("{outcome["out"]}") opens it'])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m llip.tools.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="llip export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or an exported folder")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder, or that of an export")
     parser.add_argument(
@@ -103,19 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer's files, if they have moved")
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
     given = parser.parse_args(argv)
-    try:
-        outcome = export(
-            given.checkpoint,
-            given.out,
-            given.results,
-            torch_export=given.torch_export,
-            onnx=given.onnx,
-            name=given.name,
-            tokenizer=given.tokenizer,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    outcome = export(
+        given.checkpoint,
+        given.out,
+        given.results,
+        torch_export=given.torch_export,
+        onnx=given.onnx,
+        name=given.name,
+        tokenizer=given.tokenizer,
+    )
     print(json.dumps(outcome) if given.json else as_table(outcome))
     return 0
 

@@ -1,6 +1,6 @@
 """What a run will take, before it is started: parameters, FLOPs, memory, traffic, storage, hours. No GPU is needed.
 
-    python -m llip.tools.plan llip_b16_k32 [field=value ...] [--gpu h100-80g] [--nodes N]
+    llip plan llip_b16_k32 [field=value ...] [--gpu h100-80g] [--nodes N]
 
 `llip.open_clip.costs.flops.flops_per_pair` and `llip.system.gpus.peak_flops` serve the trainer's log as well.
 """

@@ -1,4 +1,4 @@
-"""`python -m llip.tools.plan <config> [field=value ...]`: what a run will take.
+"""`llip plan <config> [field=value ...]`: what a run will take.
 
 Exit code: 0 when it fits into the GPU, 1 when it does not, 2 when the request is at fault.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.errors import UserError
+from llip.system.program import program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -18,7 +19,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     from llip.system.gpus import GPUS
 
     parser = argparse.ArgumentParser(
-        prog="python -m llip.tools.plan",
+        prog="llip plan",
         description="Parameters, FLOPs, memory, traffic and hours of a run, worked out without a GPU.",
         epilog="Exit code: 0 it fits into the GPU, 1 it does not, 2 the request is at fault.",
     )
@@ -65,13 +66,10 @@ def _run(given: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the command line) and return its exit code."""
-    try:
-        return _run(parse_arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+@program
+def main(argv: Sequence[str]) -> int:
+    """Run the program; return its exit code."""
+    return _run(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m llip.tools.search index DIR --checkpoint C` and `python -m llip.tools.search query INDEX "a red star"`."""
+"""`llip search index DIR --checkpoint C` and `llip search query INDEX "a red star"`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llip.errors import UserError
+from llip.system.program import program
 
 if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
     from llip.clipeval.zero_shot import Scorer
@@ -20,9 +21,7 @@ DEFAULT_NAME = ".llip_index"
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llip.tools.search", description="Find images of a folder by a text."
-    )
+    parser = argparse.ArgumentParser(prog="llip search", description="Find images of a folder by a text.")
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="index a folder, or what has changed in it")
     index.add_argument("folder", type=Path, metavar="DIR", help="images, also in folders below")
@@ -107,18 +106,11 @@ def _query(given: argparse.Namespace) -> None:
     print("\n".join(f"{number:3}  {hit.score:6.3f}  {hit.path}" for number, hit in enumerate(hits, 1)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the command line) and return its exit code."""
+@program
+def main(argv: Sequence[str]) -> None:
+    """Run `index` or `query`. An index that was interrupted is resumed by the same command."""
     given = parse_arguments(argv)
-    try:
-        {"index": _index, "query": _query}[given.command](given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    {"index": _index, "query": _query}[given.command](given)
 
 
 if __name__ == "__main__":

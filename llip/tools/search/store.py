@@ -128,9 +128,7 @@ def open_index(path: Path) -> Index:
     """
     file = path / INDEX
     if not file.is_file():
-        raise UserError(
-            f"no index in {str(path)!r}; make one with: python -m llip.tools.search index DIR --checkpoint CHECKPOINT"
-        )
+        raise UserError(f"no index in {str(path)!r}; make one with: llip search index DIR --checkpoint CHECKPOINT")
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = record["format"]
