@@ -169,7 +169,9 @@ def _classify(entry: Entry, run: _Run) -> dict[str, Any]:
             unreadable += batch.unreadable
             if batch.indices:
                 check_batch(batch.indices, batch.targets, source, labels)
-                predictions.append(zero_shot.predict(scorer, batch, features, keep_scores=keep_scores))
+                predictions.append(
+                    zero_shot.predict(scorer, batch, features, _names(source, batch), keep_scores=keep_scores)
+                )
         return predictions, unreadable
 
     keep_scores = entry.metric in NEED_SCORES
@@ -240,6 +242,10 @@ def _scored(
     return {"values": {entry.metric: value}, "n": len(indices), "samples": outcomes.samples, "outcomes": outcomes}
 
 
+def _names(source: ImageSource, batch: Batch) -> Callable[[int], str]:
+    return lambda row: f"image {source.name(batch.indices[row])}"
+
+
 def _bytes(ranks: Tensor) -> np.ndarray:
     return ranks.to(torch.uint8).numpy()
 
@@ -253,7 +259,7 @@ def _retrieve(entry: Entry, run: _Run) -> dict[str, Any]:
         for batch in run.batches(source, entry.name):
             unreadable += batch.unreadable
             if batch.indices:
-                tokens.append(scorer.encode_images(batch.images))
+                tokens.append(scorer.encode_images(batch.images, _names(source, batch)))
                 indices += batch.indices
                 captions += batch.targets
         return torch.cat(tokens) if tokens else torch.empty(0), indices, captions, unreadable

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llip.clipeval.finite import require_finite
 from llip.clipeval.loading import Batch, Preprocess
 from llip.clipeval.metrics import TOP
 from llip.clipeval.texts.labels import Labels
@@ -28,7 +29,8 @@ class Scorer:
 
     The model answers `encode_image`, `encode_text`, `similarity` and (for shortlists) `contextualize` as
     `llip.open_clip.model.Llip` does. Towers run under autocast when `autocast_dtype` is given; scores are always
-    float32.
+    float32. Values that are not finite raise a `UserError` that names the first bad parameter, else the first bad
+    input.
     """
 
     model: nn.Module
@@ -42,10 +44,11 @@ class Scorer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D], float32, on the device."""
+    def encode_images(self, images: Tensor, name: Callable[[int], str] = "image {} of the batch".format) -> Tensor:
+        """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D], float32, on the device; `name` of a row."""
         with self._autocast():
-            return self.model.encode_image(images.to(self.device)).float()
+            h = self.model.encode_image(images.to(self.device)).float()
+        return require_finite(h, self.model, "image features", name)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Map T texts to unit-norm features [T, D], float32, on the device."""
@@ -54,15 +57,17 @@ class Scorer:
             tokens = self.tokenizer(list(texts[start : start + TEXT_BATCH])).to(self.device)
             with self._autocast():
                 parts.append(self.model.encode_text(tokens).float())
-        return F.normalize(torch.cat(parts), dim=-1)
+        features = require_finite(torch.cat(parts), self.model, "text features", lambda row: f"text {texts[row]!r}")
+        return F.normalize(features, dim=-1)
 
     def scores(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the cosines [B, T], float32, of mixture tokens [B, K, D] and text features [T, D]."""
-        return self.model.similarity(h, t).float()
+        return require_finite(self.model.similarity(h, t).float(), self.model, "scores", "image {} of the batch".format)
 
     def features(self, h: Tensor, t: Tensor) -> Tensor:
         """Return unit-norm features [B, T, D], float32, of mixture tokens [B, K, D] conditioned on texts [T, D]."""
-        return self.model.contextualize(h, t).float()
+        features = self.model.contextualize(h, t).float()
+        return require_finite(features, self.model, "image features", "image {} of the batch".format)
 
 
 def class_features(
@@ -114,9 +119,16 @@ class BatchPredictions:
     truth: Tensor | None = None
 
 
-def predict(scorer: Scorer, batch: Batch, features: Tensor, *, keep_scores: bool = False) -> BatchPredictions:
-    """Score one batch of images against every class."""
-    scores = class_scores(scorer, scorer.encode_images(batch.images), features)  # [B, C]
+def predict(
+    scorer: Scorer,
+    batch: Batch,
+    features: Tensor,
+    name: Callable[[int], str] = "image {} of the batch".format,
+    *,
+    keep_scores: bool = False,
+) -> BatchPredictions:
+    """Score one batch of images, called `name(row)` in messages, against every class."""
+    scores = class_scores(scorer, scorer.encode_images(batch.images, name), features)  # [B, C]
     # a stable sort: equal scores rank by class number, on every device and for every number of processes
     order = scores.sort(dim=1, descending=True, stable=True).indices
     several = any(isinstance(target, tuple) for target in batch.targets)

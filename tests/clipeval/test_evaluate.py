@@ -316,3 +316,53 @@ def test_online(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
     assert len(load_online_eval("config_evals/scenes_online.yaml").tasks) == 4
     assert "imagenet" in load_online_eval("config_evals/llip_online.yaml").tasks
+
+
+BROKEN = {
+    "image": ("image.bias", "image features", ("top1", "pairs")),
+    "words": ("words.weight", "text features", ("top1", "pairs")),
+}
+
+
+@pytest.mark.parametrize("tower", BROKEN)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shortlist", [None, 10])
+def test_weights_that_are_not_finite_are_errors_that_name_the_parameter(
+    folder: Path, tower: str, value: float, shortlist: int | None
+) -> None:
+    model = FakeModel()
+    name, what, tasks = BROKEN[tower]
+    with torch.no_grad():
+        model.get_parameter(name)[...] = value
+    for result in evaluate(folder, *tasks, model=model, shortlist=shortlist):
+        assert result.values == {}
+        assert f"{what} are not finite" in result.error
+        assert f"parameter {name} are NaN or inf" in result.error
+
+
+def test_scores_that_are_not_finite_are_an_error(folder: Path) -> None:
+    class Divided(FakeModel):
+        def similarity(self, h: Tensor, t: Tensor) -> Tensor:
+            return super().similarity(h, t) / 0
+
+    for result in evaluate(folder, "top1", "pairs", "map", model=Divided()):
+        assert result.values == {}
+        assert "scores are not finite for image 0" in result.error
+
+
+def test_an_input_with_features_that_are_not_finite_is_named(folder: Path) -> None:
+    class Overflowing(FakeModel):
+        def encode_image(self, images: Tensor) -> Tensor:
+            wrong = (images == preprocess(picture(5))).flatten(1).all(dim=1)
+            return super().encode_image(images).masked_fill(wrong[:, None, None], torch.inf)
+
+        def encode_text(self, tokens: Tensor) -> Tensor:
+            wrong = (tokens == tokenize(["the cow"])).all(dim=1)
+            return super().encode_text(tokens).masked_fill(wrong[:, None], self.bad_text)
+
+    model = Overflowing()
+    model.bad_text = torch.nan
+    assert "not finite for text 'the cow'" in evaluate(folder, "top1", model=model)[0].error
+    model.bad_text = 0.0
+    for result in evaluate(folder, "top1", "pairs", model=model):
+        assert re.search(r"image features are not finite for image .*00005", result.error)

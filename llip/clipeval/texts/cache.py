@@ -71,6 +71,9 @@ class TextCache:
         if features.dtype != torch.float32 or features.dim() != 3 or len(features) != classes:
             logger.warning("cached text features %s are not of %d classes; encoding the texts again", path, classes)
             return None
+        if not features.isfinite().all():
+            logger.warning("cached text features %s are not finite; encoding the texts again", path)
+            return None
         return features
 
     @staticmethod
