@@ -32,21 +32,34 @@ def lead_or_follow(program: Callable[[], int], device: str, patience: datetime.t
         The program's exit code in task 0, else 0.
     """
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience)
-    if dist.get_rank() != 0:
-        while (work := _from_leader(None)) is not None:
-            function, args = work
-            function(*args)
-        code = 0
-    else:
-        try:
-            code = program()
-        except UserError as error:
-            if _TOGETHER not in getattr(error, "__notes__", ()):
-                _from_leader(None)  # the others still wait for work
-            raise
-        _from_leader(None)
+    try:
+        code = _lead(program) if dist.get_rank() == 0 else _follow()
+    except UserError:
+        if (
+            device == "cpu"
+        ):  # gloo's threads abort a process that exits with them; NCCL may wait for tasks that are gone
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
     return code
+
+
+def _lead(program: Callable[[], int]) -> int:
+    try:
+        code = program()
+    except UserError as error:
+        if _TOGETHER not in getattr(error, "__notes__", ()):
+            _from_leader(None)  # the others still wait for work
+        raise
+    _from_leader(None)
+    return code
+
+
+def _follow() -> int:
+    while (work := _from_leader(None)) is not None:
+        function, args = work
+        function(*args)
+    return 0
 
 
 def everywhere(function: Callable[..., None], *args: Any) -> None:
