@@ -183,11 +183,11 @@ class Trainer:
             if self.config.grad_clip is not None:
                 state.engine.clip_gradients(parameters, self.config.grad_clip, total)
             scaler.step(state.optimizer)
+            self.task.model.clamp_logit_scale()
+            if state.averaged is not None:
+                state.averaged.update(self.task.model, state.step + 1)
         scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        self.task.model.clamp_logit_scale()
-        if state.averaged is not None:
-            state.averaged.update(self.task.model, state.step + 1)
         return loss, norm, report
 
     def _skip(self, bad: BadStep, overflow: bool) -> None:

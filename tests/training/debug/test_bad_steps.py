@@ -1,5 +1,6 @@
 """Numbers that are not finite: skipped, counted, and in the end explained; and checkpoints that cannot be written."""
 
+import itertools
 import json
 import math
 import resource
@@ -10,6 +11,7 @@ import torch
 from llip.configs import Config
 from llip.errors import RunError
 from llip.main import train
+from llip.open_clip.model import Llip
 from llip.open_clip.weights.load import read_checkpoint
 from llip.system.processes import Processes
 from llip.training import trainer
@@ -61,6 +63,24 @@ def test_a_bad_step_changes_nothing_and_is_counted(config, monkeypatch):
     following = states(config, 4)[0]
     assert not all(torch.equal(after[name], following[name]) for name in after)
     assert "step 3 is skipped: loss or gradient is not finite (1 in a row)" in (config.folder / "log.txt").read_text()
+
+
+def test_a_skipped_step_leaves_the_average_of_the_weights_and_the_logit_scale(config, monkeypatch):
+    """The average would otherwise move towards weights that the step did not change."""
+    config = config.replace(save_steps=1, keep_checkpoints=0, ema_decay=0.5)
+    clamped, clamp = [], Llip.clamp_logit_scale
+    monkeypatch.setattr(Llip, "clamp_logit_scale", lambda model: (clamped.append(1), clamp(model)))
+    spoil(monkeypatch, {2, 4})
+    train(config, "cpu")
+    averages = [
+        read_checkpoint(config.folder / "checkpoints" / f"step_{step}.pt")["ema_state_dict"] for step in range(1, 7)
+    ]
+    moved = [
+        any(not torch.equal(before[name], after[name]) for name in before)
+        for before, after in itertools.pairwise(averages)
+    ]
+    assert moved == [True, False, True, False, True]  # steps 2 to 6
+    assert len(clamped) == 4
 
 
 def test_bad_steps_that_are_not_in_a_row_do_not_end_a_run(config, monkeypatch):
@@ -116,8 +136,6 @@ def test_a_replay_computes_the_step_again(config, changes, monkeypatch, capsys):
 
 def test_a_replay_names_the_module_and_the_sample(config, monkeypatch, capsys):
     """A weight that is not finite from the start: found in the first module that uses it."""
-    from llip.open_clip.model import Llip
-
     encode = Llip.encode_image
 
     def poisoned(self, images):
