@@ -3,9 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import os
+import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from llip.errors import UserError
 
 _BUSY = (errno.EAGAIN, errno.EACCES)  # flock's errors where another process holds the lock
 
@@ -27,6 +32,40 @@ def try_lock(file: IO[Any], patience: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def held_lock(path: Path, what: str, fix: str, patience: float) -> Iterator[None]:
+    """Hold the lock file `path`, which names its holder, inside the block.
+
+    Args:
+        path: the file, created where it is missing.
+        what: names the locked thing in messages. fix: how to choose another one.
+        patience: seconds to wait for another process.
+
+    Raises:
+        UserError: the file cannot be written, its file system has no locks, or another process holds it.
+    """
+    try:
+        lock = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by the block below
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error}; {fix}") from error
+    with lock:
+        try:
+            free = try_lock(lock, patience)
+        except OSError as error:
+            raise UserError(
+                f"{what} cannot be locked: {error}. It lies on {file_system(path.parent)}, which must support file "
+                f"locks: mount it with them (Lustre: flock; NFS: without nolock), or {fix}"
+            ) from error
+        if not free:
+            lock.seek(0)
+            holder = lock.read().decode(errors="replace").strip() or "another process"
+            raise UserError(f"{what} is in use by {holder}; wait for it, or {fix}")
+        with contextlib.suppress(OSError):  # a full disk: only the message to others has no name then
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
 
 
 def file_system(folder: Path) -> str:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from llip.configs import DERIVED, OPERATIONAL, Config, config_fields
 from llip.errors import UserError
 from llip.extensions import SHIPPED, portable_name
 from llip.system.files import write_text
-from llip.system.locks import file_system, try_lock
+from llip.system.locks import held_lock
 
 LOCK_PATIENCE = 3.0
 """Seconds to wait for a run folder: the data workers of a killed run hold its lock until they notice."""
@@ -27,31 +25,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be written, its file system has no locks, or another run holds it.
     """
+    what, fix = f"run folder {str(folder)!r}", "choose another with logs=DIR or name=NAME"
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 - held for the whole run
     except OSError as error:
-        raise UserError(
-            f"run folder {str(folder)!r} cannot be written: {error}; choose another with logs=DIR"
-        ) from error
-    with lock:
-        try:
-            free = try_lock(lock, LOCK_PATIENCE)
-        except OSError as error:
-            raise UserError(
-                f"run folder {str(folder)!r} cannot be locked: {error}. It lies on {file_system(folder)}, which "
-                "must support file locks: mount it with them (Lustre: flock; NFS: without nolock), or choose another "
-                "folder with logs=DIR"
-            ) from error
-        if not free:
-            lock.seek(0)
-            holder = lock.read().decode(errors="replace").strip() or "another process"
-            raise UserError(
-                f"run folder {str(folder)!r} is in use by {holder}; wait for it, or choose another with name=NAME"
-            )
-        with contextlib.suppress(OSError):  # a full disk: only the message to others has no name then
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        raise UserError(f"{what} cannot be written: {error}; {fix}") from error
+    with held_lock(folder / ".lock", what, fix, LOCK_PATIENCE):
         yield
 
 
