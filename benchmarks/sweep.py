@@ -71,7 +71,7 @@ def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
 
 
 def result_identity(config: Config) -> dict[str, Any]:
-    """Return what a result depends on: identity fields, the global batch in the place of its factors, the tasks."""
+    """Return what a result depends on: identity fields, the global batch instead of its factors, the tasks."""
     fields = [name for name, field in config_fields().items() if field.metadata["kind"] == IDENTITY]
     values = {name: getattr(config, name) for name in fields}
     return values | {"global batch": config.global_batch, "evals": list(config.evals)}
@@ -86,7 +86,7 @@ def read_result(config: Config) -> Result | None:
     """Return the result of a run that is finished; None where there is none.
 
     Raises:
-        UserError: the result is of another config, or does not tell of which.
+        UserError: the result is of another config, or does not name it.
     """
     path = config.folder / RESULT
     if not path.is_file():
@@ -98,8 +98,7 @@ def read_result(config: Config) -> Result | None:
         result = Result(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not tell of which config its result is ({error!r}); {fix}, or remove it to evaluate the run "
-            "again"
+            f"{path} does not name the config of its result ({error!r}); {fix}, or remove it to evaluate the run again"
         ) from error
     now = result_identity(config)
     changed = [

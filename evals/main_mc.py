@@ -2,7 +2,7 @@
 
     python -m evals.main_mc --fname config_evals/X.yaml [--devices cuda:0 cuda:1 | cpu]
 
-Exit code: 0 when every task was evaluated, 1 when some could not be, 2 when the request itself is at fault.
+Exit code: 0 when every task was evaluated, 1 when some could not be, 2 for a mistake in the request.
 """
 
 import argparse

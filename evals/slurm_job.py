@@ -77,7 +77,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Evaluate a checkpoint zero-shot on a SLURM cluster, one task per GPU.",
-        epilog="The results are those of python -m evals.main_mc; docs/cluster.md tells more.",
+        epilog="The results are those of python -m evals.main_mc; See docs/cluster.md.",
     )
     parser.add_argument("--fname", required=True, metavar="YAML", help="the evaluation, e.g. config_evals/X.yaml")
     parser.add_argument("--nodes", type=positive, default=1, help="machines [%(default)s]")
@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def submit(given: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Check and submit the evaluation and tell the user; or print the script.
+    """Check and submit the evaluation and print where to look; or print the script.
 
     Args:
         given: what `parse_arguments` gave for `argv`.

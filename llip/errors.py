@@ -1,18 +1,18 @@
-"""How the project talks to a user about the user's mistakes.
+"""Errors as part of the interface: a user's mistake is one message.
 
 Every mistake that a user can make ends as a `UserError`: one message that names the thing, the value, what was expected
-and the fix. The programs print the message without a traceback and leave with `EXIT_USER`; anything else that is raised
-is a bug of ours and keeps its traceback.
+and the fix. Programs print it without a traceback and exit with `EXIT_USER`; anything else that is raised is
+a bug and keeps its traceback.
 """
 
 import difflib
 from collections.abc import Iterable
 
 EXIT_USER = 2
-"""Exit code of every program when the user's input (config, command, data, folder) is at fault."""
+"""Exit code of every program for a mistake in the user's input (config, command, data, folder)."""
 
 EXIT_RUN = 3
-"""Exit code of a run that went wrong by itself: numbers that are not finite, a process that died or is stuck."""
+"""Exit code of a run that failed: non-finite numbers, a process that died or is stuck."""
 
 EXIT_STOPPED = 75
 """Exit code of a training run that was asked to stop and has saved: the same command continues it (EX_TEMPFAIL)."""
@@ -25,11 +25,11 @@ class UserError(Exception):
 
 
 class CollectiveUserError(UserError):
-    """A mistake that every process of a run knows of: the main one alone tells it."""
+    """A mistake raised on every process of a run: the main one alone prints it."""
 
 
 class RunError(UserError):
-    """A run that cannot go on, by nobody's typing mistake. Told like a `UserError`, with an exit code of its own."""
+    """A run that failed by itself. Printed like a `UserError`, with another exit code."""
 
     exit_code = EXIT_RUN
 

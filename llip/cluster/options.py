@@ -86,7 +86,7 @@ def add_slurm_options(parser: argparse.ArgumentParser, cpus: str) -> None:
         type=positive,
         default=SIGNAL_MARGIN,
         metavar="SECONDS",
-        help="how long before the limit the job is told to save and requeue [%(default)s]",
+        help="how long before the limit the job is signalled to save and requeue [%(default)s]",
     )
     group.add_argument(
         "--max-timeouts",

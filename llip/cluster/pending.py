@@ -75,7 +75,7 @@ def evaluate_saved(config: Config, weights: Path) -> int:
         weights: what `save_for_eval` gave.
 
     Returns:
-        The exit code: 0, 1 when some task could not be evaluated, 2 when the request is at fault.
+        The exit code: 0, 1 when some task could not be evaluated, 2 for a mistake in the request.
     """
     try:
         with join_processes(config, resolve_device(config)) as processes:
@@ -109,7 +109,7 @@ def _evaluate_file(config: Config, weights: Path, processes: Processes) -> bool:
 
 
 def add_evaluation(folder: Path, weights: Path, step: int, result: TaskResult) -> bool:
-    """Add a job's result to the run's `evals.jsonl`, in the place of an earlier one of the same step and task.
+    """Add a job's result to the run's `evals.jsonl`, replacing an earlier one of the same step and task.
 
     Returns:
         Whether it was added; not when `weights` is gone, and with it the wish to know.
@@ -130,7 +130,7 @@ def add_evaluation(folder: Path, weights: Path, step: int, result: TaskResult) -
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two records are of the same step and task."""
+    """Return whether two records are of the same step and task."""
     return (one["step"], one.get("task")) == (other["step"], other.get("task"))
 
 

@@ -29,7 +29,7 @@ def take_snapshot(home: Path, extra: Mapping[str, str], runs: Path, write: bool 
         home: folder of the snapshots.
         extra: further files, name -> text, written at the top.
         runs: folder that holds the runs' folders.
-        write: False only tells which folder it would be.
+        write: False returns the folder without writing it.
 
     Raises:
         UserError: the folder cannot be written.

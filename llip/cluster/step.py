@@ -15,7 +15,7 @@ _TOGETHER = "raised while all tasks worked"
 
 
 def is_leading() -> bool:
-    """Tell whether this process leads the tasks of a job: it runs the program inside `lead_or_follow`."""
+    """Return whether this process leads the tasks of a job: it runs the program inside `lead_or_follow`."""
     return dist.is_initialized() and dist.get_rank() == 0
 
 

@@ -1,4 +1,4 @@
-"""Handing jobs to SLURM through submitit, and what the user is told about them."""
+"""Jobs: submitted to SLURM through submitit, and what is printed about them."""
 
 import contextlib
 import dataclasses

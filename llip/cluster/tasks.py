@@ -88,7 +88,7 @@ def _noted_signals() -> Iterator[set[int]]:
 
 
 def _is_preempted() -> bool:
-    """Tell whether SLURM takes this job's nodes for another one; a job that leaves by itself is not queued again."""
+    """Return whether SLURM is preempting this job; a job that exits by itself is not requeued."""
     try:
         done = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]],
@@ -99,5 +99,5 @@ def _is_preempted() -> bool:
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    told = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
-    return told.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    fields = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    return fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")

@@ -67,7 +67,7 @@ def parse_training(arguments: list[str]) -> TrainingCommand:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train a config on a SLURM cluster, on the nodes and GPUs that it asks for, one task per GPU.",
-        epilog="The same command continues a run that was stopped. docs/cluster.md tells more.",
+        epilog="The same command continues a run that was stopped. See docs/cluster.md.",
     )
     parser.add_argument("config", help="a config's name, or path/to/file.py:function")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
@@ -105,7 +105,7 @@ def parse_training(arguments: list[str]) -> TrainingCommand:
 
 
 def submit_training(command: TrainingCommand) -> None:
-    """Check everything, submit, and tell the user; or print the script.
+    """Check everything, submit, and print where to look; or print the script.
 
     Raises:
         UserError: what the run would stop at, or what SLURM refuses.

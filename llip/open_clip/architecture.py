@@ -26,7 +26,7 @@ _VOCABULARY = 49408  # of the BPE tokenizer that ships with OpenCLIP
 
 
 def _timm_refusal(vision: dict[str, Any]) -> str | None:
-    """Say why mixture tokens cannot go into this image tower of timm's, as far as its description tells."""
+    """Return why this timm image tower cannot hold mixture tokens, as far as its description shows."""
     name, pool = vision["timm_model_name"], vision.get("timm_pool", CLIPVisionCfg.timm_pool)
     if not timm.is_model(name):
         return f"timm has no model {name!r} for its image tower"

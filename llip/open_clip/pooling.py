@@ -124,7 +124,7 @@ class TextConditionedPooling(nn.Module):
         Args:
             width: D, divisible by `heads`.
             heads: M.
-            temperature: tau, divides the attention logits in the place of sqrt(d).
+            temperature: tau, divides the attention logits instead of sqrt(d).
         """
         super().__init__()
         assert width % heads == 0, f"width {width} is not divisible by {heads} heads"

@@ -72,7 +72,7 @@ def fit_positions(
         grid: of the model's patches.
 
     Returns:
-        ([K + L, W], what was resized). Rows that make no sense come back as they are: the shapes then tell.
+        ([K + L, W], what was resized). Rows that do not fit come back unchanged: the shape check reports them.
     """
     patches = grid[0] * grid[1]
     count = split_positions(rows, source_tokens, patches)

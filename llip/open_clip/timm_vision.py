@@ -94,14 +94,14 @@ class TimmTokenViT(_TimmTower):
         """Build around `source`, whose modules are used, not copied.
 
         Raises:
-            UserError: fewer mixture tokens than the source has tokens of its own.
+            UserError: fewer mixture tokens than the source has prefix tokens.
         """
         super().__init__(source, mixture_tokens)
         trunk = self.trunk
         self.source_tokens: int = trunk.num_prefix_tokens
         if mixture_tokens < self.source_tokens:
             raise UserError(
-                f"mixture_tokens = {mixture_tokens}: the image tower has {self.source_tokens} tokens of its own (class "
+                f"mixture_tokens = {mixture_tokens}: the image tower has {self.source_tokens} prefix tokens (class "
                 "token and registers), which all become mixture tokens; give at least as many"
             )
         state = {"trunk.cls_token": trunk.cls_token.detach()}
@@ -156,7 +156,7 @@ class TimmTokenViT(_TimmTower):
 
 
 class TimmLatentViT(_TimmTower):
-    """Pooled by attention (SigLIP, SigLIP 2): the K mixture tokens are K latents of the pool in the place of one.
+    """Pooled by attention (SigLIP, SigLIP 2): the K mixture tokens are K latents of the pool instead of one.
 
     Each latent asks the patches by itself and no latent sees another, so K equal ones give K times the source's
     feature: step 0 equals the source by construction, and nothing has to count as one.

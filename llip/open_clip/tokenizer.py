@@ -18,7 +18,7 @@ def create_tokenizer(text_cfg: dict[str, Any], folder: str | Path | None = None)
 
     Args:
         text_cfg: of a resolved architecture: `context_length`, and `hf_tokenizer_name` where it is not OpenCLIP's own.
-        folder: of the tokenizer's files, in the place of `hf_tokenizer_name`.
+        folder: of the tokenizer's files, instead of `hf_tokenizer_name`.
 
     Raises:
         UserError: the folder is not there or holds no tokenizer, the `transformers` package is missing, or the

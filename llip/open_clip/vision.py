@@ -1,4 +1,4 @@
-"""OpenCLIP's class-token ViT with K mixture tokens in the place of the one class token.
+"""OpenCLIP's class-token ViT with K mixture tokens instead of the one class token.
 
 Shapes: B images, L patches, K mixture tokens, W width of the tower, D width of the embedding.
 """

@@ -1,6 +1,6 @@
 """From a `Scene` to sentences: the facts that are true of it, each with several ways to say it.
 
-A caption tells one fact (or where two things are) and leaves all others out: that is the caption diversity that the
+A caption states one fact (or where two things are) and omits all others: that is the caption diversity that the
 dataset exists for. Every caption fits in 16 tokens of CLIP's tokenizer.
 """
 
@@ -22,7 +22,7 @@ RELATIONS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-"""Ways to say each relation. Left and right are told of things in one row, above and below of things in one column."""
+"""Ways to say each relation. Left and right relate things in one row, above and below things in one column."""
 
 
 @dataclass(frozen=True)
@@ -143,31 +143,31 @@ class Count(Fact):
 
 
 TRAIN_SHARES = {"place": 0.5, "two_places": 0.15, "relation": 0.1, "presence": 0.1, "background": 0.1, "count": 0.05}
-"""How often a caption is asked to be of each kind. Where things are is the majority: it tells pictures apart best.
+"""How often a caption is asked to be of each kind. Where things are is the majority: it distinguishes pictures best.
 
-A scene of two things has few places to tell, so over all captions they come less often than this (0.58 of them).
+A scene of two things has few places to state, so over all captions they come less often than this (0.58 of them).
 """
 
 RETRIEVAL_KINDS = ("place", "place", "two_places")
-"""The captions of a retrieval picture, in order; a scene of two things has just these to tell.
+"""The captions of a retrieval picture, in order; a scene of two things has just these.
 
 A place is true of about seven pictures in 800, two places most often of one. So with 800 pictures (seed 0) no model
 can expect more than 41 % of text-to-image recall at 1, 82 % at 5 and 99 % at 10.
 """
 
-_SIZED_SHARE = 0.4  # of the mentions that may or may not tell the size
+_SIZED_SHARE = 0.4  # of the mentions that may or may not state the size
 _CUMULATIVE = np.cumsum(list(TRAIN_SHARES.values())).tolist()
 
 
 def mixed_captions(scene: Scene, count: int, rng: np.random.Generator) -> tuple[list[str], list[Fact]]:
-    """Return `count` different captions of a scene, drawn by `TRAIN_SHARES`, and the fact that each one tells."""
+    """Return `count` different captions of a scene, drawn by `TRAIN_SHARES`, and the fact that each states."""
     kinds = list(TRAIN_SHARES)
     endless = (kinds[bisect(_CUMULATIVE, u * _CUMULATIVE[-1])] for u in iter(rng.random, None))
     return _tell(scene, endless, count, _SIZED_SHARE, rng)
 
 
 def retrieval_captions(scene: Scene, rng: np.random.Generator) -> tuple[list[str], list[Fact]]:
-    """Return captions of the kinds in `RETRIEVAL_KINDS`, in that order, and the fact that each one tells."""
+    """Return captions of the kinds in `RETRIEVAL_KINDS`, in that order, and the fact that each states."""
     return _tell(scene, iter(RETRIEVAL_KINDS), len(RETRIEVAL_KINDS), 1.0, rng)
 
 
@@ -192,7 +192,7 @@ def _tell(
 
 
 def say(fact: Fact, rng: np.random.Generator) -> str:
-    """Return one sentence that tells the fact, its wording chosen by `rng`."""
+    """Return one sentence that states the fact, worded by `rng`."""
     words = vars(fact)
     if isinstance(fact, Count):
         words = {"number": NUMBERS[fact.number], "noun": fact.noun}

@@ -35,7 +35,7 @@ VERSION = 2
 MANIFEST = "scenes.json"
 TRAIN_SHARD_SIZE = 1000
 TEST_SHARD_SIZE = 200  # several shards even of a small set, so that evaluation workers can share it
-CAPTIONS = 6  # the least that can be told of a scene, two things in opposite corners, is seven facts
+CAPTIONS = 6  # the fewest facts of a scene, two things in opposite corners, is seven facts
 SPLITS = ("train", *(task.name for task in CLASSIFICATION_TASKS), RETRIEVAL_TASK)  # the order is part of the seeds
 LIMITS = {"train": (1, 10_000_000), "test": (1, 1_000_000), "seed": (0, 2**63 - 1), "image_size": (32, 512)}
 
@@ -114,7 +114,7 @@ def ensure_scenes(out: Path, train: int = 12_000, test: int = 800, seed: int = 0
 
 
 def _holds(out: Path, args: ScenesArgs) -> bool:
-    """Tell whether `out` holds the scenes of `args`: False where nothing is there, UserError for something else."""
+    """Return whether `out` holds the scenes of `args`: False if it is empty, UserError for anything else."""
     if not _is_taken(out):
         return False
     try:
@@ -131,13 +131,13 @@ def _holds(out: Path, args: ScenesArgs) -> bool:
     if differing:
         raise UserError(
             f"scenes: {out} holds scenes made with {'; '.join(differing)}. "
-            "Give another folder, the same arguments, or delete this one to have it made anew."
+            "Give another folder, the same arguments, or delete this one to render it again."
         )
     return True
 
 
 def _is_taken(out: Path) -> bool:
-    """Tell whether `out` is anything but missing or an empty folder."""
+    """Return whether `out` is anything but missing or an empty folder."""
     return out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None)
 
 

@@ -62,7 +62,7 @@ def test_a_result_of_another_config_is_refused_before_anything_trains(trained, t
 def test_a_result_that_does_not_tell_its_config_is_refused(trained, tmp_path, text):
     (tmp_path / "p_mine_seed0").mkdir()
     (tmp_path / "p_mine_seed0" / sweep.RESULT).write_text(text)
-    with pytest.raises(UserError, match="does not tell of which config"):
+    with pytest.raises(UserError, match="does not name the config"):
         run(tmp_path)
     assert trained == []
 

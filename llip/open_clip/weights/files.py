@@ -116,7 +116,7 @@ def find_weights(pretrained: str, model_name: str) -> WeightSource:
 
 
 def is_ours(checkpoint: dict[str, Any]) -> bool:
-    """Tell whether this project wrote the checkpoint: then it carries all it needs, and nothing is assumed for it."""
+    """Return whether this project wrote the checkpoint: then it describes itself, and nothing is assumed."""
     return "model" in checkpoint or checkpoint.get("metadata", {}).get("library_name") == LIBRARY
 
 

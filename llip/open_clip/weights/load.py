@@ -40,7 +40,7 @@ def _fit_objective(state: dict[str, Tensor], model: Llip) -> list[str]:
             state[key] = state[key].reshape(())
     if model.logit_bias is not None and "logit_bias" not in state and "logit_scale" in state:
         del state["logit_scale"]
-        return ["logit scale and bias start anew: the source was trained without a bias"]
+        return ["logit scale and bias are initialised: the source was trained without a bias"]
     if model.logit_bias is None:
         state.pop("logit_bias", None)
     return []
@@ -136,14 +136,14 @@ def load_weights(
 
 
 def _shorten(problems: list[str]) -> str:
-    published = [line for line in problems if PUBLISHED_HEAD in line]  # always told key by key
+    published = [line for line in problems if PUBLISHED_HEAD in line]  # always reported key by key
     rest = [line for line in problems if line not in published]
     more = f"; and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
     return "; ".join(rest[:_SHOWN] + published) + more
 
 
 def _hint(report: LoadReport, model: Llip) -> str:
-    """Return the config field to change where a shape tells it."""
+    """Return the config field to change, where the shape shows it."""
     tokens = [found[-2] for key, found, _ in report.reshaped if key.endswith(("class_embedding", "cls_token"))]
     if tokens and tokens[0] != model.visual.mixture_tokens:
         return f". The file has {tokens[0]} mixture tokens: mixture_tokens={tokens[0]}"

@@ -1,6 +1,6 @@
 """`llip diagnose CHECKPOINT --data PATTERN`: what the mixture tokens do over a data set.
 
-Exit code: 0, also with alarms (they are in the table, the json and the figure); 2 when the request is at fault.
+Exit code: 0, also with alarms (they are in the table, the json and the figure); 2 for a mistake in the request.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="llip diagnose",
-        description="Measure how a model uses its mixture tokens; docs/explain.md tells what each number means.",
+        description="Measure how a model uses its mixture tokens; docs/explain.md explains each number.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that this project wrote")
     parser.add_argument("--data", required=True, metavar="PATTERN", help="shards, written as train_data")

@@ -27,7 +27,7 @@ class _Attentions(TorchFunctionMode):
         options = options or {}
         if function is F.scaled_dot_product_attention:
             self.weights.append(_weights(*arguments[:2], *arguments[3:4], **options))
-        elif function is F.multi_head_attention_forward:  # what torch's module calls; it can tell them by itself
+        elif function is F.multi_head_attention_forward:  # what torch's module calls; it can return them itself
             asked = {"need_weights": True, "average_attn_weights": False}
             self.weights.append(function(*arguments, **(options | asked))[1].float())
         return function(*arguments, **options)
@@ -41,7 +41,7 @@ def _weights(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, scale:
 def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
     """Return the attention weights of the tower from first to last: [B, A, N, N] of each block.
 
-    Row i tells how token i weighs all tokens, mixture tokens before patches; each row sums to one. A tower that pools
+    Row i holds how token i weights all tokens, mixture tokens before patches; each row sums to one. A tower that pools
     by attention has one more item [B, A, K, N], the weights of its K latents.
 
     Raises:

@@ -23,7 +23,7 @@ INK, PALE, ACCENT = "#26323f", "#c3ccd6", "#1f6fb4"
 HEAT = "Blues"
 DARK = 0.12  # light of a place that no token looks at
 _WRAP = 34  # characters of a caption beside the bars
-_BY_HEAD = 512  # columns of the weights by head that can still be told apart
+_BY_HEAD = 512  # columns of the weights by head that can still be distinguished
 
 
 def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens: int) -> None:
@@ -70,7 +70,7 @@ def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens
 
 
 def _listens(explanation: Explanation) -> bool:
-    """Tell whether the weights can differ between captions."""
+    """Return whether the weights can differ between captions."""
     return explanation.pooling == "text" and explanation.weights.shape[-1] > 1
 
 

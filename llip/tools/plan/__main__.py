@@ -1,6 +1,6 @@
 """`llip plan <config> [field=value ...]`: what a run will take.
 
-Exit code: 0 when it fits into the GPU, 1 when it does not, 2 when the request is at fault.
+Exit code: 0 when it fits into the GPU, 1 when it does not, 2 for a mistake in the request.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llip plan",
         description="Parameters, FLOPs, memory, traffic and hours of a run, worked out without a GPU.",
-        epilog="Exit code: 0 it fits into the GPU, 1 it does not, 2 the request is at fault.",
+        epilog="Exit code: 0 it fits into the GPU, 1 it does not, 2 a mistake in the request.",
     )
     parser.add_argument("config", help="as for llip.main; python -m llip.main --list shows all")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")

@@ -131,7 +131,7 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
 
     Args:
         config: the run.
-        checkpointing: in the place of the config's `grad_checkpointing`.
+        checkpointing: instead of the config's `grad_checkpointing`.
         parameters: of the model, where they have been counted already.
     """
     spec = model_spec(config)

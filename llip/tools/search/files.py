@@ -13,7 +13,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 @dataclasses.dataclass(frozen=True)
 class FileState:
-    """What tells that a file is still the same."""
+    """What identifies an unchanged file."""
 
     size: int  # bytes
     mtime_ns: int
@@ -63,7 +63,7 @@ class Changes:
 
 
 def compare(before: Mapping[str, FileState], now: Mapping[str, FileState]) -> Changes:
-    """Return what happened between two looks at a folder; size and time of change tell whether a file has changed."""
+    """Return what changed between two scans of a folder; a file has changed if its size or modification time has."""
     return Changes(
         new=sorted(now.keys() - before.keys()),
         changed=sorted(path for path in now.keys() & before.keys() if now[path] != before[path]),

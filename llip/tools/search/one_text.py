@@ -16,7 +16,7 @@ _PARAMETERS = {f"{name}_proj.weight" for name in ("q", "k", "v", "out")}
 
 
 def applies_to(pooling: nn.Module) -> bool:
-    """Tell whether `pooling` is what `scores_of_one_text` computes: four matrices and nothing else."""
+    """Return whether `scores_of_one_text` computes this pooling: four matrices and nothing else."""
     names = {name for name, _ in [*pooling.named_parameters(), *pooling.named_buffers()]}
     return type(pooling) is TextConditionedPooling and names == _PARAMETERS
 

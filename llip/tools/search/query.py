@@ -61,7 +61,7 @@ class Searcher:
 
     @torch.no_grad()
     def _can_project_the_text(self) -> bool:
-        """Tell whether the faster way to the scores gives the model's own, on a few images of the index."""
+        """Return whether the faster form of the scores equals the model's, on a few images of the index."""
         pooling = getattr(self.scorer.model, "pooling", None)
         if not self.places or pooling is None or not applies_to(pooling):
             return False
