@@ -13,6 +13,7 @@ from evals.tables import format_results, notes
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
+from llip.clipeval.inputs import task_inputs
 from llip.clipeval.task_result import TaskResult
 from llip.config_search import search_config
 from llip.errors import UserError
@@ -64,7 +65,11 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
     results = ResultsFile(expand_path(config.output_dir), model)
     if results.set_aside is not None:
         print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
-    tasks = [entry.name for entry in wanted if not results.is_done(entry, config.shortlist)]
+    changes = {entry.name: results.changes(entry, config.shortlist, task_inputs(entry)) for entry in wanted}
+    tasks = [name for name, why in changes.items() if why is None or why]
+    for name in tasks:
+        if why := changes[name]:
+            print(f"{name} is evaluated again: {', '.join(why)}")
     if kept := len(wanted) - len(tasks):
         print(f"{kept} of {len(wanted)} tasks are done already: {results.folder / 'results.json'}")
     if tasks:

@@ -7,16 +7,19 @@
 Values are fractions in [0, 1] in the json and percentages in the tables. `mean` is over the classification tasks.
 """
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evals.tables import format_results, notes
 from llip.clipeval.catalog.catalog import Entry
+from llip.clipeval.inputs import changed_parts
 from llip.clipeval.metrics import RETRIEVAL
 from llip.clipeval.outcomes import outcomes_file, save_outcomes
 from llip.clipeval.task_result import TaskResult, classification_mean
@@ -27,17 +30,18 @@ from llip.system.paths import expand_path
 
 @dataclass(frozen=True)
 class CheckpointIdentity:
-    """Which file the results are of; a file written anew is another one."""
+    """Which weights the results are of: the same content is the same checkpoint, wherever it lies."""
 
-    path: str
+    path: str = field(compare=False)
     bytes: int
-    modified_ns: int
+    sha256: str
 
     @classmethod
     def of(cls, path: Path) -> "CheckpointIdentity":
+        """Read the whole file: a copy that keeps size and time (`cp -p`, `rsync -t`) has other weights."""
         real = path.resolve()
-        status = real.stat()
-        return cls(str(real), status.st_size, status.st_mtime_ns)
+        with real.open("rb") as file:
+            return cls(str(real), real.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class ModelIdentity:
     checkpoint: CheckpointIdentity
     prompt_ensemble: str
     precision: str
+
+    def describes(self, stored: Any) -> bool:
+        """Return whether a stored object is of the same model; one without the hash of its weights is not."""
+        try:
+            return self == ModelIdentity(**{**stored, "checkpoint": CheckpointIdentity(**stored["checkpoint"])})
+        except (KeyError, TypeError):
+            return False
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ class ResultsFile:
         self.folder, self.model = folder, model
         self.set_aside: Path | None = None
         self._results: dict[str, TaskResult] = {}
+        self._inputs: dict[str, Mapping[str, str]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,25 +127,27 @@ class ResultsFile:
         if not path.is_file():
             return
         stored = _parse(path)
-        if stored["model"] == asdict(self.model):
+        if self.model.describes(stored["model"]):
             self._results = _tasks(path, stored)
             return
-        self.set_aside = path.with_name("results.previous.json")
+        names = itertools.chain(["previous"], (f"previous-{number}" for number in itertools.count(2)))
+        places = (path.with_name(f"results.{name}.json") for name in names)
+        self.set_aside = next(place for place in places if not place.exists())
 
-    def is_done(self, entry: Entry, shortlist: int | None) -> bool:
-        """Tell whether the task was evaluated without error, for the entry as it is written now.
+    def changes(self, entry: Entry, shortlist: int | None, inputs: Mapping[str, str]) -> list[str] | None:
+        """Return why a task with a result must be evaluated again: [] if it is done, None without a result.
 
         Args:
             shortlist: that of the evaluation; it concerns retrieval alone.
+            inputs: what the task is evaluated on now; stored with its result.
         """
+        self._inputs[entry.name] = inputs
         result = self._results.get(entry.name)
+        if result is None or result.error is not None:
+            return None
         wanted = shortlist if entry.kind == RETRIEVAL else None
-        return (
-            result is not None
-            and result.error is None
-            and result.fingerprint == entry.fingerprint
-            and result.shortlist == wanted
-        )
+        other = [f"shortlist changed ({result.shortlist} -> {wanted})"] if result.shortlist != wanted else []
+        return other + changed_parts(result.inputs, inputs)
 
     def tasks(self, names: Iterable[str]) -> list[TaskResult]:
         """Return the results there are of the named tasks, in that order."""
@@ -143,7 +157,7 @@ class ResultsFile:
         """Take in one task's result and write the files, each in one atomic step."""
         if self.set_aside is not None and not self._results:  # not before there is something to put in its place
             self._set_aside(self.folder / "results.json", self.set_aside)
-        self._results[result.task] = result
+        self._results[result.task] = replace(result, inputs=self._inputs.get(result.task))
         if result.outcomes is not None:  # first: a result without its outcomes would stay so for good
             save_outcomes(outcomes_file(self.folder / "results.json", result.task), result.outcomes)
         results = list(self._results.values())

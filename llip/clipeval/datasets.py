@@ -7,10 +7,11 @@ scanned once), so that process r of W takes exactly images r, r + W, ... and eve
 
 import dataclasses
 import importlib
+import os
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,6 +107,22 @@ def readable_name(name: str, camel_case: bool = False) -> str:
     """Return a folder's name of a class as words: `_` becomes a space, with camel_case `aB` becomes `a B`."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name) if camel_case else name
     return re.sub(r"[\s_]+", " ", spaced).strip()
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Yield the files below a folder by name, links followed; each real folder is visited once, so loops end."""
+    # os.walk, not torchvision's make_dataset: importing torchvision costs every evaluating process seconds
+    real_folder = Path(os.path.realpath(folder))
+    visited = {str(path) for path in (real_folder, *real_folder.parents)}  # a link to a parent leads to other classes
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        links_last = sorted(folders, key=lambda name: os.path.islink(os.path.join(parent, name)))
+        folders.clear()
+        for name in links_last:
+            if (real := os.path.realpath(os.path.join(parent, name))) not in visited:
+                visited.add(real)
+                folders.append(name)
+        folders.sort()
+        yield from (os.path.join(parent, file) for file in sorted(files))
 
 
 def require_folder(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """What one task gave: the object of results.json and evals.jsonl."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,7 +19,7 @@ class TaskResult:
         skipped: images that could not be read; skipped_images: the first of them, by name and reason.
         error: why the task could not be evaluated, or None.
         classnames_hash, prompts_hash: SHA-256 beginnings; in retrieval prompts_hash is that of the captions.
-        fingerprint: the catalog entry's.
+        fingerprint: the catalog entry's. inputs: of the entry, texts and data files, see `inputs.task_inputs`.
         shortlist: candidates that retrieval scored exactly per query; None: everything was.
         samples: hash of the images scored, see `outcomes.hash_samples`.
         outcomes: how each image came out; not part of the json. None after an error and when read back.
@@ -40,6 +40,7 @@ class TaskResult:
     fingerprint: str | None = None
     shortlist: int | None = None
     samples: str | None = None
+    inputs: Mapping[str, str] | None = None
     outcomes: Outcomes | None = field(default=None, compare=False, repr=False)
 
     @property

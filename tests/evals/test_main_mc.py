@@ -217,3 +217,85 @@ def test_the_chart_shows_what_it_was_given(config: EvalConfig, monkeypatch: pyte
     assert sides == {"this evaluation": [now, now, *recalls], str(earlier): [*[100 * wds["value"]] * 2, None, None]}
     assert lines == {"a": 1.5}
     assert rules == [1, 2]
+
+
+def _replace_text(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def _add_image(folder: Path) -> None:
+    write_wds(folder / "wds", [i % 3 for i in range(31)], CLASSES)
+
+
+def _copy_time(path: Path, text: str) -> None:
+    before = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = {
+    "the dataset's class names": (
+        lambda folder: _replace_text(folder / "wds/classnames.txt", "bee", "cat"),
+        "data files",
+    ),
+    "the dataset's prompts": (
+        lambda folder: _copy_time(folder / "wds/zeroshot_classification_templates.txt", "a photo of {c}\nmy {c}  \n"),
+        "data files",
+    ),
+    "images": (_add_image, "data files"),
+    "a file of prompts": (lambda folder: _copy_time(folder / "prompts.txt", "the {c}\n"), "prompts"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_task_is_evaluated_again_when_what_it_reads_changed(
+    config: EvalConfig, change: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder = Path(config.catalog_name).parent
+    entry = {"type": "webdataset", "path": "wds"}
+    if change == "a file of prompts":
+        entry |= {"prompts": "prompts.txt"}
+        (folder / "prompts.txt").write_text("one {c}\n")
+    write_catalog(Path(config.catalog_name), {"wds": entry, "pairs": {"type": "retrieval", "path": "pairs"}})
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    first = results_of(config)["tasks"]
+    capsys.readouterr()
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert "2 of 2 tasks are done already" in capsys.readouterr().out
+    act, words = CHANGES[change]
+    act(folder)
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    out = capsys.readouterr().out
+    assert f"wds is evaluated again: {words} changed" in out
+    assert "1 of 2 tasks are done already" in out
+    assert results_of(config)["tasks"]["wds"] != first["wds"]
+    assert results_of(config)["tasks"]["pairs"] == first["pairs"]
+
+
+def test_weights_are_known_by_their_content(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    checkpoint, first = Path(config.checkpoint_path), results_of(config)
+    checkpoint.touch()
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert "2 of 2 tasks are done already" in capsys.readouterr().out
+    _copy_time(checkpoint, "7")  # other weights of the same size and time
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert results_of(config)["tasks"]["pairs"] != first["tasks"]["pairs"]
+    second = results_of(config)
+    _copy_time(checkpoint, "8")
+    assert mc.run(config, ["cpu"], load_fake) == 0  # a third model overwrites no earlier results
+    previous = [json.loads(path.read_text()) for path in sorted(Path(config.output_dir).glob("results.previous*"))]
+    assert sorted(previous, key=str) == sorted([first, second], key=str)
+
+
+def test_results_of_earlier_versions_are_set_aside(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    stored = results_of(config)
+    stored["model"]["checkpoint"] |= {"modified_ns": 1}
+    del stored["model"]["checkpoint"]["sha256"]
+    for task in stored["tasks"].values():
+        del task["inputs"]
+    Path(config.output_dir, "results.json").write_text(json.dumps(stored))
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert "earlier results are of another model or protocol" in capsys.readouterr().out
+    assert json.loads(Path(config.output_dir, "results.previous.json").read_text()) == stored

@@ -1,7 +1,6 @@
 """Images as files, one folder per class."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from llip.clipeval.datasets import (
     DatasetSpec,
     ImageSource,
     dataset_type,
+    files_below,
     readable_name,
     require_file,
     require_folder,
@@ -116,10 +116,7 @@ class ImageFolder(DatasetSpec):
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    # os.walk, not torchvision's make_dataset: importing torchvision costs every evaluating process seconds
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (os.path.join(parent, file) for file in sorted(files) if Path(file).suffix.lower() in IMAGE_SUFFIXES)
+    return (file for file in files_below(folder) if Path(file).suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _read_listing(path: Path) -> list[str]:

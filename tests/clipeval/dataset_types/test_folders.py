@@ -1,6 +1,7 @@
 """Folders of images: which folders are classes, what they are called, and listings of a split."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.catalog.opening import labels_of, open_source
 from llip.clipeval.datasets import ImageSource
 from llip.errors import UserError
-from tests.clipeval.fakes import picture, png, write_catalog
+from tests.clipeval.fakes import picture, png, write_catalog, write_imagefolder
 
 
 def save(folder: Path, *files: str) -> None:
@@ -166,3 +167,17 @@ def test_cub_and_sun_and_objectnet_of_the_shipped_catalog(tmp_path: Path, monkey
     source = load_catalog()["objectnet"].data.open()
     assert (source.classnames, source.targets()) == (["Alarm clock"], [0])
     assert source.load(0)[0].size == (picture(0).width - 4, picture(0).height - 4)
+
+
+def test_symlink_loops_count_each_image_once(tmp_path: Path) -> None:
+    write_imagefolder(tmp_path / "set", ["ant", "bee"], 3)
+    (tmp_path / "set/ant/self").symlink_to(".")
+    (tmp_path / "set/ant/up").symlink_to("..")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set/bee/000.png").rename(tmp_path / "elsewhere/000.png")
+    (tmp_path / "set/bee/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/bee/again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/bee/nowhere").symlink_to(tmp_path / "gone")
+    source = open_entry(tmp_path)
+    assert source.targets() == [0, 0, 0, 1, 1, 1]
+    assert len({os.path.realpath(source.name(i)) for i in range(6)}) == 6

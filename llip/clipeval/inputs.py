@@ -1,0 +1,67 @@
+"""What a task is evaluated on, as hashes: results are kept as long as all of them stay the same."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from llip.clipeval.catalog.catalog import Entry
+from llip.clipeval.datasets import files_below
+
+TEXTS = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
+CHEAP = 1 << 20
+"""Bytes up to which a text file counts by its content; other files count by size and time."""
+
+
+def task_inputs(entry: Entry) -> dict[str, str]:
+    """Return name of a part -> what identifies it: the entry, its texts, and the data files by name, size and time."""
+    texts = {"class names": entry.classnames, "prompts": entry.prompts, "class keys": entry.class_keys}
+    contents = {name: source.content() for name, source in texts.items() if source is not None}
+    return {
+        "entry": entry.fingerprint,
+        **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()},
+        "data files": _describe_files(entry),
+    }
+
+
+def changed_parts(stored: Mapping[str, str] | None, inputs: Mapping[str, str]) -> list[str]:
+    """Return in words what differs between the inputs of a stored result and those of now; texts before the entry."""
+    if stored is None:
+        return ["what it was evaluated on is not recorded"]
+    names = [name for name in [*inputs, *(set(stored) - set(inputs))] if stored.get(name) != inputs.get(name)]
+    if len(names) > 1 and "entry" in names and set(names) & {"class names", "prompts", "class keys"}:
+        names.remove("entry")  # its fingerprint covers the texts
+    words = {"data files": f"data files changed ({stored.get('data files')} -> {inputs.get('data files')})"}
+    return [words.get(name, f"{name} changed") for name in names]
+
+
+def _describe_files(entry: Entry) -> str:
+    digest, count, size = hashlib.sha256(), 0, 0
+    for root, path in sorted(set(_data_files(entry))):
+        try:
+            status = os.stat(path)
+            cheap = Path(path).suffix.lower() in TEXTS and status.st_size <= CHEAP
+            identity = hashlib.sha256(Path(path).read_bytes()).hexdigest() if cheap else status.st_mtime_ns
+        except OSError as error:  # a link to nowhere, or a file of somebody else
+            identity, status = str(error.strerror), None
+        count, size = count + 1, size + (status.st_size if status else 0)
+        digest.update(json.dumps([os.path.relpath(path, root), status and status.st_size, identity]).encode())
+    return f"{count} files, {size} bytes, {digest.hexdigest()[:16]}"
+
+
+def _data_files(entry: Entry) -> Iterator[tuple[str, str]]:
+    """Yield (root, path) of the dataset's files: below its split if that is a folder, and beside it."""
+    location, split = entry.data.location(), getattr(entry.data, "split", "")
+    others = [getattr(entry.data, field.name) for field in fields(entry.data) if field.name != "path"]
+    for root in [location, *(other for other in others if isinstance(other, Path) and other != location)]:
+        if root is None or not root.exists():
+            continue
+        if not root.is_dir():
+            yield str(root.parent), str(root)
+        elif split and root == location and (root / split).is_dir():
+            yield from ((str(root), file.path) for file in os.scandir(root) if not file.is_dir())
+            yield from ((str(root), path) for path in files_below(root / split))
+        else:
+            yield from ((str(root), path) for path in files_below(root))
