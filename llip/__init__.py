@@ -14,6 +14,7 @@ _EXPORTS = {
     "list_models": "llip.open_clip.factory",
     "list_further_models": "llip.open_clip.factory",
     "load_pretrained": "llip.open_clip.factory",
+    "open_model": "llip.open_clip.factory",
     "sigmoid_loss": "llip.open_clip.loss",
     "softmax_loss": "llip.open_clip.loss",
     "UserError": "llip.errors",

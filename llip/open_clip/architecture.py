@@ -109,7 +109,7 @@ def _find(model: str) -> dict[str, Any]:
     raise UserError(f"unknown model {model!r}.{did_you_mean(model, list_models() + list_further_models())}")
 
 
-def _resize_mode(model: str) -> str:
+def evaluation_resize_mode(model: str) -> str:
     """Return how evaluation images get their size, as the weights of `model` expect: see `RESIZE_MODES`."""
     if model.endswith(".json"):
         mode = read_json(Path(model), "model config").get("preprocess_cfg", {}).get("resize_mode", "shortest")
@@ -179,7 +179,7 @@ def resolve_architecture(
         "vision_cfg": vision,
         "text_cfg": text,
     }
-    if (mode := _resize_mode(model)) != RESIZE_MODES[0]:
+    if (mode := evaluation_resize_mode(model)) != RESIZE_MODES[0]:
         resolved["resize_mode"] = mode
     return resolved
 

@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor
 
 from llip.configs import Config
-from llip.errors import UserError
+from llip.errors import UserError, did_you_mean
 from llip.extensions import FOLDER, portable_name, relocate
 from llip.open_clip.architecture import (
     RESIZE_MODES,
@@ -22,6 +22,7 @@ from llip.open_clip.architecture import (
     resolve_architecture,
 )
 from llip.open_clip.model import Llip
+from llip.open_clip.plain import is_plain_folder, open_plain
 from llip.open_clip.pooling import create_pooling
 from llip.open_clip.timm_vision import timm_tower
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
@@ -56,6 +57,7 @@ __all__ = [
     "load_pretrained",
     "model_spec",
     "normalise_images",
+    "open_model",
 ]
 
 
@@ -243,17 +245,21 @@ def create_model_and_transforms(
     return built, built.preprocess_train, built.preprocess_val
 
 
-def _described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (description, checkpoint) of a checkpoint file or of an exported folder."""
-    if not path.is_dir():
+def _read_described(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return (description, checkpoint) of a checkpoint file, an exported folder, or the safetensors file in one."""
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.suffix != ".safetensors":
         checkpoint = read_checkpoint(path)
         return checkpoint.get("model"), checkpoint
-    described = read_json(path / "config.json", "config").get("model")
+    checkpoint = read_checkpoint(weights_in_folder(path) if path.is_dir() else path)
+    if not (folder / "config.json").is_file():
+        return None, checkpoint
+    described = read_json(folder / "config.json", "config").get("model")
     if isinstance(described, dict):
         text = described.get("architecture", {}).get("text_cfg", {})
         if text.get("hf_tokenizer_name"):  # an exported folder brings its own
-            text["hf_tokenizer_name"] = str(path / text["hf_tokenizer_name"])
-    return described, read_checkpoint(weights_in_folder(path))
+            text["hf_tokenizer_name"] = str(folder / text["hf_tokenizer_name"])
+    return described, checkpoint
 
 
 def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = False) -> Llip:
@@ -262,14 +268,15 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
     The model carries `.config` (a plain dict), `.preprocess_val` and `.tokenizer`.
 
     Args:
-        path: a checkpoint file, or a folder written by `llip export`.
+        path: a checkpoint file, a folder written by `llip export`, or the `model.safetensors` in one.
         tokenizer: folder of the tokenizer's files, if they have moved since the checkpoint was written.
-        ema: take the moving average of the weights (`ema_decay`) in their place.
+        ema: load the moving average of the weights (`ema_decay`) instead.
 
     Raises:
-        UserError: the file is not there, is damaged, does not describe its model, or has no average.
+        UserError: the file is missing or damaged, does not describe its model, or holds no average.
     """
-    described, checkpoint = _described(Path(path))
+    path = Path(path).expanduser()
+    described, checkpoint = _read_described(path)
     if ema:
         if "ema_state_dict" not in checkpoint:
             raise UserError(f"checkpoint {str(path)!r} holds no average of its weights (config field ema_decay)")
@@ -277,10 +284,10 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
     fields = {field.name for field in dataclasses.fields(ModelSpec)}
     if not isinstance(described, dict) or described.keys() != fields:
         raise UserError(
-            f"checkpoint {str(path)!r} does not describe its model (key 'model'); for foreign weights use "
-            "llip.create_model_and_transforms(..., pretrained=PATH)"
+            f"checkpoint {str(path)!r} does not describe its model (key 'model', or config.json beside safetensors); "
+            "for foreign weights use llip.create_model_and_transforms(..., pretrained=PATH)"
         )
-    described |= relocate(described, _run_folder(Path(path)) / FOLDER)
+    described |= relocate(described, _extensions_folder(path))
     spec = ModelSpec(**described)
     if tokenizer is not None:
         spec.architecture["text_cfg"]["hf_tokenizer_name"] = tokenizer
@@ -289,9 +296,48 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
     return _attach(model, spec).eval()
 
 
-def _run_folder(path: Path) -> Path:
-    """Return the folder of a run from one of its checkpoints, or an exported folder itself."""
-    return path if path.is_dir() else path.absolute().parent.parent
+def _extensions_folder(path: Path) -> Path:
+    """Return where a checkpoint of a run, or an exported folder, keeps the files of its poolings and losses."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return (path if path.is_dir() else path.parent) / FOLDER
+    return path.absolute().parent.parent / FOLDER
+
+
+def open_model(
+    model: str | Path, pretrained: str | None = None, *, tokenizer: str | None = None, ema: bool = False
+) -> Llip:
+    """Open any model in eval mode: what `load_pretrained` opens, and plain OpenCLIP models.
+
+    Every model answers `encode_image` [B, K, D], `encode_text` [T, D], `similarity` [B, T], `contextualize` and
+    `mixture_weights`, and carries `.config`, `.preprocess_val` and `.tokenizer`. A plain OpenCLIP model has one mixture
+    token and `pooling` "first"; its scores are OpenCLIP's own. Its `visual` is a `plain.PlainImageTower`.
+
+    Args:
+        model: a checkpoint, an exported folder or its safetensors file; or an OpenCLIP model by name, or a folder with
+            an `open_clip_config.json`.
+        pretrained: weights of an OpenCLIP model given by name: a tag, a file or a folder. Otherwise None.
+        tokenizer: folder of the tokenizer's files, if they have moved or do not ship with OpenCLIP.
+        ema: load the moving average of the weights; for a checkpoint of this project.
+
+    Raises:
+        UserError: neither a path nor a name of OpenCLIP's, or weights that are missing, damaged or do not fit.
+    """
+    name = str(model).removeprefix("local-dir:")
+    path = Path(name).expanduser()
+    is_path = path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_path and pretrained is not None and name not in open_clip.list_models():
+        raise UserError(f"model {name!r} brings its own weights: leave out pretrained = {pretrained!r}")
+    if is_path and pretrained is None and not is_plain_folder(path):
+        return load_pretrained(path, tokenizer, ema)
+    if ema:
+        raise UserError(f"OpenCLIP model {name!r} holds no average of its weights: leave out ema")
+    if pretrained is None and is_path:
+        return open_plain(str(path), None, tokenizer)
+    if name not in open_clip.list_models():
+        raise UserError(
+            f"model {name!r} is neither a path nor an OpenCLIP model.{did_you_mean(name, open_clip.list_models())}"
+        )
+    return open_plain(name, pretrained, tokenizer)
 
 
 def check_model_matches(model: Llip, config: Config) -> None:
