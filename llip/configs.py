@@ -39,7 +39,7 @@ def _operational(default: Any, meaning: str, *, bounds: Bounds | None = None) ->
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One training run. Flat, frozen, checked when made; names known from this family of trainers keep their names."""
+    """One training run. Flat, frozen, checked when made; field names of this family of trainers are kept."""
 
     # Run
     name: str = _operational("", "folder of the run below `logs`; the config function's name when empty")
@@ -48,13 +48,13 @@ class Config:
     resume: str | None = _operational(
         "latest", "latest: continue this run's newest good checkpoint; a path: start from it; none: refuse to continue"
     )
-    deterministic: bool = _operational(False, "only deterministic kernels (slower on CUDA)")
+    deterministic: bool = _operational(False, "deterministic kernels only (slower on CUDA)")
 
     # Data
     train_data: str = _field(
         "", "shards: brace pattern, glob, comma list, `A.tar@0.7::B.tar@0.3`, pipe:, or scenes:DIR"
     )
-    train_num_samples: int = _field(0, "pairs that make one epoch of the schedule", bounds=FROM_0)
+    train_num_samples: int = _field(0, "pairs per epoch of the schedule", bounds=FROM_0)
     caption_keys: str = _field("txt", "caption sources: txt, json.FIELD; weighted as in json.captions:0.7,txt:0.3")
     image_transform: str | None = _field(
         None, "path/file.py:Name: maps a decoded image (uint8 [H, W, 3]) and a seed to an image, before the random crop"
@@ -64,12 +64,12 @@ class Config:
         4, "data-loading processes per training process; 0 loads in the training process", bounds=FROM_0
     )
     shuffle_buffer: int = _field(
-        2000, "undecoded samples per worker among which the next one is drawn", bounds=AT_LEAST_1
+        2000, "undecoded samples per worker to shuffle among", bounds=AT_LEAST_1
     )
     max_bad_fraction: float = _operational(
-        0.1, "share of undecodable samples beyond which training stops", bounds=FROM_0_TO_1
+        0.1, "fraction of unusable samples above which training stops", bounds=FROM_0_TO_1
     )
-    log_sample_ids: bool = _operational(False, "write the ids of every step's samples, to audit their order")
+    log_sample_ids: bool = _operational(False, "record the sample ids of every step, to audit the order")
 
     # Model
     model: str = _field("ViT-B-16-quickgelu", "name of an OpenCLIP ViT config, or path to a json in its format")
@@ -77,15 +77,15 @@ class Config:
     context_length: int | None = _field(None, "tokens per caption; none: the model's own", bounds=ABOVE_0)
     mixture_tokens: int = _field(1, "K: outputs of the image encoder", bounds=AT_LEAST_1)
     pooling: str = _field(
-        "text", "how K tokens become the image's feature: first, mean, learned, text, or path/file.py:Name"
+        "text", "how K tokens are pooled into the image feature: first, mean, learned, text, or path/file.py:Name"
     )
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling", bounds=AT_LEAST_1)
     softmax_temperature: float = _field(
-        5.0, "tau: divides the pooling's attention logits, instead of sqrt(d)", bounds=ABOVE_0
+        5.0, "tau: divides the attention logits of the pooling, instead of sqrt(d)", bounds=ABOVE_0
     )
-    patch_dropout: float = _field(0.0, "share of patches dropped in training", bounds=FROM_0_BELOW_1)
-    lock_image: bool = _field(False, "do not train the image tower, but for its mixture tokens when there are several")
-    lock_text: bool = _field(False, "do not train the text tower")
+    patch_dropout: float = _field(0.0, "fraction of patches dropped in training", bounds=FROM_0_BELOW_1)
+    lock_image: bool = _field(False, "freeze the image tower, except its mixture tokens if it has several")
+    lock_text: bool = _field(False, "freeze the text tower")
     pretrained: str | None = _field(None, "weights to start from: a checkpoint file or folder, or an OpenCLIP tag")
     tokenizer: str | None = _operational(
         None, "folder of the tokenizer's files, for models whose tokenizer does not ship with OpenCLIP"
@@ -95,11 +95,11 @@ class Config:
     loss: str = _field(
         "sigmoid", "objective over all images x all texts of the global batch: sigmoid, softmax, or path/file.py:Name"
     )
-    batch_size: int = _field(256, "pairs per process and per accumulation slice", DERIVED, bounds=AT_LEAST_1)
+    batch_size: int = _field(256, "pairs per process and micro-batch", DERIVED, bounds=AT_LEAST_1)
     accum_freq: int = _field(
-        1, "slices per step; the contrastive batch grows with it, the memory does not", DERIVED, bounds=AT_LEAST_1
+        1, "micro-batches per step; the contrastive batch grows with it, the memory does not", DERIVED, bounds=AT_LEAST_1
     )
-    epochs: int = _field(32, "passes over train_num_samples that the schedule spans", bounds=AT_LEAST_1)
+    epochs: int = _field(32, "epochs of train_num_samples in the schedule", bounds=AT_LEAST_1)
     lr: float = _field(5e-4, "peak learning rate", bounds=FROM_0)
     beta1: float = _field(0.9, "AdamW", bounds=FROM_0_BELOW_1)
     beta2: float = _field(0.95, "AdamW", bounds=FROM_0_BELOW_1)
@@ -109,22 +109,22 @@ class Config:
     )
     layer_decay: float = _field(
         1.0,
-        "learning rate of a tower's block, as a multiple of that of the block above it; 1: the same everywhere",
+        "learning-rate factor from each block of a tower to the block below; 1: the same rate everywhere",
         bounds=FROM_0_TO_1,
     )
     warmup: int = _field(2000, "steps of linear warm-up before the cosine", bounds=FROM_0)
-    grad_clip: float | None = _field(1.0, "largest gradient norm; none: no clipping", bounds=ABOVE_0)
+    grad_clip: float | None = _field(1.0, "maximum gradient norm; none: no clipping", bounds=ABOVE_0)
     max_bad_steps: int = _operational(
         10,
-        "steps in a row that may be skipped because loss or gradient is not finite, before the run ends",
+        "consecutive steps skipped for a non-finite loss or gradient before the run ends",
         bounds=AT_LEAST_1,
     )
     ema_decay: float | None = _field(
         None,
-        "keep an exponential moving average of the weights, its decay warmed up to this; none: no average",
+        "decay of an exponential moving average of the weights, warmed up to this value; none: no average",
         bounds=FROM_0_BELOW_1,
     )
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = _field("amp_bf16", "arithmetic of the towers")
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = _field("amp_bf16", "precision of the towers")
 
     # Machine
     nodes: int = _operational(1, "machines", bounds=AT_LEAST_1)
