@@ -26,7 +26,7 @@ class Bounds:
         return above and below and (isinstance(value, int) or math.isfinite(value))
 
 
-AT_LEAST_1 = Bounds("at least 1", 1, 2**31)
+AT_LEAST_1 = Bounds("at least 1 (and below 2**31)", 1, 2**31 - 1)
 FROM_0 = Bounds("0 or more", 0, 2**53)
 ABOVE_0 = Bounds("more than 0", 0, 2**31, includes_low=False)
 FROM_0_TO_1 = Bounds("a number from 0 to 1", 0, 1)

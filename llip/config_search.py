@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -101,8 +102,14 @@ def search_config(name: str, overrides: list[str] | None = None) -> Config:
         function, function_name = configs[name], name
     try:
         config = function()
-    except TypeError as error:
-        raise UserError(f"config {name}: {error}. Config fields: {', '.join(config_fields())}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        fields = f". Config fields: {', '.join(config_fields())}" if isinstance(error, TypeError) else ""
+        raise UserError(
+            f"config {name} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}{fields}"
+        ) from error
     if not isinstance(config, Config):
         raise UserError(f"config {name} returned {type(config).__name__}, expected llip.configs.Config")
     config = config.replace(**parse_overrides(overrides or []))

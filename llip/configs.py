@@ -63,9 +63,7 @@ class Config:
     workers: int = _operational(
         4, "data-loading processes per training process; 0 loads in the training process", bounds=FROM_0
     )
-    shuffle_buffer: int = _field(
-        2000, "undecoded samples per worker to shuffle among", bounds=AT_LEAST_1
-    )
+    shuffle_buffer: int = _field(2000, "undecoded samples per worker to shuffle among", bounds=AT_LEAST_1)
     max_bad_fraction: float = _operational(
         0.1, "fraction of unusable samples above which training stops", bounds=FROM_0_TO_1
     )
@@ -97,7 +95,10 @@ class Config:
     )
     batch_size: int = _field(256, "pairs per process and micro-batch", DERIVED, bounds=AT_LEAST_1)
     accum_freq: int = _field(
-        1, "micro-batches per step; the contrastive batch grows with it, the memory does not", DERIVED, bounds=AT_LEAST_1
+        1,
+        "micro-batches per step; the contrastive batch grows with it, the memory does not",
+        DERIVED,
+        bounds=AT_LEAST_1,
     )
     epochs: int = _field(32, "epochs of train_num_samples in the schedule", bounds=AT_LEAST_1)
     lr: float = _field(5e-4, "peak learning rate", bounds=FROM_0)
@@ -195,6 +196,22 @@ class Config:
     def folder(self) -> Path:
         """The run's folder, `<logs>/<name>`."""
         return Path(self.logs) / self.name
+
+    def warnings(self) -> list[str]:
+        """Return a message for each setting that is legal but hardly meant."""
+        steps, messages = self.total_steps, []
+        if self.warmup >= steps > 0:
+            messages.append(
+                f"warmup = {self.warmup:,} steps of {steps:,}: the learning rate never reaches its peak; set a smaller "
+                "warmup, or more epochs"
+            )
+        if self.evals and not self.eval_steps:
+            messages.append("evals without eval_steps: no evaluation will run; set eval_steps=N, or evals=none")
+        if self.eval_steps and not self.evals:
+            messages.append("eval_steps without evals: no evaluation will run; set evals=FILE.yaml, or eval_steps=0")
+        if self.context_length is not None and self.context_length < 4:
+            messages.append(f"context_length = {self.context_length} leaves no room for words beside start and end")
+        return messages
 
     def replace(self, **changes: Any) -> "Config":
         """Return a copy with other values; an unknown field is a `UserError` that names the nearest one."""

@@ -181,3 +181,39 @@ def test_answers_without_torch_and_at_once(arguments):
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=30)
     assert time.monotonic() - started < 3  # a third of it on a quiet machine
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup": 1_000_000}, "warmup = 1,000,000 steps of 30: the learning rate never reaches its peak"),
+        ({"evals": ("a.yaml",)}, "evals without eval_steps"),
+        ({"eval_steps": 5}, "eval_steps without evals"),
+        ({"context_length": 2}, "context_length = 2 leaves no room"),
+        ({}, None),
+    ],
+)
+def test_settings_that_are_hardly_meant_are_warned_of(changes, message):
+    config = Config(train_num_samples=1000, batch_size=100, epochs=3, **{"warmup": 5} | changes)
+    assert [warning[: len(message or "")] for warning in config.warnings()] == ([message] if message else [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("seed", "99999999999999999999999", "an integer of 64 bits"),
+        ("shuffle_buffer", "1e12", "at least 1"),
+        ("lr", "nan", "0 or more"),
+        ("beta2", "1", "from 0 to 1"),
+        ("grad_clip", "0", "more than 0"),
+    ],
+)
+def test_bounds_stand_beside_the_fields(field, value, expected):
+    with pytest.raises(UserError, match=rf"config field {field} = .*: expected .*{expected}"):
+        search_config("llip_quickstart", [f"{field}={value}"])
+
+
+def test_a_config_that_raises_names_file_and_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def run():\n    return [][3]\n")
+    with pytest.raises(UserError, match=r"failed at .*mine\.py:2: IndexError: list index out of range"):
+        search_config(f"{tmp_path}/mine.py:run")

@@ -66,16 +66,18 @@ def open_folder(config: Config, processes: Processes) -> Iterator[None]:
             if processes.is_main:
                 stack.enter_context(locked_folder(config.folder))
                 started = any((config.folder / "checkpoints").glob("*.pt"))
-                copy_extensions(extension_files(vars(config)).values(), config.folder / FOLDER)
                 notes = claim_folder(config.folder, config, started)
                 if config.resume is None and started:
                     raise UserError(
                         f"run folder {str(config.folder)!r} holds checkpoints and resume=none; choose name=NAME"
                     )
+                copy_extensions(extension_files(vars(config)).values(), config.folder / FOLDER)
             start_logging(config.folder if processes.is_main else None)
         if processes.is_main:
             for note in notes:
                 log.info(note)
+            for warning in config.warnings():
+                log.warning(warning)
         yield
 
 
