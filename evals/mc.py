@@ -8,9 +8,9 @@ from torch import nn
 
 from evals.chart import bar_chart
 from evals.main_distributed import launch
-from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, read_results
+from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, locked_output, read_results
 from evals.tables import format_results, notes
-from llip.clipeval.catalog.catalog import load_catalog
+from llip.clipeval.catalog.catalog import Entry, load_catalog
 from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.inputs import task_inputs
@@ -48,8 +48,8 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         load: gives the model, carrying `.preprocess_val` and `.tokenizer`; importable, for it travels to the processes.
 
     Raises:
-        UserError: unknown run config, catalog or task, missing checkpoint or earlier results, unwritable output
-            folder.
+        UserError: unknown run config, catalog or task, missing checkpoint or earlier results; an output folder
+            that cannot be written or that another evaluation uses.
     """
     precision = _precision(config, devices)
     checkpoint = _find_checkpoint(config)
@@ -62,6 +62,20 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         precision=precision,
     )
     earlier = [read_results(path) for path in config.compare_with]
+    with locked_output(expand_path(config.output_dir)):
+        results = _evaluate(config, devices, load, checkpoint, wanted, model)
+        return _report(config, results, wanted, earlier)
+
+
+def _evaluate(
+    config: EvalConfig,
+    devices: Sequence[str],
+    load: LoadModel,
+    checkpoint: Path,
+    wanted: Sequence[Entry],
+    model: ModelIdentity,
+) -> ResultsFile:
+    """Evaluate the tasks that are not done and return all results."""
     results = ResultsFile(expand_path(config.output_dir), model)
     if results.set_aside is not None:
         print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
@@ -76,6 +90,11 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
         print(f"evaluating {checkpoint} on {len(tasks)} tasks, on {' '.join(devices)}")
         launch(_work, devices, config, tasks, results, checkpoint, load)
         results = ResultsFile(results.folder, model)
+    return results
+
+
+def _report(config: EvalConfig, results: ResultsFile, wanted: Sequence[Entry], earlier: Sequence[StoredResults]) -> int:
+    """Print the results, draw the chart, and return the exit code."""
     done = results.tasks(entry.name for entry in wanted)
     print(format_results(done))
     chart = draw(results, [entry.name for entry in wanted], earlier, config.references)

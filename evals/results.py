@@ -11,8 +11,10 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,11 @@ from llip.clipeval.outcomes import outcomes_file, save_outcomes
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import UserError
 from llip.system.files import write_text
+from llip.system.locks import file_system, try_lock
 from llip.system.paths import expand_path
+
+LOCK_PATIENCE = 3.0
+"""Seconds to wait for an output folder: the data workers of a killed evaluation hold its lock until they notice."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +108,52 @@ def _not_results(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away")
 
 
+@contextmanager
+def locked_output(folder: Path) -> Iterator[None]:
+    """Create an output folder and hold its lock; the operating system releases it when the process dies.
+
+    Raises:
+        UserError: the folder cannot be written, another evaluation holds it, or its file system has no locks.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from error
+    try:
+        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 - held during the evaluation
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            free = try_lock(lock, LOCK_PATIENCE)
+        except OSError as error:
+            where = file_system(folder)
+            raise UserError(
+                f"output_dir {folder} on {where} cannot be locked ({error.strerror}); choose one on another file system"
+            ) from error
+        if not free:
+            lock.seek(0)
+            holder = lock.read().decode(errors="replace").strip() or "another evaluation"
+            raise UserError(f"output_dir {folder} is in use by {holder}; wait for it, or set another output_dir")
+        with suppress(OSError):  # a full disk: only the message to others lacks the holder
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+
+
 class ResultsFile:
     """The results of one model in one folder; earlier results of another model are set aside, not lost."""
 
     def __init__(self, folder: Path, model: ModelIdentity) -> None:
-        """Open `folder` (made when it is not there) and take over the results that are of the same `model`.
+        """Open `folder` (see `locked_output`) and take over the results of the same `model`.
 
         Raises:
-            UserError: the folder cannot be written, or holds a damaged results.json.
+            UserError: a damaged results.json.
         """
         self.folder, self.model = folder, model
         self.set_aside: Path | None = None
         self._results: dict[str, TaskResult] = {}
         self._inputs: dict[str, Mapping[str, str]] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"output_dir {folder} cannot be written by this user")
         self._read(folder / "results.json")
 
     def _read(self, path: Path) -> None:

@@ -30,6 +30,7 @@ def result(task: str, ranks: np.ndarray, metric: str = "top1", samples: str = "a
 
 
 def write(folder: Path, *results: TaskResult, precision: str = "fp32") -> str:
+    folder.mkdir(exist_ok=True)
     file = ResultsFile(folder, ModelIdentity("config", CheckpointIdentity("a.pt", 1, "0"), "feature", precision))
     for one in results:
         file.add(one)

@@ -1,7 +1,9 @@
 """The program `mc` with a small fake model: results on disk, what a rerun does, exit codes, processes that fail."""
 
 import json
+import multiprocessing
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from evals import main_mc, mc
+from evals import main_mc, mc, results
 from evals.main_distributed import choose_devices, launch
 from llip.clipeval.eval_config import EvalConfig
 from llip.errors import EXIT_USER, UserError
@@ -299,3 +301,33 @@ def test_results_of_earlier_versions_are_set_aside(config: EvalConfig, capsys: p
     assert mc.run(config, ["cpu"], load_fake) == 0
     assert "earlier results are of another model or protocol" in capsys.readouterr().out
     assert json.loads(Path(config.output_dir, "results.previous.json").read_text()) == stored
+
+
+def test_one_evaluation_at_a_time_writes_into_a_folder(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "LOCK_PATIENCE", 0.1)
+    with results.locked_output(Path(config.output_dir)):
+        with pytest.raises(UserError, match=rf"output_dir .*out is in use by process {os.getpid()} on .*; wait for it"):
+            mc.run(config, ["cpu"], load_fake)
+        assert not Path(config.output_dir, "results.json").exists()
+        assert mc.run(replace(config, output_dir=config.output_dir + "2"), ["cpu"], load_fake) == 0
+    assert mc.run(config, ["cpu"], load_fake) == 0  # released
+
+
+def _hold(folder: Path, ready: Path) -> None:
+    with results.locked_output(folder):
+        ready.touch()
+        time.sleep(60)
+
+
+def test_the_lock_of_a_killed_evaluation_is_released(config: EvalConfig, tmp_path: Path) -> None:
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(Path(config.output_dir), tmp_path / "on"))
+    holder.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "on").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
+        mc.run(config, ["cpu"], load_fake)
+    holder.kill()
+    holder.join()
+    assert mc.run(config, ["cpu"], load_fake) == 0
