@@ -38,18 +38,28 @@ def quadratic_form(doubled: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def _left_factors(values: Tensor, shared: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield m', H_mm' [m'+1, d, d'] and v_m H_mm' [B, (m'+1)K, d'] of the heads m <= m', for each head m'."""
+def _head_columns(values: Tensor, shared: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Yield what the block column of head n of the Gram matrices is made of: n, its columns, S_mn and V_m S_mn.
+
+    The heads m <= n alone, S_mn being [n+1, d, e] and V_m S_mn [B, (n+1)K, e].
+    """
     heads, images, tokens, size = values.shape
-    shared = shared.view(heads, size, heads, size)
+    blocks = shared.view(heads, size, heads, size)
     for head in range(heads):
-        factor = shared[: head + 1, :, head]
-        left = torch.bmm(values[: head + 1].flatten(1, 2), factor)  # [m'+1, BK, d']
-        yield head, factor, left.unflatten(1, (images, tokens)).transpose(0, 1).flatten(1, 2)
+        factor = blocks[: head + 1, :, head]
+        left = torch.bmm(values[: head + 1].flatten(1, 2), factor)  # [n+1, BK, e]
+        left = left.unflatten(1, (images, tokens)).transpose(0, 1).flatten(1, 2)
+        yield head, slice(head * tokens, (head + 1) * tokens), factor, left
 
 
 def image_gram(values: Tensor, shared: Tensor) -> Tensor:
-    """Return G_i = P_i P_i^T [B, MK, MK], whose blocks are v_im (W_O^T W_O)_mm' v_im'^T.
+    """Return G_i = P_i P_i^T [B, MK, MK] ("image Gram" in docs/method.md).
+
+    With V_m the values of head m and S_mn the blocks of W_O^T W_O, G_mn = V_m S_mn V_n^T for each image:
+
+        G = einsum("mbkd,mdne,nble->bmknl", V, S, V)
+
+    One block column of the upper triangle at a time, mirrored below the diagonal.
 
     Args:
         values: of the mixture tokens [M, B, K, d], in full precision.
@@ -57,36 +67,39 @@ def image_gram(values: Tensor, shared: Tensor) -> Tensor:
     """
     heads, images, tokens, _ = values.shape
     gram = values.new_empty(images, heads * tokens, heads * tokens)
-    for head, _, left in _left_factors(values, shared):
-        columns = slice(head * tokens, (head + 1) * tokens)
-        upper = torch.bmm(left, values[head].transpose(1, 2))  # [B, (m'+1)K, K]
+    for head, columns, _, left in _head_columns(values, shared):
+        upper = torch.bmm(left, values[head].transpose(1, 2))  # [B, (n+1)K, K]
         gram[:, : columns.stop, columns] = upper
         gram[:, columns, : columns.start] = upper[:, : columns.start].transpose(1, 2)
     return gram
 
 
-def image_gram_backward(
-    values: Tensor, shared: Tensor, gradient: Tensor, values_total: Tensor, shared_total: Tensor
-) -> None:
-    """Add the gradients of `image_gram` to those of `values` and `shared`.
+def image_gram_backward(values: Tensor, shared: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `image_gram` with respect to `values` [M, B, K, d] and `shared` [D, D].
+
+    With dG and S symmetric,
+
+        dV = 2 einsum("bmknl,mdne,nble->mbkd", dG, S, V)
+        dS = einsum("mbkd,bmknl,nble->mdne", V, dG, V)
+
+    As in `image_gram`, only the upper triangle of dG is visited: U holds each of its entries above the diagonal twice,
+    for its mirror image. So dS is right up to an antisymmetric part, which has no effect because S is symmetric.
 
     Args:
         values, shared: as given to `image_gram`.
-        gradient: of the symmetric matrices [B, MK, MK], symmetric as well; only its upper triangle is read.
-        values_total, shared_total: added to, shaped like `values` and `shared`; that of `shared` is right up to an
-            antisymmetric part, which does not matter because `shared` is symmetric.
+        gradient: dG [B, MK, MK], of which only the upper triangle is read.
     """
     heads, images, tokens, size = values.shape
-    shared_total = shared_total.view(heads, size, heads, size)
-    for head, factor, left in _left_factors(values, shared):
-        columns = slice(head * tokens, (head + 1) * tokens)
-        upper = 2 * gradient[:, : columns.stop, columns]  # above the diagonal: for its mirror image too
-        square = upper[:, columns]
-        upper[:, columns] = (square.triu() + square.triu(1)) / 2
-        values_total[head] += torch.bmm(upper.transpose(1, 2), left)
-        left_gradient = torch.bmm(upper, values[head])  # [B, (m'+1)K, d']
-        left_gradient = left_gradient.unflatten(1, (head + 1, tokens)).transpose(0, 1).flatten(1, 2)  # [m'+1, BK, d']
-        values_total[: head + 1] += torch.bmm(left_gradient, factor.transpose(1, 2)).view(
-            head + 1, images, tokens, size
-        )
-        shared_total[: head + 1, :, head] += torch.bmm(values[: head + 1].flatten(1, 2).transpose(1, 2), left_gradient)
+    of_values, of_shared = torch.zeros_like(values), torch.zeros_like(shared)
+    blocks = of_shared.view(heads, size, heads, size)
+    for head, columns, factor, left in _head_columns(values, shared):
+        upper = 2 * gradient[:, : columns.stop, columns]  # U [B, (n+1)K, K]
+        diagonal = upper[:, columns]
+        diagonal.copy_((diagonal.triu() + diagonal.triu(1)) / 2)
+        of_values[head] += torch.bmm(upper.transpose(1, 2), left)  # through V_n
+        of_left = torch.bmm(upper, values[head]).unflatten(1, (head + 1, tokens)).transpose(0, 1)
+        of_left = of_left.flatten(1, 2)  # [n+1, BK, e]
+        through_left = torch.bmm(of_left, factor.transpose(1, 2))
+        of_values[: head + 1] += through_left.view(head + 1, images, tokens, size)  # through V_m
+        blocks[: head + 1, :, head] = torch.bmm(values[: head + 1].flatten(1, 2).transpose(1, 2), of_left)
+    return of_values, of_shared

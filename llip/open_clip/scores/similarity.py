@@ -7,7 +7,7 @@ Done plainly, each of the B x T pairs needs its own feature z (D numbers) and a 
 
     s_ij = (sum_mk a_ijmk v_ikm . (W_O^T t_j)_m) / |z_ij|
 
-and the norm comes in three ways, all exact; the shape says which is the cheapest (`score_plan`):
+and the norm comes in three ways, all exact; the shape says which is the cheapest (`scores.plan`):
 
     image_gram    |z|^2 = a^T G_i a,              G_i = P_i P_i^T [MK, MK], once per image
     shared_gram   |z|^2 = m^T (W_O^T W_O) m,      m_ij = the mixed values sum_k a_ijmk v_ikm [D]
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from llip.open_clip.scores.gram import full_precision, image_gram, image_gram_backward
 from llip.open_clip.scores.plan import Form, ScorePlan, plan_scores, slices
-from llip.open_clip.scores.tiles import GRAM_FORMS, accumulate, attention, inverse_norm
+from llip.open_clip.scores.tiles import GRAM_FORMS, Gradients, accumulate, attention, inverse_norm
 
 
 class _Inputs(NamedTuple):
@@ -44,8 +44,9 @@ class _Inputs(NamedTuple):
     def project(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Return queries and targets W_O^T t_j [M, d, t] of some texts, in the dtype of the keys."""
         texts = self.texts[columns].to(self.keys.dtype).T
-        projected = (weight.to(texts.dtype) @ texts for weight in (self.query_weight, self.out_weight.T))
-        return tuple(x.unflatten(0, (len(self.keys), -1)) for x in projected)
+        queries, targets = (weight.to(texts.dtype) @ texts for weight in (self.query_weight, self.out_weight.T))
+        by_head = (len(self.keys), -1)
+        return queries.unflatten(0, by_head), targets.unflatten(0, by_head)
 
     def images(self, images: slice) -> tuple[Tensor, Tensor]:
         """Return keys and values of some images."""
@@ -53,26 +54,18 @@ class _Inputs(NamedTuple):
 
 
 class _Block:
-    """A block of images whose Gram matrices are in memory at once."""
+    """Some images, whose Gram matrices are in memory at once, and the tiles they are cut into."""
 
     def __init__(self, place: slice, inputs: _Inputs, plan: ScorePlan, training: bool) -> None:
         """Form the matrices of the images at `place`; with `training` so that `backward` can follow."""
-        self.per_image = plan.form == "image_gram"
         matrix = inputs.shared
-        if self.per_image:
+        if plan.form == "image_gram":
             matrix = image_gram(full_precision(inputs.values[:, place]), inputs.shared)
         self.form = GRAM_FORMS[plan.form](matrix, training)
         self.tiles = [  # (place in the block, place among all images)
             (tile, slice(tile.start + place.start, tile.stop + place.start))
             for tile in slices(place.stop - place.start, plan.tile_images)
         ]
-
-    def backward(self, values: Tensor, shared: Tensor, values_total: Tensor, shared_total: Tensor) -> None:
-        """Add the gradients through the matrices to those of the block's values and of W_O^T W_O."""
-        if self.per_image:
-            image_gram_backward(full_precision(values), shared, self.form.gradient, values_total, shared_total)
-        else:
-            shared_total += self.form.gradient
 
 
 class _Scores(torch.autograd.Function):
@@ -81,12 +74,12 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: ScorePlan, *inputs: Tensor) -> Tensor:
         parts = _Inputs(*inputs)
+        ctx.plan = plan
         if not plan.keep:
             ctx.save_for_backward(*inputs)
-            ctx.plan = plan
             return _scores_only(parts, plan)
         scores = parts.texts.new_empty(parts.keys.shape[1], len(parts.texts), dtype=parts.shared.dtype)
-        block = _Block(slice(0, len(scores)), parts, plan, training=True)
+        ctx.block = block = _Block(slice(0, len(scores)), parts, plan, training=True)
         kept_tiles: list[Tensor] = []
         for columns in slices(len(parts.texts), plan.tile_texts):
             queries, targets = parts.project(columns)
@@ -95,7 +88,6 @@ class _Scores(torch.autograd.Function):
                 scores[images, columns], kept = block.form.forward(local, values, targets, attention(keys, queries))
                 kept_tiles.extend(kept)
         ctx.save_for_backward(*inputs, *kept_tiles)
-        ctx.plan, ctx.block = plan, block
         return scores
 
     @staticmethod
@@ -104,49 +96,58 @@ class _Scores(torch.autograd.Function):
         plan, saved = ctx.plan, ctx.saved_tensors
         inputs = _Inputs(*saved[: len(_Inputs._fields)])
         kept_tiles = iter(saved[len(inputs) :]) if plan.keep else None
-        totals = _Inputs(*(torch.zeros_like(x, dtype=inputs.shared.dtype) for x in inputs))
+        gradients = _Inputs(*(torch.zeros_like(x, dtype=inputs.shared.dtype) for x in inputs))
         with torch.autocast(upstream.device.type, enabled=False):
             for place in slices(len(upstream), plan.block_images):
                 block = ctx.block if plan.keep else _Block(place, inputs, plan, training=True)
-                block.form.start_backward()
+                of_matrix = torch.zeros_like(block.form.matrix)
                 for columns in slices(len(inputs.texts), plan.tile_texts):
-                    _backward_column(block, inputs, totals, columns, upstream, kept_tiles)
-                block.backward(inputs.values[:, place], inputs.shared, totals.values[:, place], totals.shared)
+                    _backward_column(block, inputs, columns, upstream, kept_tiles, gradients, of_matrix)
+                if plan.form == "image_gram":
+                    values = full_precision(inputs.values[:, place])
+                    of_values, of_matrix = image_gram_backward(values, inputs.shared, of_matrix)
+                    gradients.values[:, place] += of_values
+                gradients.shared.add_(of_matrix)
                 del block
-        return None, *(total.to(x.dtype) for total, x in zip(totals, inputs, strict=True))
+        return None, *(gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
 
 
 def _backward_column(
     block: _Block,
     inputs: _Inputs,
-    totals: _Inputs,
     columns: slice,
     upstream: Tensor,
     kept_tiles: Iterator[Tensor] | None,
+    gradients: _Inputs,
+    of_matrix: Tensor,
 ) -> None:
-    """Add the gradients of a block of images against one tile of texts to `totals`; without kept tiles, again."""
+    """Add the gradients of a block of images against one tile of texts to `gradients` and `of_matrix`.
+
+    Args:
+        kept_tiles: what the forward pass kept; None: it is computed again.
+    """
     queries, targets = inputs.project(columns)
-    queries_total, targets_total = (torch.zeros_like(x, dtype=totals.texts.dtype) for x in (queries, targets))
+    of_queries, of_targets = (torch.zeros_like(x, dtype=gradients.texts.dtype) for x in (queries, targets))
     for local, images in block.tiles:
         keys, values = inputs.images(images)
         if kept_tiles is None:
             _, kept = block.form.forward(local, values, targets, attention(keys, queries))
         else:
             kept = tuple(itertools.islice(kept_tiles, block.form.kept_tensors))
-        logits = block.form.backward(
-            local, values, targets, kept, upstream[images, columns], (totals.values[:, images], targets_total)
-        ).flatten(1, 2)  # [M, nK, t]
-        accumulate(totals.keys[:, images].flatten(1, 2), logits, queries.transpose(1, 2))
-        accumulate(queries_total, keys.flatten(1, 2).transpose(1, 2), logits)
-        del kept, logits
-    texts = inputs.texts[columns].to(totals.texts.dtype)
-    weights = inputs.query_weight, inputs.out_weight.T
-    for total, gradient, weight in zip(
-        (totals.query_weight, totals.out_weight.T), (queries_total, targets_total), weights, strict=True
+        tile_gradients = Gradients(gradients.values[:, images], of_targets, of_matrix)
+        of_logits = block.form.backward(local, values, targets, kept, upstream[images, columns], tile_gradients)
+        of_logits = of_logits.flatten(1, 2)  # [M, nK, t]
+        accumulate(gradients.keys[:, images].flatten(1, 2), of_logits, queries.transpose(1, 2))
+        accumulate(of_queries, keys.flatten(1, 2).transpose(1, 2), of_logits)
+        del kept, of_logits
+    texts = inputs.texts[columns].to(gradients.texts.dtype)
+    for of_projected, weight, of_weight in (
+        (of_queries, inputs.query_weight, gradients.query_weight),
+        (of_targets, inputs.out_weight.T, gradients.out_weight.T),
     ):
-        gradient = gradient.flatten(0, 1)  # [D, t]
-        total.addmm_(gradient, texts)
-        totals.texts[columns].addmm_(gradient.T, weight.to(gradient.dtype))
+        of_projected = of_projected.flatten(0, 1)  # [D, t]
+        of_weight.addmm_(of_projected, texts)
+        gradients.texts[columns].addmm_(of_projected.T, weight.to(of_projected.dtype))
 
 
 def pairwise_scores(
@@ -168,7 +169,7 @@ def pairwise_scores(
         texts: unit-norm text features [T, D].
         query_weight, out_weight: W_Q and W_O [D, D].
         query_gain: factor of the queries, 1 / temperature included.
-        memory_budget: bytes beyond inputs and result; None takes the default of `score_plan`.
+        memory_budget: bytes beyond inputs and result; None takes the default of `scores.plan`.
         form, tile: force the form or the tile (images, texts); by default both follow from the shapes.
 
     Returns:

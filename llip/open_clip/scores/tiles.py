@@ -8,6 +8,8 @@ Each form keeps what its `backward` needs in a tuple. Scores are s = c r with c 
 quadratic form |z|^2 = x^T S x of a symmetric S has the gradient 2 S x, whose product was formed for the norm already.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,14 @@ MIN_SQUARED_NORM = 1e-12
 """Floor under |z|^2 before the root: the quadratic form cancels, and degenerate tokens give zero."""
 
 Kept = tuple[Tensor, ...]
+
+
+class Gradients(NamedTuple):
+    """Sums over tiles, in full precision, that the backward pass of a tile adds to."""
+
+    values: Tensor  # [M, n, K, d]
+    targets: Tensor  # [M, d, t]
+    matrix: Tensor  # like the matrix of the form; of per-image matrices the upper block triangle alone
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -59,28 +69,52 @@ def _norm_slope(numerator: Tensor, squared: Tensor, inverse: Tensor) -> Tensor:
     return (numerator * inverse.square()).masked_fill(squared < MIN_SQUARED_NORM, 0)
 
 
-class ImageGram:
-    """|z|^2 = a^T G_i a with one Gram matrix [R, R] per image: z has D numbers and is never formed."""
+class GramForm:
+    """One of the two ways to the norm through symmetric matrices; what they share."""
+
+    kept_tensors: int
+    """Tensors that `forward` keeps for `backward`."""
+
+    def __init__(self, matrix: Tensor, training: bool) -> None:
+        """Hold the Gram matrix or matrices; without `training` in the form that `scores` needs."""
+        self.matrix = matrix if training else doubled_above_diagonal(matrix)
+
+    def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Return the scores [n, t], without gradients.
+
+        Args:
+            images: the tile's images among those of the matrices.
+            values: [M, n, K, d].
+            targets: W_O^T t_j [M, d, t].
+            weights: attention weights [M, n, K, t].
+        """
+        raise NotImplementedError
+
+    def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
+        """Return the scores [n, t], and what `backward` needs."""
+        raise NotImplementedError
+
+    def backward(
+        self, images: slice, values: Tensor, targets: Tensor, kept: Kept, upstream: Tensor, gradients: Gradients
+    ) -> Tensor:
+        """Return the gradient of the logits [M, n, K, t], given that of the scores; add the others to `gradients`."""
+        raise NotImplementedError
+
+
+class ImageGram(GramForm):
+    """|z|^2 = a^T G_i a with one Gram matrix [R, R] per image: z has D numbers and is never formed.
+
+    Keeps (weights, slope of the logits, r, c r^2); the slope is d s / d logits over r.
+    """
 
     kept_tensors = 4
 
-    def __init__(self, matrix: Tensor, training: bool) -> None:
-        """`matrix`: the Gram matrices [B, R, R]."""
-        self.matrix = matrix if training else doubled_above_diagonal(matrix)
-        self.gradient: Tensor | None = None
-
-    def start_backward(self) -> None:
-        """Begin to sum `gradient`, of the matrix; of per-image matrices only the upper block triangle is summed."""
-        self.gradient = torch.zeros_like(self.matrix)
-
     def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Return the scores [n, t] of values [M, n, K, d] and targets [M, d, t], without gradients."""
         agreement = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights)
         numerator = agreement.mul_(weights).sum(dim=(0, 2))
         return numerator * inverse_norm(quadratic_form(self.matrix[images], to_rows(weights)))
 
     def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
-        """Return the scores, and (weights, slope of the logits, r, c r^2): the slope is d s / d logits over r."""
         slope = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights).mul_(weights)
         product = from_rows(torch.bmm(self.matrix[images], to_rows(weights)), len(weights)).mul_(weights)
         numerator, squared = slope.sum(dim=(0, 2)), product.sum(dim=(0, 2))
@@ -90,50 +124,34 @@ class ImageGram:
         return numerator * inverse, (weights, attention_backward(weights, slope), inverse, ratio)
 
     def backward(
-        self,
-        images: slice,
-        values: Tensor,
-        targets: Tensor,
-        kept: Kept,
-        upstream: Tensor,
-        totals: tuple[Tensor, Tensor],
+        self, images: slice, values: Tensor, targets: Tensor, kept: Kept, upstream: Tensor, gradients: Gradients
     ) -> Tensor:
-        """Add to the gradients of values, targets and the matrices; return the gradient of the logits."""
         weights, slope, inverse, ratio = kept
-        values_total, targets_total = totals
         upstream = upstream * inverse
         weighted = weights * upstream[:, None]  # [M, n, K, t]
-        accumulate(values_total.flatten(1, 2), weighted.flatten(1, 2), targets.transpose(1, 2))
-        accumulate(targets_total, values.flatten(1, 2).transpose(1, 2), weighted.flatten(1, 2))
+        accumulate(gradients.values.flatten(1, 2), weighted.flatten(1, 2), targets.transpose(1, 2))
+        accumulate(gradients.targets, values.flatten(1, 2).transpose(1, 2), weighted.flatten(1, 2))
         left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(weights).transpose(1, 2)
-        gradient = self.gradient[images]
+        of_matrix = gradients.matrix[images]
         for block, rest in upper_blocks(left.shape[1]):
-            gradient[:, block, rest].baddbmm_(left[:, block], right[:, :, rest])
+            of_matrix[:, block, rest].baddbmm_(left[:, block], right[:, :, rest])
         return slope * upstream[:, None]
 
 
-class SharedGram:
-    """|z|^2 = m^T (W_O^T W_O) m of the mixed values m [D] of a pair: one Gram matrix [D, D] for all of them."""
+class SharedGram(GramForm):
+    """|z|^2 = m^T (W_O^T W_O) m of the mixed values m [D] of a pair: one Gram matrix [D, D] for all of them.
+
+    Keeps (weights, mixed values, slope of the mixed values over r, r, c r^2).
+    """
 
     kept_tensors = 5
 
-    def __init__(self, matrix: Tensor, training: bool) -> None:
-        """`matrix`: W_O^T W_O [D, D]."""
-        self.matrix = matrix if training else doubled_above_diagonal(matrix)
-        self.gradient: Tensor | None = None
-
-    def start_backward(self) -> None:
-        """Begin to sum `gradient`, of the matrix; of per-image matrices only the upper block triangle is summed."""
-        self.gradient = torch.zeros_like(self.matrix)
-
     def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Return the scores [n, t] of values [M, n, K, d] and targets [M, d, t], without gradients."""
         mixed = _mix(values, weights)
         numerator = (mixed * targets[:, None]).sum(dim=(0, 2))
         return numerator * inverse_norm(quadratic_form(self.matrix, to_rows(mixed)))
 
     def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
-        """Return the scores, and (weights, mixed values, slope of the mixed values over r, r, c r^2)."""
         mixed = _mix(values, weights)  # [M, n, d, t]
         product = from_rows(self.matrix @ to_rows(mixed), len(values))
         numerator, squared = (mixed * targets[:, None]).sum(dim=(0, 2)), (mixed * product).sum(dim=(0, 2))
@@ -143,24 +161,16 @@ class SharedGram:
         return numerator * inverse, (weights, mixed, slope, inverse, ratio)
 
     def backward(
-        self,
-        images: slice,
-        values: Tensor,
-        targets: Tensor,
-        kept: Kept,
-        upstream: Tensor,
-        totals: tuple[Tensor, Tensor],
+        self, images: slice, values: Tensor, targets: Tensor, kept: Kept, upstream: Tensor, gradients: Gradients
     ) -> Tensor:
-        """Add to the gradients of values, targets and the matrix; return the gradient of the logits [M, n, K, t]."""
         weights, mixed, slope, inverse, ratio = kept
-        values_total, targets_total = totals
         upstream = upstream * inverse
         low = (slope * upstream[:, None]).to(values.dtype)
-        values_total += torch.matmul(weights.to(low.dtype), low.transpose(2, 3))
+        gradients.values.add_(torch.matmul(weights.to(low.dtype), low.transpose(2, 3)))
         weighted = mixed * upstream[:, None]
-        targets_total.add_(weighted.sum(dim=1))
+        gradients.targets.add_(weighted.sum(dim=1))
         left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(mixed)
-        self.gradient += torch.tensordot(left, right, dims=([0, 2], [0, 2]))
+        gradients.matrix.add_(torch.tensordot(left, right, dims=([0, 2], [0, 2])))
         gradient = full_precision(torch.matmul(values, low))  # [M, n, K, t]
         return attention_backward(weights, gradient.mul_(weights))
 
@@ -170,5 +180,5 @@ def _mix(values: Tensor, weights: Tensor) -> Tensor:
     return full_precision(torch.matmul(values.transpose(2, 3), weights.to(values.dtype)))
 
 
-GRAM_FORMS = {"image_gram": ImageGram, "shared_gram": SharedGram}
+GRAM_FORMS: dict[str, type[GramForm]] = {"image_gram": ImageGram, "shared_gram": SharedGram}
 """Form -> what computes a tile of it."""
