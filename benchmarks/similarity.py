@@ -210,7 +210,7 @@ def memory_of(texts: int) -> int:
 
 
 def measure_memory() -> dict:
-    """Peak memory with few and with many texts, each in a process of its own, and the growth that is allowed."""
+    """Peak memory with few and with many texts, each in a separate process, and the growth that is allowed."""
     peaks = []
     for texts in MEMORY_TEXTS:
         command = [sys.executable, "-m", "benchmarks.similarity", "--memory-of", str(texts)]

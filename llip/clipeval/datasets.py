@@ -23,7 +23,7 @@ from llip.system.paths import unset_variables
 
 
 class ImageSource(ABC):
-    """Images by index with their targets; opened anew by each process, read by data workers.
+    """Images by index with their targets; opened by each process, read by data workers.
 
     Attributes:
         classnames: the dataset's own class names in the order of the labels; None when it has none.
@@ -68,7 +68,7 @@ class DatasetSpec(ABC):
         return self.path
 
     def found(self) -> bool:
-        """Tell whether anything of the dataset is on this machine."""
+        """Return whether anything of the dataset is on this machine."""
         location = self.location()
         return location is None or location.exists()
 

@@ -126,7 +126,7 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     "workers": _integer(0),
     "shortlist": _integer(10),  # R@10 is measured
 }
-"""Key, or type of a field without a rule of its own -> what it accepts, in code and in words."""
+"""Key, or type of a field without a rule -> what it accepts, in code and in words."""
 
 
 def find_eval_file(fname: str) -> Path:

@@ -17,7 +17,7 @@ from llip.clipeval.zero_shot import Scorer
 
 DEPTH = max(RECALLS)
 BLOCK = 256
-"""Images scored at once: bounds the B x T scores. The model projects all texts anew for each block."""
+"""Images scored at once: bounds the B x T scores. The model projects all texts again for each block."""
 
 
 @dataclass(frozen=True)

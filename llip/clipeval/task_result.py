@@ -51,8 +51,8 @@ class TaskResult:
     def to_json(self) -> dict[str, Any]:
         """Return the task's object in results.json and evals.jsonl: metric, value (or the recalls), n, seconds, ..."""
         values = {"value": self.value} if self.value is not None else self.values
-        told = {"task", "metric", "values", "outcomes"}
-        rest = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in told}
+        shown = {"task", "metric", "values", "outcomes"}
+        rest = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shown}
         return {"metric": self.metric, **values, **{key: value for key, value in rest.items() if value is not None}}
 
     @classmethod

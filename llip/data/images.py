@@ -184,5 +184,5 @@ def _decode_other(data: bytes, max_pixels: int) -> Tensor:
             raise BadSample(NOT_AN_IMAGE) from error
         except Image.DecompressionBombError as error:
             raise BadSample(TOO_LARGE) from error
-        except Exception as error:  # PIL raises many kinds for damaged bytes, and tells a torn file in words only
+        except Exception as error:  # PIL raises many kinds for damaged bytes, and describes a torn file in words only
             raise BadSample(TRUNCATED if "truncated" in str(error).lower() else DAMAGED) from error

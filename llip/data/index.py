@@ -121,7 +121,7 @@ def load_index(urls: Iterable[str], folder: str | Path | None = None) -> dict[st
     if counts.stale:
         logger.warning(
             "index: %d shards have changed since they were indexed, the first is %s; "
-            "llip doctor PATTERN --index counts them anew",
+            "llip doctor PATTERN --index counts them again",
             len(counts.stale),
             counts.stale[0],
         )

@@ -1,4 +1,4 @@
-"""Reading in a thread of its own, a little ahead, with a deadline: a silent shard never holds up a run unnamed."""
+"""Read ahead in a thread, with a deadline: a shard that stalls is always named."""
 
 import contextlib
 import queue

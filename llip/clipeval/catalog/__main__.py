@@ -33,7 +33,7 @@ class Finding:
     Attributes:
         status: right, wrong, or missing (nothing of it is here).
         location: where it was looked for; None for a dataset that is no file.
-        classes, images: found; None where that cannot be told. expected_*: what the entry says, None where it does not.
+        classes, images: found; None if unknown. expected_*: as the entry states, None if it does not.
         problem: what is wrong, or None.
         source, download: where it comes from.
     """
@@ -97,7 +97,7 @@ def _checked(entry: Entry, source: ImageSource) -> int | None:
 
 
 def _check_texts(entry: Entry) -> None:
-    """Read the class names and prompts that need no dataset, so that a missing package is told before a download."""
+    """Read class names and prompts that need no dataset: a missing package is reported before a download."""
     for source, what in (
         (entry.classnames, "classnames"),
         (entry.prompts, "prompts"),

@@ -214,7 +214,7 @@ def _check_end(shard: Path, position: int) -> None:
         file.seek(position)
         block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
-        raise UserError(f"shard {shard} is damaged at byte {position}: what follows would be lost; write it anew")
+        raise UserError(f"shard {shard} is damaged at byte {position}: what follows would be lost; write it again")
 
 
 def _require_keys(sample: ShardSample, key: str) -> None:

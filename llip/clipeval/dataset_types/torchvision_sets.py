@@ -36,7 +36,7 @@ class TorchvisionImages(ImageSource):
 
 
 def _files(dataset: Any) -> list[str] | None:
-    """Return the paths of the images, where the dataset tells them in public."""
+    """Return the paths of the images, where the dataset has them in a public attribute."""
     files = getattr(dataset, "images", None) or [sample[0] for sample in getattr(dataset, "samples", ())]
     if len(files) != len(dataset) or not all(isinstance(file, str | Path) for file in files):
         return None

@@ -24,7 +24,7 @@ from llip.system.files import atomic_write
 FORMAT = 1
 """Part of the name: another meaning of the files gets another number."""
 
-_PROBE = 8  # prompts whose token ids go into the name: they tell one tokenizer from another
+_PROBE = 8  # prompts whose token ids go into the name: they distinguish tokenizers
 logger = logging.getLogger(__name__)
 
 

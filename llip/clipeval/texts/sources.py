@@ -81,7 +81,7 @@ class TextSource:
             return self.value
         if self.kind == "dataset":
             if own is None:
-                raise UserError(f"the dataset has no {what} of its own; give the entry's {what} as a list or a file")
+                raise UserError(f"the dataset defines no {what}; give the entry's {what} as a list or a file")
             return own
         return _from_package(self.value, what) if self.kind == "package" else self._from_file(what)
 

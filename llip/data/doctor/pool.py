@@ -55,7 +55,7 @@ def scan_shards(urls: list[str], settings: ScanSettings, workers: int) -> Iterat
 
 
 class _Worker:
-    """A process that looks at one shard after another, and is started anew when it has come to harm."""
+    """A process that scans one shard after another, and is restarted when it dies or hangs."""
 
     def __init__(self, settings: ScanSettings) -> None:
         self.settings = settings

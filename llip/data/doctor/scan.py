@@ -104,9 +104,9 @@ class ShardScanner:
         self._known_words = dict(self.tokenizer.cache)
 
     def scan(self, url: str, progress: Callable[[int], None]) -> ShardFindings:
-        """Return what the shard holds; `progress` is told now and then how many samples have been looked at."""
+        """Return what the shard holds; `progress` is called now and then with the number of samples scanned."""
         found = ShardFindings(url)
-        watch, digests, told = ReadWatch(), [], time.monotonic()
+        watch, digests, reported = ReadWatch(), [], time.monotonic()
         with contextlib.suppress(OSError):  # reading will say why
             found.entry = describe_shard(url, 0, 0)  # before reading: a later change makes the entry stale
         try:
@@ -116,9 +116,9 @@ class ShardScanner:
                     continue
                 digests.append(hashlib.blake2b(item["__key__"].encode("utf-8", "replace"), digest_size=8).digest())
                 self._look_at(item, found)
-                if time.monotonic() - told > _REPORT_EVERY:
+                if time.monotonic() - reported > _REPORT_EVERY:
                     progress(found.samples)
-                    told = time.monotonic()
+                    reported = time.monotonic()
         except UserError as error:
             found.count_damage(STALLED, str(error))
         if found.damage.keys() & _PASSING:

@@ -105,7 +105,7 @@ def check_out(out: Path, per_shard: int) -> None:
 
 
 def pack(found: Source, out: Path, per_shard: int, seed: int | None) -> Packed:
-    """Write the pairs of `found` to shards in `out`, with an index, and say what was done.
+    """Write the pairs of `found` to shards in `out`, with an index, and return what was written.
 
     Samples are spread evenly: no shard is left with a small rest. If anything fails, none of the shards stays.
 

@@ -140,7 +140,7 @@ def _add(image: Path, captions: Sequence[str], found: Source) -> None:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, row) of a CSV or TSV. OpenCLIP's .csv files hold tabs: the header tells which it is."""
+    """Yield (line, row) of a CSV or TSV. OpenCLIP's .csv files hold tabs: the header decides which it is."""
     csv.field_size_limit(_FIELD_LIMIT)
     line = 0
     with open(path, newline="", encoding="utf-8-sig") as file:

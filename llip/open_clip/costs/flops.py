@@ -106,7 +106,7 @@ class StepFlops:
     """FLOPs of one step by part, per pair of the batch (an image and its text), forward and backward.
 
     Attributes:
-        image_tower: of the tower with one token, or those that a tower from timm has of its own. extra_tokens: what
+        image_tower: of the tower with one token, or those that a timm tower brings. extra_tokens: what
             the others add to it. text_tower.
         head: scores of the image against all texts of the global batch.
         recomputed: executed beyond these, by gradient checkpointing, accumulation and score tiles that are not kept.

@@ -59,7 +59,7 @@ def meta_model(spec: ModelSpec) -> Llip:
 
 
 def fewest_tokens(spec: ModelSpec) -> int:
-    """Return the number of tokens that the source of the image tower has of its own, 1 unless it has registers."""
+    """Return the number of prefix tokens in the source of the image tower: 1 unless it has registers."""
     vision = spec.architecture["vision_cfg"]
     if not vision.get("timm_model_name") or vision.get("timm_pool") == "map":
         return 1

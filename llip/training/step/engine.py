@@ -19,7 +19,7 @@ class Engine:
     """Every process has all weights: one process alone, or several that average their gradients (DDP)."""
 
     def wrap(self, task: ContrastiveTask) -> nn.Module:
-        """Return what to call in the place of `task`, so that gradients become those of all processes."""
+        """Return the module to call instead of `task`, so that gradients are averaged over all processes."""
         if task.processes.world_size == 1:
             return task
         devices = [task.processes.device] if task.processes.device.type == "cuda" else None

@@ -2,7 +2,7 @@
 
 Each block of the two towers is a unit, and what else a tower has is another one. A unit's weights are whole only while
 it computes, forward and backward; its gradient is averaged and cut into shares as soon as it is there, for each
-accumulation slice anew, so that no process ever holds a whole gradient. The pooling head and the logit scale and bias
+micro-batch, so that no process ever holds a full gradient. The pooling head and the logit scale and bias
 stay whole and go through DDP: they are small, are used outside of any forward hook (the scores, the measures of the
 mixture), and a number cannot be cut.
 """
@@ -54,7 +54,7 @@ class ShardedEngine(Engine):
     def wrap(self, task: ContrastiveTask) -> nn.Module:
         """See `Engine`: DDP for what is whole; FSDP2's own hooks look after the rest.
 
-        What DDP leaves out is told by a method that PyTorch calls private, for want of a public one.
+        PyTorch has no public method to exclude parameters from DDP; the one used here is marked private.
         """
         shares = [name for name, parameter in task.named_parameters() if isinstance(parameter, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, shares)

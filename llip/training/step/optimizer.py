@@ -39,7 +39,7 @@ def lock_towers(model: nn.Module, config: Config) -> None:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether weight decay applies: not to gains, biases, embeddings, mixture tokens, logit scale and bias."""
+    """Return whether weight decay applies: not to gains, biases, embeddings, mixture tokens, logit scale and bias."""
     return parameter.ndim >= 2 and not name.endswith(_EMBEDDINGS)
 
 
