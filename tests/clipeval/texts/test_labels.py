@@ -67,7 +67,7 @@ def test_prompt_without_a_place_for_the_class() -> None:
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prompts of its own"):
+    with pytest.raises(UserError, match="defines no prompts"):
         resolve_labels(names("cat", "dog"), TextSource("dataset", "dataset"), None, None, None)
     with pytest.raises(UserError, match=r"'open_clip:imagenett'.*'open_clip:imagenet'"):
         resolve_labels(TextSource.parse("open_clip:imagenett", tmp_path), PROMPTS, None, None, None)
