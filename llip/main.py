@@ -5,6 +5,7 @@ the config asks for; under torchrun or srun it joins those that are there.
 """
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llip.cli import parse_command
@@ -14,6 +15,7 @@ from llip.training.distributed.exit_with_launcher import exit_with_launcher
 
 if TYPE_CHECKING:
     from llip.training.evaluation import SubmitEvaluation
+    from llip.training.trainer import StepResult
 
 
 def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluation | None" = None) -> int:
@@ -54,8 +56,20 @@ def launch(config: Config, arguments: list[str], submit_evaluation: "SubmitEvalu
         return launch.report_error(error)
 
 
-def train(config: Config, device: str, submit_evaluation: "SubmitEvaluation | None" = None) -> bool:
-    """Train as one process of the run: join the others, build or restore, fit. Returns whether the run is finished."""
+def train(
+    config: Config,
+    device: str,
+    submit_evaluation: "SubmitEvaluation | None" = None,
+    on_step: "Callable[[StepResult], None] | None" = None,
+) -> bool:
+    """Train as one process of the run: join the others, build or restore, fit. Returns whether the run is finished.
+
+    Args:
+        config: the run.
+        device: cuda or cpu.
+        submit_evaluation: see `main`.
+        on_step: called at the end of each step.
+    """
     from llip.training.checkpoints.saver import Saver
     from llip.training.distributed.launch import watched
     from llip.training.distributed.processes import join_processes
@@ -64,7 +78,7 @@ def train(config: Config, device: str, submit_evaluation: "SubmitEvaluation | No
     from llip.training.reporting.figures import draw_curves
     from llip.training.reporting.run_log import log
     from llip.training.setup import build_run, check_data, open_folder
-    from llip.training.trainer import Trainer
+    from llip.training.trainer import Outcome, Trainer
 
     with (
         stop_on_signals() as stop,
@@ -76,9 +90,9 @@ def train(config: Config, device: str, submit_evaluation: "SubmitEvaluation | No
         run = build_run(config, data, processes)
         evaluate = online_evaluation(config, run.run_log, processes, submit_evaluation)
         saver = Saver(config, run.task.model, run.state, processes, run.provenance)
-        trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate)
+        trainer = Trainer(config, run.task, run.state, processes, run.run_log, saver, watch, stop, evaluate, on_step)
         nothing_to_do = run.state.step >= config.total_steps
-        finished = trainer.fit(run.loader)
+        finished = trainer.fit(run.loader) is Outcome.FINISHED
         run.run_log.close()
         if processes.is_main and finished:
             already = " already: nothing to do" if nothing_to_do else ""

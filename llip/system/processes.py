@@ -67,13 +67,18 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def all_reduce_max(self, values: list[float]) -> list[float]:
-        """Return the elementwise maximum of `values` over the processes, on every process."""
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.tolist()
+    def all_reduce_max(self, values: list[float] | Tensor) -> list[float]:
+        """Return the elementwise maximum of `values` [N] over the processes, on every process.
+
+        A tensor must be on the processes' device, and is overwritten; the host waits for it once.
+        """
+        if not isinstance(values, Tensor):
+            if self.world_size == 1:
+                return values
+            values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.tolist()
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -39,22 +39,23 @@ def online_evaluation(
     tokenizer = spec_tokenizer(spec)
     dtype = autocast_dtype(config.precision)
 
-    def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> None:
+    def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> bool:
         done = run_log.evaluated_tasks(step)
         if submit is not None:
             if processes.is_main and any(task.tasks[0] not in done for task in single):
                 submit(config, model, step)
-            return
+            return True
         done = processes.broadcast_object(done)
         for task in single:
             if task.tasks[0] in done:
                 continue
             if stopping():
                 log.info("step %d: evaluation skipped; it will run on resume", step)
-                return
+                return False
             for result in evaluate_online(model, preprocess, tokenizer, task, processes.device, dtype):
                 if report_result(result, step):
                     run_log.evaluation(step, result.task, result.values)
+        return True
 
     return evaluate
 

@@ -1,11 +1,11 @@
 """The training loop. It knows steps, time and files; what is learned is the task's business."""
 
-import math
+import enum
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,35 @@ from llip.training.step.accumulation import Slice, backward_step, random_state
 from llip.training.step.optimizer import learning_rate, set_learning_rate
 from llip.training.step.task import ContrastiveTask
 
-Evaluate = Callable[[Llip, int, Callable[[], bool]], None]
-"""Evaluates a model of a step, on every process; the function tells, between tasks, whether to leave off."""
+Evaluate = Callable[[Llip, int, Callable[[], bool]], bool]
+"""Evaluates the model of a step on every process, and returns whether it got to the end; the function returns, between
+tasks, whether to stop."""
+
+
+class Outcome(enum.Enum):
+    """How training ended; the newest checkpoint is of the last step either way."""
+
+    FINISHED = "finished"  # the schedule is at its end
+    STOPPED = "stopped"  # a process was asked to stop
+
+
+class StepResult(NamedTuple):
+    """What a step computed; tensors are on the device, reading them waits for it."""
+
+    step: int  # from 1
+    lr: float
+    loss: Tensor  # [], of this process
+    grad_norm: Tensor  # [], over all parameters
+    report: dict[str, Tensor]  # the task's
+
+
+class Agreement(NamedTuple):
+    """What all processes know after a step because one of them does."""
+
+    bad_loss: bool  # not finite
+    bad_norm: bool
+    stop: bool  # requested
+    save: bool  # due by the main process's clock
 
 
 class Trainer:
@@ -51,6 +78,7 @@ class Trainer:
         watch: Watchdog,
         stop: StopRequest,
         evaluate: Evaluate | None = None,
+        on_step: Callable[[StepResult], None] | None = None,
     ) -> None:
         """Wrap the task.
 
@@ -64,10 +92,11 @@ class Trainer:
             watch: is told what this process does.
             stop: whether this process has been asked to stop.
             evaluate: called every `eval_steps` on every process, with the model (or the average of its weights, where
-                one is kept), the step, and what tells whether to leave off.
+                one is kept), the step, and a function that returns whether to stop.
+            on_step: called on every process at the end of each step, after its record, checkpoint and evaluation.
         """
         self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
-        self.saver, self.watch, self.stop, self.evaluate = saver, watch, stop, evaluate
+        self.saver, self.watch, self.stop, self.evaluate, self.on_step = saver, watch, stop, evaluate, on_step
         self.task = task
         self.wrapped: nn.Module = state.engine.wrap(task)
         dtype = autocast_dtype(config.precision)
@@ -79,30 +108,36 @@ class Trainer:
         folder = config.folder if processes.is_main else None
         self.profiler = StepProfiler(config.profile_steps, folder, processes.device)
         self.speed = Speed(config, processes)
-        self.alarms: set[str] = set()  # kinds that have been told
-        self.stopping = False  # whether any process has been asked to stop, as all know
+        self.alarms: set[str] = set()  # kinds that have been logged
+        self.window = _Window()
 
-    def fit(self, loader: Iterable[Batch]) -> bool:
+    def fit(self, loader: Iterable[Batch]) -> Outcome:
         """Train to the end of the schedule, or until a process is asked to stop.
 
         Args:
-            loader: gives this process's batches, endlessly.
-
-        Returns:
-            Whether the schedule is at its end; the newest checkpoint is of the last step either way.
+            loader: yields this process's batches, endlessly.
 
         Raises:
-            UserError: the data, the memory or the settings do not allow to go on.
+            UserError: the data, the memory or the settings do not allow to continue.
             RunError: numbers are not finite for too long, or the last checkpoint cannot be written.
         """
-        if self.state.step >= self.config.total_steps:  # beyond it: a longer run's checkpoint, named by `resume`
-            self._evaluate_if_missed()
-            return not self.stopping
-        self.task.train()
-        window, batches = _Window(), iter(loader)
-        if plan := self._score_plan():
-            log.info("scores of %d images a process: %s", self.config.batch_size * self.config.accum_freq, plan)
-        progress = tqdm(
+        config, state = self.config, self.state
+        outcome = self._evaluate_before_training()
+        if outcome is None:
+            self.task.train()
+            if plan := self._score_plan():
+                log.info("scores of %d images a process: %s", config.batch_size * config.accum_freq, plan)
+            self.window, batches = _Window(), iter(loader)
+            with self._progress_bar() as progress:
+                while outcome is None:
+                    with self.profiler.step(state.step + 1):
+                        outcome = self._step(batches, progress)
+        if outcome is Outcome.STOPPED:
+            log.info("asked to stop: saved after step %d of %d", state.step, config.total_steps)
+        return outcome
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
             total=self.config.total_steps,
             initial=self.state.step,
             desc=self.config.name,
@@ -111,33 +146,56 @@ class Trainer:
             dynamic_ncols=True,
             file=Terminal(),
         )
-        with progress:
-            self._evaluate_if_missed()
-            while self.state.step < self.config.total_steps and not self.stopping:
-                with self.profiler.step(self.state.step + 1):
-                    self._train_step(batches, window, progress)
-        step = self.state.step
-        done = step == self.config.total_steps and not (self.stopping and self._evaluation_is_due(step))
-        if not done:
-            log.info("asked to stop: saved after step %d of %d", self.state.step, self.config.total_steps)
-        return done
 
-    def _train_step(self, batches: Iterator[Batch], window: "_Window", progress: tqdm) -> None:
-        self.watch.enter("data", self.state.step + 1)
-        with window.waiting():
-            parts = [self._next_slice(batches) for _ in range(self.config.accum_freq)]
-        if self.state.step == self.first_step:
-            log.info("data: the first batch came after %.1f s", window.waited)
-        self.watch.enter("forward and backward", self.state.step + 1)
-        lr = learning_rate(self.state.step, self.config)
-        loss, norm, report = self._step([part for part, _ in parts], lr, [ids for _, ids in parts])
-        self.state.step += 1
-        self.state.samples_seen += self.config.global_batch
-        window.steps += 1
-        progress.update()
-        self._after_step(window, progress, loss, norm, lr, report)
+    def _step(self, batches: Iterator[Batch], progress: tqdm) -> Outcome | None:
+        """Take one optimizer step, with what is due after it; return the outcome if it is the last one."""
+        config, state, model, step = self.config, self.state, self.task.model, self.state.step + 1
+        self.watch.enter("data", step)
+        with self.window.waiting():
+            parts = [self._next_micro_batch(batches) for _ in range(config.accum_freq)]
+        micro_batches, ids = [part for part, _ in parts], [keys for _, keys in parts]
+        if state.step == self.first_step:
+            log.info("data: the first batch came after %.1f s", self.window.waited)
 
-    def _next_slice(self, batches: Iterator[Batch]) -> tuple[Slice, list[str]]:
+        self.watch.enter("forward and backward", step)
+        lr, before = learning_rate(state.step, config), random_state(self.processes.device)
+        set_learning_rate(state.optimizer, lr)
+        with self._explained_shortage():
+            loss, report = backward_step(self.wrapped, micro_batches, self.autocast, state.scaler.scale)
+        state.scaler.unscale_(state.optimizer)
+        parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
+        norm = state.engine.gradient_norm(parameters)
+        agreed = self._agree(loss, norm)
+        if agreed.bad_loss or agreed.bad_norm:
+            self._skip(BadStep(step, micro_batches, ids, before, loss.item(), norm.item()), agreed.bad_loss)
+        else:
+            state.skipped_in_a_row = 0
+            if config.grad_clip is not None:
+                state.engine.clip_gradients(parameters, config.grad_clip, norm)
+            state.scaler.step(state.optimizer)
+            model.clamp_logit_scale()
+            if state.averaged is not None:
+                state.averaged.update(model, step)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step, state.samples_seen = step, state.samples_seen + config.global_batch
+
+        result = StepResult(step, lr, loss, norm, report)
+        self._log(result, progress)
+        outcome = self._save_and_evaluate(agreed)
+        if self.on_step is not None:
+            self.on_step(result)
+        return outcome
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> Agreement:
+        """Return what this step means for all processes: one all-reduce, and the host's only wait for the device."""
+        save = self.processes.is_main and self.saver.is_due_by_time()
+        flags = torch.tensor([bool(self.stop), save], dtype=torch.float32)
+        flags = flags.to(loss.device, non_blocking=True)  # a blocking copy would wait for the device, too
+        bad = torch.stack([loss.isfinite(), norm.isfinite()]).logical_not()
+        return Agreement(*map(bool, self.processes.all_reduce_max(torch.cat([bad.float(), flags]))))
+
+    def _next_micro_batch(self, batches: Iterator[Batch]) -> tuple[Slice, list[str]]:
         try:
             batch = next(batches)
         except RuntimeError as error:
@@ -160,44 +218,15 @@ class Trainer:
         self.state.position.advance(batch.cursor)
         return batch.to(self.processes.device), batch.ids
 
-    def _step(self, slices: list[Slice], lr: float, ids: list[list[str]]) -> tuple[Tensor, float, dict[str, Tensor]]:
-        """One optimizer step; returns (this process's loss, gradient norm over all parameters, report)."""
-        state, scaler = self.state, self.state.scaler
-        set_learning_rate(state.optimizer, lr)
-        before = random_state(self.processes.device)
-        with self._explained_shortage():
-            loss, report = backward_step(self.wrapped, slices, self.autocast, scaler.scale)
-        scaler.unscale_(state.optimizer)
-        parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
-        total = state.engine.gradient_norm(parameters)
-        norm = total.item()
-        bad_loss, bad_norm, stopping = self.processes.all_reduce_max(
-            [not math.isfinite(loss.item()), not math.isfinite(norm), bool(self.stop)]
-        )
-        self.stopping = bool(stopping)
-        if bad_loss or bad_norm:
-            bad = BadStep(state.step + 1, slices, ids, before, loss.item(), norm)
-            self._skip(bad, overflow=self.config.precision == "amp_fp16" and not bad_loss)
-        else:
-            state.skipped_in_a_row = 0
-            if self.config.grad_clip is not None:
-                state.engine.clip_gradients(parameters, self.config.grad_clip, total)
-            scaler.step(state.optimizer)
-            self.task.model.clamp_logit_scale()
-            if state.averaged is not None:
-                state.averaged.update(self.task.model, state.step + 1)
-        scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        return loss, norm, report
-
-    def _skip(self, bad: BadStep, overflow: bool) -> None:
+    def _skip(self, bad: BadStep, bad_loss: bool) -> None:
         """Count a step whose numbers are not finite; too many in a row end the run, on every process alike.
 
         Args:
             bad: this process's part of the step.
-            overflow: float16 gradients alone overflowed, which a smaller loss scale mends.
+            bad_loss: whether the loss of a process is not finite; otherwise only gradients are not.
         """
         state, config = self.state, self.config
+        overflow = config.precision == "amp_fp16" and not bad_loss  # which a smaller loss scale mends
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         what = "float16 gradients overflowed" if overflow else "loss or gradient is not finite"
@@ -243,68 +272,78 @@ class Trainer:
     def _score_plan(self) -> ScorePlan | None:
         return self.task.score_plan(self.config.batch_size * self.config.accum_freq)
 
-    def _after_step(
-        self, window: "_Window", progress: tqdm, loss: Tensor, norm: float, lr: float, report: dict[str, Tensor]
-    ) -> None:
-        config, step = self.config, self.state.step
-        done = step == config.total_steps
-        if config.log_steps and (step % config.log_steps == 0 or done):
-            loss_value = self.processes.mean(loss).item()
+    def _log(self, result: StepResult, progress: tqdm) -> None:
+        """Record the step if it is to be logged, and the data at the end of an epoch."""
+        config, state, window, step = self.config, self.state, self.window, result.step
+        window.steps += 1
+        progress.update()
+        if config.log_steps and (step % config.log_steps == 0 or step == config.total_steps):
+            loss, report = self.processes.mean(result.loss).item(), result.report
             rate = window.steps * config.global_batch / window.seconds()
             self.run_log.metrics(
                 {
                     "step": step,
-                    "samples_seen": self.state.samples_seen,
+                    "samples_seen": state.samples_seen,
                     "epoch": step / config.steps_per_epoch,
-                    "loss": loss_value,
-                    "lr": lr,
-                    "grad_norm": norm,
+                    "loss": loss,
+                    "lr": result.lr,
+                    "grad_norm": result.grad_norm.item(),
                     "logit_scale": report["logit_scale"].item(),
                     "logit_bias": report["logit_bias"].item() if "logit_bias" in report else None,
                     "samples_per_second": rate,
                     **self.speed.record(rate),
                     "data_wait_fraction": window.waited / window.seconds(),
                     "seconds": window.total_seconds(),
-                    "skipped_steps": self.state.skipped_steps,
+                    "skipped_steps": state.skipped_steps,
                     **self._mixture_record(),
-                    **self._data_record(window),
+                    **self._data_record(),
                 }
             )
-            progress.set_postfix_str(f"loss {loss_value:.3f}, {rate:,.0f} samples/s", refresh=False)
+            progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} samples/s", refresh=False)
             window.restart()
         if step % config.steps_per_epoch == 0:
-            counts = self.processes.gather_object(self.state.counts.plain(WORST))
+            counts = self.processes.gather_object(state.counts.plain(WORST))
             if counts is not None:
                 self.run_log.data.log_epoch(counts)
-        evaluating = self._evaluation_is_due(step)
-        if self.saver.is_due(done) or self.stopping or evaluating:  # an evaluation may take longer than a job has left
+
+    def _save_and_evaluate(self, agreed: Agreement) -> Outcome | None:
+        """Do what is due after a step; return the outcome if training ends with it."""
+        step, done, evaluating = self.state.step, self.state.step == self.config.total_steps, self._evaluation_is_due()
+        if self.saver.is_due() or agreed.save or agreed.stop or evaluating or done:  # an evaluation may outlast the job
             self.watch.enter("checkpoint", step, PATIENCE)
-            self.saver.save(last=done or self.stopping)
-        if evaluating and not self.stopping:
-            self._evaluate()
-            window.restart()
+            self.saver.save(last=done or agreed.stop)
+        if evaluating:
+            if agreed.stop or not self._evaluate():
+                return Outcome.STOPPED
+            self.window.restart()
+        if done:
+            return Outcome.FINISHED
+        return Outcome.STOPPED if agreed.stop else None
 
-    def _evaluation_is_due(self, step: int) -> bool:
-        every, done = self.config.eval_steps, step == self.config.total_steps
-        return bool(self.evaluate and every and step and (step % every == 0 or done))
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.config.eval_steps, self.state.step
+        return bool(self.evaluate and every and step and (step % every == 0 or step == self.config.total_steps))
 
-    def _evaluate_if_missed(self) -> None:
-        """Evaluate the model that the run goes on from, as far as it was stopped before that was done."""
-        if self._evaluation_is_due(self.state.step):
-            self._evaluate()
+    def _evaluate_before_training(self) -> Outcome | None:
+        """Complete the evaluation of the restored step; return the outcome if there is nothing to train."""
+        if self._evaluation_is_due() and not self._evaluate():
+            return Outcome.STOPPED
+        # a step beyond the schedule is of a longer run's checkpoint, named by `resume`
+        return Outcome.FINISHED if self.state.step >= self.config.total_steps else None
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluate the current model; return whether that was completed."""
         assert self.evaluate is not None
         self.watch.enter("evaluation", self.state.step, PATIENCE)
         averaged = self.state.averaged
         model = self.state.engine.whole_model(self.task.model if averaged is None else averaged.module)
-        self.evaluate(model, self.state.step, self._is_stopping)
+        completed = self.evaluate(model, self.state.step, self._is_stopping)
         self.watch.enter("after the evaluation", self.state.step)
+        return completed
 
     def _is_stopping(self) -> bool:
-        """Agree with all processes whether one has been asked to stop."""
-        self.stopping = self.stopping or bool(self.processes.all_reduce_max([float(bool(self.stop))])[0])
-        return self.stopping
+        """Return whether any process has been asked to stop. Collective."""
+        return bool(self.processes.all_reduce_max([float(bool(self.stop))])[0])
 
     def _mixture_record(self) -> dict[str, float]:
         """Return what the mixture tokens do on the last batch of the main process; a collapse is said aloud, once."""
@@ -320,14 +359,14 @@ class Trainer:
                     log.warning("step %d: %s", self.state.step, alarm)
         return {f"mixture_{name}": value for name, value in measures.items()}
 
-    def _data_record(self, window: "_Window") -> dict[str, Any]:
+    def _data_record(self) -> dict[str, Any]:
         """Return what the workers of this process did in the window; the counts are those of all processes."""
         counts = self.processes.gather_object(self.state.counts.plain(0))
         if counts is None:
             return {}
-        waited = window.waited / window.seconds()
+        waited = self.window.waited / self.window.seconds()
         record = self.run_log.data.record(counts, waited)
-        if window.steps < self.state.step - self.first_step:  # not the first window, in which the workers start
+        if self.window.steps < self.state.step - self.first_step:  # not the first window, in which the workers start
             self.run_log.data.explain(record, waited)
         return record
 

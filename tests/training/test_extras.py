@@ -13,7 +13,6 @@ from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
-from llip.training import trainer
 from llip.training.checkpoints.records import read_records
 from llip.training.reporting.profiling import parse_window
 from tests.helpers import write_pairs
@@ -38,23 +37,18 @@ def checkpoint(config, step):
     return read_checkpoint(config.folder / "checkpoints" / f"step_{step}.pt")
 
 
-def stop_at(monkeypatch, number):
-    step = trainer.Trainer._step
-
-    def stopping(self, *arguments):
-        if self.state.step == number:
+def stop_at(number):
+    def on_step(result):
+        if result.step == number:
             raise KeyboardInterrupt
-        return step(self, *arguments)
 
-    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
+    return on_step
 
 
-def test_the_average_is_that_of_the_weights_and_survives_a_restart(config, monkeypatch):
+def test_the_average_is_that_of_the_weights_and_survives_a_restart(config):
     config = config.replace(ema_decay=0.9)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, "cpu", on_step=stop_at(4))
     train(config, "cpu")
     decay_of = ModelEmaV3(torch.nn.Linear(1, 1), 0.9, use_warmup=True).get_decay
     wanted = {name: tensor.double() for name, tensor in checkpoint(config, 1)["state_dict"].items()}
@@ -141,10 +135,8 @@ def test_weights_and_biases_keeps_its_run_over_a_restart(config, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = config.replace(report_to=("wandb",))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, "cpu", on_step=stop_at(4))
     train(config, "cpu")
     assert fake.ids[0] == fake.ids[1]
     assert [values["step"] for values in fake.logged] == [1, 2, 3, 4, 5, 6]

@@ -114,30 +114,23 @@ class Stop(Exception):
     """Ends a run in the middle of a step, as a kill would."""
 
 
-def interrupt_after(monkeypatch, steps):
-    from llip.training.trainer import Trainer
-
-    step = Trainer._step
-
-    def stopping(self, *step_arguments):
-        if self.state.step == steps:
+def interrupt_after(steps):
+    def on_step(result):
+        if result.step == steps:
             raise Stop
-        return step(self, *step_arguments)
 
-    monkeypatch.setattr(Trainer, "_step", stopping)
+    return on_step
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("changes", [{}, {"accum_freq": 2, "batch_size": 8, "patch_dropout": 0.5, "loss": "softmax"}])
-def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, workers, changes, monkeypatch):
+def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, workers, changes):
     plain = {"batch_size": 10, "train_num_samples": 30}
     config = config.replace(workers=workers, save_steps=1, report_to=(), **(changes or plain))
     straight, broken = config.replace(name="straight"), config.replace(name="broken")
     train(straight, "cpu")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, config.total_steps - 2)
-        with pytest.raises(Stop):
-            train(broken, "cpu")
+    with pytest.raises(Stop):
+        train(broken, "cpu", on_step=interrupt_after(config.total_steps - 2))
     # lose the newest checkpoint too: its step is logged, and must be logged once after the restart
     list_checkpoints(broken.folder / "checkpoints")[0].unlink()
     train(broken, "cpu")
@@ -146,11 +139,9 @@ def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, workers, cha
         assert torch.equal(tensor, final_state(broken)[name]), name
 
 
-def test_another_number_of_workers_goes_on_and_says_how(config, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 4)
-        with pytest.raises(Stop):
-            train(config, "cpu")
+def test_another_number_of_workers_goes_on_and_says_how(config):
+    with pytest.raises(Stop):
+        train(config, "cpu", on_step=interrupt_after(4))
     train(config.replace(workers=2), "cpu")
     text = (config.folder / "log.txt").read_text()
     assert "resumed at step 4 of 6" in text

@@ -26,16 +26,18 @@ class Saver:
         self.saved_at = time.monotonic()
         self.saved_step = state.step
 
-    def is_due(self, done: bool) -> bool:
-        """Return whether this step ends with a checkpoint; the same on all processes."""
+    def is_due(self) -> bool:
+        """Return whether the schedule wants a checkpoint of this step; the same on all processes."""
         config, step = self.config, self.state.step
         by_epoch = config.save_frequency and step % (config.save_frequency * config.steps_per_epoch) == 0
         by_step = config.save_steps and step % config.save_steps == 0
         forever = config.keep_every and step % (config.keep_every * config.steps_per_epoch) == 0
-        by_time = False
-        if config.save_minutes:  # by the main process's clock
-            by_time = self.processes.broadcast_object(time.monotonic() - self.saved_at >= 60 * config.save_minutes)
-        return bool(done or by_epoch or by_step or forever or by_time)
+        return bool(by_epoch or by_step or forever)
+
+    def is_due_by_time(self) -> bool:
+        """Return whether `save_minutes` have passed since the last checkpoint, by this process's clock."""
+        minutes = self.config.save_minutes
+        return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
     def save(self, last: bool = False) -> None:
         """Write a checkpoint of the current step.

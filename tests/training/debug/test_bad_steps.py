@@ -121,8 +121,8 @@ def test_a_replay_computes_the_step_again(config, changes, monkeypatch, capsys):
 
     monkeypatch.setattr(trainer, "backward_step", note)
     calls = iter(range(10_000))
-    judge = {2: [True, False, False]}
-    monkeypatch.setattr(Processes, "all_reduce_max", lambda self, values: judge.get(next(calls), values))
+    judge = {2: [True, False, False, False]}
+    monkeypatch.setattr(Processes, "all_reduce_max", lambda self, values: judge.get(next(calls), list(values)))
     with pytest.raises(RunError):
         train(config, "cpu")
     monkeypatch.undo()
@@ -166,18 +166,15 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_a_warning_until_the_last_checkpoint(config, small_files, monkeypatch):
+def test_a_full_disk_is_a_warning_until_the_last_checkpoint(config, small_files):
     config = config.replace(save_steps=2)
-    step = trainer.Trainer._step
 
-    def fill(self, *arguments):
-        if self.state.step == 2:
+    def fill(result):
+        if result.step == 2:
             small_files()
-        return step(self, *arguments)
 
-    monkeypatch.setattr(trainer.Trainer, "_step", fill)
     with pytest.raises(RunError, match=r"step_6.pt cannot be written.*newest one is of step 2.*the same command"):
-        train(config, "cpu")
+        train(config, "cpu", on_step=fill)
     text = (config.folder / "log.txt").read_text()
     assert "step_4.pt cannot be written" in text
     assert "Training continues" in text

@@ -36,10 +36,10 @@ def make_command(tmp_path_factory):
         file = folder / f"{name}.py"
         values = ", ".join(f"{key}={value!r}" for key, value in vars(config).items())
         # The tiny model is faster than a test can aim; and a step can be held.
-        slow = "import os, time\nfrom llip.training.trainer import Trainer\nstep = Trainer._step\n"
+        slow = "import os, time\nfrom llip.training import trainer\nstep = trainer.backward_step\n"
         slow += "def slowly(*a):\n    time.sleep(0.15)\n"
         slow += f"    while os.path.exists({str(logs / 'hold')!r}):\n        time.sleep(0.05)\n"
-        slow += "    return step(*a)\nTrainer._step = slowly\n"
+        slow += "    return step(*a)\ntrainer.backward_step = slowly\n"
         slow += "from llip.training.checkpoints import checkpoint\nverify = checkpoint.verify\n"  # a small checkpoint
         slow += "def thoroughly(path):\n    time.sleep(0.2)\n    verify(path)\ncheckpoint.verify = thoroughly\n"
         text = f"from llip.configs import Config\ndef run():\n    return Config({values})\n"
