@@ -198,7 +198,7 @@ def _class_features(labels: Labels, task: str, run: _Run) -> Tensor:
         return zero_shot.class_features(run.scorer, labels, share, run.prompt_ensemble, title).cpu() if share else None
 
     if run.cache is not None:
-        prompts = [prompt for label in range(count) for prompt in labels.prompts_of(label)]
+        prompts = [labels.prompts_of(label) for label in range(count)]
         path = run_on_all(processes, lambda: run.cache.path(run.scorer, prompts, run.prompt_ensemble))
         cached = run_on_all(processes, lambda: run.cache.load(path, count))
         if all(

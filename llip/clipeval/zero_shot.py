@@ -4,7 +4,7 @@ Shapes: B images, C classes, P prompts per class, D embedding width. An image's 
 images meet texts only in `model.similarity`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,12 @@ from llip.clipeval.finite import require_finite
 from llip.clipeval.loading import Batch, Preprocess
 from llip.clipeval.metrics import TOP
 from llip.clipeval.texts.labels import Labels
+from llip.errors import UserError
 
 PROMPT_ENSEMBLES = ("feature", "score")
 TEXT_BATCH = 512
+MAX_QUERIES = 2_000_000
+"""Text features that `score` keeps at most, all classes together."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +76,45 @@ class Scorer:
 def class_features(
     scorer: Scorer, labels: Labels, classes: Sequence[int], ensemble: str, progress: str | None = None
 ) -> Tensor:
-    """Return the text features [C, Q, D] of some classes: Q = 1 with ensemble `feature`, Q = P with `score`.
+    """Return the text features [C, Q, D] of some classes: Q = 1 with ensemble `feature`; with `score` the
+    prompts, repeated until all classes have the same number.
 
     `feature` is CLIP's protocol: the mean over prompts of unit-norm features, re-normalised.
 
     Args:
         progress: title of a progress bar; None shows none.
     """
-    prompts = labels.prompts_per_class
-    at_once = max(1, TEXT_BATCH // prompts)  # classes: the features of single prompts need not all stay
+    queries = labels.queries_per_class * len(labels.classnames)
+    if ensemble == "score" and queries > MAX_QUERIES:
+        raise UserError(
+            f"prompt_ensemble = 'score' repeats the prompts of the synonyms to {queries:,} texts per image, at most "
+            f"{MAX_QUERIES:,}; use 'feature'"
+        )
+    prompts = [labels.prompts_of(label) for label in classes]
     parts = []
-    with tqdm(total=len(classes) * prompts, desc=progress, unit="text", disable=progress is None, leave=False) as bar:
-        for start in range(0, len(classes), at_once):
-            some = classes[start : start + at_once]
-            texts = [prompt for label in some for prompt in labels.prompts_of(label)]
-            features = scorer.encode_texts(texts).unflatten(0, (len(some), prompts))  # [c, P, D]
+    total = sum(map(len, prompts))
+    with tqdm(total=total, desc=progress, unit="text", disable=progress is None, leave=False) as bar:
+        for block in _text_blocks(prompts):
+            texts = [text for some in block for text in some]
+            features = scorer.encode_texts(texts).split([len(some) for some in block])  # [P, D] of each class
             if ensemble == "feature":
-                features = F.normalize(features.mean(dim=1, keepdim=True), dim=-1)
-            parts.append(features)
+                parts += [F.normalize(part.mean(dim=0, keepdim=True), dim=-1) for part in features]
+            else:  # as many of each class, so that the mean over them is the mean over its prompts
+                parts += [part.repeat(labels.queries_per_class // len(part), 1) for part in features]
             bar.update(len(texts))
-    return torch.cat(parts)
+    return torch.stack(parts)
+
+
+def _text_blocks(prompts: list[list[str]]) -> Iterator[list[list[str]]]:
+    """Yield the prompts of as many classes as one text batch holds, at least one: not all features need stay."""
+    block: list[list[str]] = []
+    for some in prompts:
+        if block and sum(map(len, block)) + len(some) > TEXT_BATCH:
+            yield block
+            block = []
+        block.append(some)
+    if block:
+        yield block
 
 
 def class_scores(scorer: Scorer, h: Tensor, features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from llip.clipeval.loading import image_batches
 from llip.clipeval.texts.labels import Labels
 from llip.clipeval.texts.sources import TextSource
 from llip.clipeval.zero_shot import Scorer, class_features, class_scores
+from llip.errors import UserError
 from tests.clipeval.fakes import write_catalog, write_imagefolder
 from tests.helpers import TINY_MODEL
 
@@ -142,6 +143,13 @@ def test_synonyms_are_a_mean_over_names_and_prompts(clip: open_clip.CLIP) -> Non
         prompts = [f"{word} {name}" for word in ("a", "the") for name in names]
         texts = clip.encode_text(tokenizer(prompts), normalize=True)
         torch.testing.assert_close(row, F.normalize(texts.mean(dim=0), dim=-1), atol=1e-6, rtol=0)
+
+
+def test_synonyms_that_would_be_too_many_texts_are_refused(clip: open_clip.CLIP) -> None:
+    names = tuple(tuple(f"{label} {i}" for i in range(1 + label % 9)) for label in range(1000))
+    labels = Labels(names, ("a {c}",))
+    with pytest.raises(UserError, match=r"to 2,520,000 texts per image, at most 2,000,000; use 'feature'"):
+        class_features(Scorer(PlainClip(clip), None, None, torch.device("cpu")), labels, range(1000), "score")
 
 
 def test_named_sources_are_open_clips() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llip.clipeval.zero_shot import Scorer
 from llip.system.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 """Part of the name: another meaning of the files gets another number."""
 
 _PROBE = 8  # prompts whose token ids go into the name: they distinguish tokenizers
@@ -50,11 +50,11 @@ class TextCache:
         """Return the cache of a model as it is now; the folder is made when something is stored."""
         return cls(folder, hash_weights(model))
 
-    def path(self, scorer: Scorer, prompts: Sequence[str], ensemble: str) -> Path:
-        """Return the file of the features of `prompts` (all classes after each other), averaged by `ensemble`."""
-        probe = scorer.tokenizer(list(prompts[:_PROBE])).tolist()
+    def path(self, scorer: Scorer, prompts: Sequence[Sequence[str]], ensemble: str) -> Path:
+        """Return the file of the features of each class's `prompts`, averaged by `ensemble`."""
+        probe = scorer.tokenizer([text for some in prompts[:_PROBE] for text in some][:_PROBE]).tolist()
         where = [scorer.device.type, str(scorer.autocast_dtype)]
-        identity = json.dumps([FORMAT, self.weights, ensemble, *where, probe, list(prompts)])
+        identity = json.dumps([FORMAT, self.weights, ensemble, *where, probe, prompts])
         return self.folder / f"text_{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
 
     @staticmethod

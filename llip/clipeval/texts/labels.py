@@ -22,20 +22,14 @@ class Labels:
     templates: tuple[str, ...]
 
     @functools.cached_property
-    def prompts_per_class(self) -> int:
-        """How many prompts `prompts_of` gives, for every class alike."""
+    def queries_per_class(self) -> int:
+        """The least common multiple of the classes' numbers of prompts: so many repeat each prompt equally often."""
         return len(self.templates) * math.lcm(*(len(_names(name)) for name in self.classnames))
 
     def prompts_of(self, label: int) -> list[str]:
-        """Return the class's prompts: every template with every name.
-
-        A class with fewer names than another has its prompts repeated, each equally often: the mean over them stays
-        what it is, and all classes have the same number.
-        """
-        prompts = [
-            template.replace("{c}", name) for template in self.templates for name in _names(self.classnames[label])
-        ]
-        return prompts * (self.prompts_per_class // len(prompts))
+        """Return the class's prompts: every template with every name, so classes with more names have more."""
+        names = _names(self.classnames[label])
+        return [template.replace("{c}", name) for template in self.templates for name in names]
 
     @property
     def classnames_hash(self) -> str:

@@ -1,5 +1,6 @@
 """Cached class features: when the text tower runs, when it does not, and what a damaged file costs."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -134,3 +135,16 @@ def test_two_processes_share_the_work_and_the_file(folder: Path, pool: ProcessPo
     assert pool.run(_count_texts, 2, folder) == [[6, 0], [4, 0]]  # classes 0, 2, 4 and 1, 3
     assert len(list((folder / "cache").iterdir())) == 1
     assert texts_encoded(folder) == 0  # one process alone finds the same file
+
+
+def test_each_text_of_synonyms_is_encoded_once(folder: Path) -> None:
+    """Repeated to the least common multiple, 1 to 5 names of 2 templates would be 5 * 120 texts."""
+    names = [[f"{name} {i}" for i in range(count)] for count, name in enumerate(CLASSES, start=1)]
+    entry = {"type": "webdataset", "path": "wds", "classnames": "names.json"}
+    (folder / "names.json").write_text(json.dumps(names))
+    write_catalog(folder / "catalog.json", {"t": entry})
+    assert texts_encoded(folder) == 2 * (1 + 2 + 3 + 4 + 5)
+    assert texts_encoded(folder, cache_dir=None, prompt_ensemble="score") == 2 * (1 + 2 + 3 + 4 + 5)
+    names[1:3] = [[names[1][0]], [names[1][1], *names[2]]]  # the same texts, of other classes
+    (folder / "names.json").write_text(json.dumps(names))
+    assert texts_encoded(folder) == 2 * (1 + 2 + 3 + 4 + 5)
