@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
+import traceback
 import types
 import zlib
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,13 @@ SHIPPED: dict[str, dict[str, str]] = {
     "caption_transform": {},
 }
 """Config field -> name -> module:attribute of what ships with the project."""
+_EXPECTED = {
+    "pooling": ("build", "a class with a method `build`, such as a subclass of TextFreePooling"),
+    "loss": ("loss", "an Objective"),
+    "image_transform": ("__call__", "a function of an image and a seed"),
+    "caption_transform": ("__call__", "a function of a caption and a seed"),
+}
+"""Config field -> (method that its object has, what messages call such an object)."""
 FOLDER = "extensions"
 """Folder of a run that holds copies of its files."""
 
@@ -53,18 +61,24 @@ def find_extension(field: str, name: str) -> Any:
     """Return the object that `name` means for a config field.
 
     Raises:
-        UserError: an unknown name, a file that is missing or does not run, or one that does not define the name.
+        UserError: an unknown name, a file that is missing or does not run, or one that does not define the name or
+            defines it as something else.
     """
     check_extension(field, name)
-    if name in SHIPPED[field]:
-        module, _, attribute = SHIPPED[field][name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    path, attribute = _split(name) or (Path(), "")
+    parts = _split(name)
+    if parts is None:
+        shipped, _, attribute = SHIPPED[field][name].partition(":")
+        return getattr(importlib.import_module(shipped), attribute)
+    path, attribute = parts
     module = load_file(path, f"{field} = {name!r}")
     if not hasattr(module, attribute):
         names = [each for each in vars(module) if not each.startswith("_")]
         raise UserError(f"{field} = {name!r}: {path} defines no {attribute!r}.{did_you_mean(attribute, names)}")
-    return getattr(module, attribute)
+    extension, (method, expected) = getattr(module, attribute), _EXPECTED[field]
+    if not callable(getattr(extension, method, None)):
+        kind = "a class" if isinstance(extension, type) else type(extension).__name__
+        raise UserError(f"{field} = {name!r}: expected {expected}, found {kind} {attribute!r}")
+    return extension
 
 
 def load_file(path: Path, needed_for: str) -> types.ModuleType:
@@ -91,12 +105,23 @@ def load_file(path: Path, needed_for: str) -> types.ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{needed_for}: {str(path)!r} does not run: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
+            raise
+        reason = describe_failure(error, str(resolved))
+        raise UserError(f"{needed_for}: {str(path)!r} does not run: {reason}") from error
     _modules[resolved] = (stamp, module)
     return module
+
+
+def describe_failure(error: BaseException, file: str) -> str:
+    """Return an error of a user's file in one line, with the line of that file where it was raised."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    message = str(error)
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines, message = [error.lineno], error.msg
+    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {message}"
 
 
 def extension_files(fields: Mapping[str, Any]) -> dict[str, Path]:
@@ -117,7 +142,7 @@ def relocate(fields: Mapping[str, Any], folder: Path, *, prefer: bool = False) -
     for field, path in extension_files(fields).items():
         copy = folder / path.name
         if copy.is_file() and (prefer or not path.is_file()):
-            moved[field] = f"{copy}:{_split(fields[field])[1]}"
+            moved[field] = f"{copy}:{fields[field].rpartition(':')[2]}"
     return moved
 
 
@@ -130,7 +155,9 @@ def copy_extensions(files: Iterable[Path], folder: Path) -> None:
     by_name: dict[str, Path] = {}
     for path in {path.resolve() for path in files}:
         if not path.is_file():
-            raise UserError(f"there is no file {str(path)!r}, which the config names")
+            copy = folder / path.name
+            hint = f"; a copy is {copy}: name it instead, or restore the file" if copy.is_file() else ""
+            raise UserError(f"there is no file {str(path)!r}, which the config names{hint}")
         if path.name in by_name:
             raise UserError(f"{by_name[path.name]} and {path} have one name; rename one of them")
         by_name[path.name] = path

@@ -1,5 +1,6 @@
 """Poolings, objectives, image and caption transforms named `path/to/file.py:Name`: one mechanism for all four."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,10 @@ def grey(pixels, seed):
 
 def number(value, seed):
     return 3
+
+
+def leaves(value, seed):
+    raise SystemExit(3)
 """
 
 
@@ -139,16 +144,18 @@ def test_a_caption_without_text_drops_the_sample(tmp_path):
 @pytest.mark.parametrize(
     ("field", "name", "message"),
     [
-        ("image_transform", "fails", "image_transform fails failed: "),
+        ("image_transform", "fails", "image_transform fails failed: line 21: "),
+        ("image_transform", "leaves", "image_transform leaves failed: line 33: SystemExit: 3"),
         ("image_transform", "grey", "image_transform grey returned uint8 of shape (40, 40), expected a numpy array"),
         ("image_transform", "number", "image_transform number returned int of shape None"),
-        ("caption_transform", "fails", "caption_transform fails failed: TypeError: unsupported operand"),
+        ("caption_transform", "fails", "caption_transform fails failed: line 21: TypeError: unsupported operand"),
         ("caption_transform", "number", "caption_transform number returned int, expected str"),
     ],
 )
 def test_a_transform_that_breaks_its_promise_is_one_message(tmp_path, field, name, message):
     (batch,) = batches(tmp_path, 1, **{field: name})
     assert message in batch.error
+    assert re.search(r"\(sample 0000\d\.tar/0000\d_0000\d\)$", batch.error)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +180,41 @@ def test_a_file_that_is_missing_or_lacks_the_name(tmp_path):
     (tmp_path / "mine.py").write_text("class Pooled: pass\n")
     with pytest.raises(UserError, match=r"mine\.py defines no 'Poled'.*'Pooled'"):
         find_extension("pooling", f"{tmp_path}/mine.py:Poled")
-    (tmp_path / "mine.py").write_text("1 / 0")
-    with pytest.raises(UserError, match=r"mine\.py' does not run: ZeroDivisionError"):
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("x = 1\n1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("x = (\n", r"line 1: SyntaxError: '\(' was never closed"),
+        ("import sys\nsys.exit(3)\n", "line 2: SystemExit: 3"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("\0", "SyntaxError: source code string cannot contain null bytes"),
+    ],
+)
+def test_a_file_that_does_not_run_names_its_line(tmp_path, content, reason):
+    (tmp_path / "mine.py").write_text(content)
+    modules = set(sys.modules)
+    with pytest.raises(UserError, match=rf"mine\.py' does not run: {reason}$"):
         find_extension("pooling", f"{tmp_path}/mine.py:Pooled")
+    assert set(sys.modules) == modules
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "found"),
+    [
+        ("loss", "function", "expected an Objective, found function 'function'"),
+        ("loss", "Class", "expected an Objective, found a class 'Class'"),
+        ("pooling", "function", "expected a class with a method `build`.* found function 'function'"),
+        ("pooling", "Class", "expected a class with a method `build`.* found a class 'Class'"),
+        ("image_transform", "number", "expected a function of an image and a seed, found int 'number'"),
+        ("caption_transform", "number", "expected a function of a caption and a seed, found int 'number'"),
+    ],
+)
+def test_an_object_of_another_kind_is_refused(tmp_path, field, name, found):
+    (tmp_path / "mine.py").write_text("number = 3\ndef function(a, b): ...\nclass Class: ...\n")
+    with pytest.raises(UserError, match=found):
+        find_extension(field, f"{tmp_path}/mine.py:{name}")
 
 
 def test_mistakes_on_the_command_line_are_one_message(tmp_path, capsys):
@@ -198,6 +237,8 @@ def test_a_run_keeps_copies_and_relocates_to_them(tmp_path):
     assert relocate(fields, tmp_path / "copies", prefer=True) == copy
     (tmp_path / "a" / "mine.py").unlink()
     assert relocate(fields, tmp_path / "copies") == copy
+    with pytest.raises(UserError, match=r"no file .*/a/mine\.py'.*; a copy is .*/copies/mine\.py: name it instead"):
+        copy_extensions([tmp_path / "a" / "mine.py"], tmp_path / "copies")
     for name in ("b", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.py").write_text(name)

@@ -120,10 +120,16 @@ class CaptionedImages(IterableDataset):
         """Return an augmented image [3, S, S] uint8 and one caption.
 
         Raises:
-            BadSample: one of them cannot be used.
+            BadSample: one of them cannot be used. UserError: a user's transform fails; names the sample.
         """
-        visit = f"{self.layout.seed}/{pass_index}/{shard_name(sample['__url__'])}/{sample['__key__']}"
-        draw = zlib.crc32(visit.encode(errors="surrogateescape"))
+        name = f"{shard_name(sample['__url__'])}/{sample['__key__']}"
+        draw = zlib.crc32(f"{self.layout.seed}/{pass_index}/{name}".encode(errors="surrogateescape"))
+        try:
+            return self._draw(sample, draw, crops)
+        except UserError as error:
+            raise UserError(f"{error} (sample {name})") from error
+
+    def _draw(self, sample: RawSample, draw: int, crops: RandomCrops) -> tuple[Tensor, str]:
         caption = choose_caption(sample, self.caption_sources, random.Random(draw))
         if self.caption_transform is not None:
             caption = transform_caption(self.caption_transform, caption, draw)

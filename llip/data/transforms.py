@@ -3,6 +3,7 @@
 Shapes: H, W of a decoded picture, before and after.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from llip.data.captions import BadSample
 from llip.errors import UserError
-from llip.extensions import find_extension
+from llip.extensions import describe_failure, find_extension
 
 EMPTY_CAPTION = "caption_transform returned no text"
 
@@ -23,12 +24,7 @@ def transform_function(field: str, name: str | None) -> Callable[[Any, int], Any
     Raises:
         UserError: it cannot be found, or is not callable.
     """
-    if name is None:
-        return None
-    function = find_extension(field, name)
-    if not callable(function):
-        raise UserError(f"{field} = {name!r}: expected a function, found {type(function).__name__}")
-    return function
+    return None if name is None else find_extension(field, name)
 
 
 def transform_caption(function: Callable[[str, int], str], caption: str, seed: int) -> str:
@@ -68,8 +64,9 @@ def transform_image(function: Callable[[np.ndarray, int], np.ndarray], pixels: T
 def _call(field: str, function: Callable[[Any, int], Any], value: Any, seed: int) -> Any:
     try:
         return function(value, seed)
-    except Exception as error:
-        raise UserError(f"{field} {_name(function)} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        file = getattr(sys.modules.get(function.__module__), "__file__", None) or ""
+        raise UserError(f"{field} {_name(function)} failed: {describe_failure(error, file)}") from error
 
 
 def _name(function: Callable) -> str:
