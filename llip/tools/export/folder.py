@@ -7,6 +7,7 @@ Laid out as the Hugging Face hub expects a model repository: `config.json`, `mod
 import copy
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import llip
 from llip.errors import UserError
+from llip.extensions import FOLDER, copy_extensions, extension_files
 from llip.open_clip.factory import IMAGE_MEAN, IMAGE_STD, ModelSpec
 from llip.open_clip.model import Llip
 from llip.open_clip.weights.files import LIBRARY
@@ -44,6 +46,7 @@ def staged(out: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
             yield Path(folder)
             new = sorted(path.name for path in Path(folder).iterdir())
+            shutil.rmtree(out / FOLDER, ignore_errors=True)  # a folder is not replaced by another one
             for name in new:
                 os.replace(Path(folder) / name, out / name)
         for pattern in _OPTIONAL:
@@ -99,6 +102,7 @@ def write_model(folder: Path, model: Llip) -> None:
     if text.get("hf_tokenizer_name"):
         model.tokenizer.save_pretrained(str(folder))
         text["hf_tokenizer_name"] = "."  # in this folder, wherever it goes
+    copy_extensions(extension_files(described).values(), folder / FOLDER)
     save_weights(folder / "model.safetensors", model.state_dict(), LIBRARY)
     write_json(
         folder / "config.json",

@@ -51,6 +51,23 @@ def test_a_folder_loads_back_to_the_same_scores(tmp_path, pooling):
     assert again["files"]["model.safetensors"] == outcome["files"]["model.safetensors"]
 
 
+def test_a_users_pooling_travels_with_the_export(tmp_path, monkeypatch):
+    lab, shelf = tmp_path / "lab", tmp_path / "shelf"
+    lab.mkdir()
+    (lab / "mine.py").write_text(
+        "from llip.open_clip.pooling import MeanTokens\n\n\nclass Mine(MeanTokens):\n    note = 1\n"
+    )
+    path, model = checkpoint(tmp_path, pooling=f"{lab}/mine.py:Mine")
+    for _ in range(2):  # the second export replaces the first
+        export(path, lab / "out")
+    lab.rename(shelf)  # the original file is gone, and the export lies elsewhere
+    monkeypatch.chdir("/")
+    for opened in (shelf / "out", shelf / "out" / "model.safetensors"):
+        loaded = llip.load_pretrained(opened)
+        assert loaded.pooling.note == 1
+        assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
 def test_an_export_is_a_start_for_training(tmp_path):
     path, model = checkpoint(tmp_path)
     export(path, tmp_path / "out")
