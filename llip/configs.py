@@ -65,7 +65,7 @@ class Config:
     )
     shuffle_buffer: int = _field(2000, "undecoded samples per worker to shuffle among", bounds=AT_LEAST_1)
     max_bad_fraction: float = _operational(
-        0.1, "fraction of unusable samples above which training stops", bounds=FROM_0_TO_1
+        0.1, "fraction of unusable samples, or of lost shards, above which training stops", bounds=FROM_0_TO_1
     )
     log_sample_ids: bool = _operational(False, "record the sample ids of every step, to audit the order")
 

@@ -13,8 +13,8 @@ from llip.data.order import Piece, Reader, Standing, locate
 from llip.data.position import Cursor, Layout, Move, ReaderPosition, StreamPosition
 from llip.data.prefetch import ReadWatch, read_ahead
 from llip.data.sources import ShardSource
-from llip.data.tar_reader import Damage, RawSample, read_samples
-from llip.data.worker_stats import FIRST_DEADLINE, WorkerStats
+from llip.data.tar_reader import LOSES_SHARD, Damage, RawSample, read_samples
+from llip.data.worker_stats import FIRST_DEADLINE, LostShard, WorkerStats
 from llip.errors import UserError
 
 CHANGED = "sample is not there any more"
@@ -38,11 +38,16 @@ class _PieceEnd(NamedTuple):
     samples: int
 
 
+class _Lost(NamedTuple):
+    shard: LostShard
+    reason: str
+
+
 class _PassEnd(NamedTuple):
     pass_index: int
 
 
-_Item = _PassStart | _Refill | _PieceEnd | _PassEnd | Damage | RawSample
+_Item = _PassStart | _Refill | _PieceEnd | _Lost | _PassEnd | Damage | RawSample
 
 
 class DatasetStream:
@@ -115,6 +120,9 @@ class DatasetStream:
                 arrived += 1
             elif isinstance(item, _PieceEnd):
                 self.counts.append(item.samples)
+                self.tally.finish_shard(self.dataset)
+            elif isinstance(item, _Lost):
+                self.tally.lose_shard(item.shard, item.reason)
             elif isinstance(item, Damage):
                 self.tally.drop(item.reason, item.url)
             elif isinstance(item, _Refill):
@@ -170,23 +178,21 @@ class DatasetStream:
     def _read(self, piece: Piece, done: int) -> Iterator[_Item]:
         """Yield the samples of a piece after the first `done`, damage, and the end with the count of all."""
         url = self.source.urls[piece.shard]
-        if piece.listed is not None:
-            for item in self._pick(url, piece.listed[done:]):
-                yield item if isinstance(item, Damage) else item[1]
-                done += not isinstance(item, Damage)
-        else:
-            number = 0
-            for item in read_samples(url, piece.sample(done), self.watch):
-                if isinstance(item, Damage):
-                    yield item
-                    continue
-                if number % piece.stride == 0:
-                    yield item
-                    done += 1
-                number += 1
+        items = (
+            self._pick(url, piece.listed[done:])
+            if piece.listed is not None
+            else _numbered(read_samples(url, piece.sample(done), self.watch), 0)
+        )
+        for number, item in items:
+            if isinstance(item, Damage):
+                lost = LostShard(self.dataset, url, piece.first, 0 if piece.listed else piece.stride, done)
+                yield _Lost(lost, item.reason) if item.reason in LOSES_SHARD else item
+            elif piece.listed is not None or number % piece.stride == 0:
+                yield item
+                done += 1
         yield _PieceEnd(done)
 
-    def _pick(self, url: str, listed: list[int]) -> Iterator[tuple[int, RawSample] | Damage]:
+    def _pick(self, url: str, listed: list[int]) -> Iterator[tuple[int, RawSample | Damage]]:
         """Yield (number, sample) of the listed samples of a shard, damage, and one `Damage` for each that is gone."""
         wanted = iter(listed)
         number = next(wanted, None)
@@ -194,14 +200,14 @@ class DatasetStream:
             return
         for index, item in _numbered(read_samples(url, number, self.watch), number):
             if isinstance(item, Damage):
-                yield item
+                yield index, item
             elif index == number:
                 yield number, item
                 number = next(wanted, None)
                 if number is None:
                     return
         for missing in itertools.chain([number], wanted):
-            yield Damage(url, CHANGED, f"sample {missing}")
+            yield missing, Damage(url, CHANGED, f"sample {missing}")
 
     def _refill(self, pieces: list[Piece], counts: list[int], standing: Standing) -> Iterator[_Item]:
         """Read again what the buffer holds. Damage on the way has been counted before the restart."""
@@ -209,9 +215,9 @@ class DatasetStream:
         for slot, (piece, number) in zip(standing.held, locate(list(standing.held.values()), counts), strict=True):
             places.setdefault(piece, {})[pieces[piece].sample(number)] = slot
         for piece, slots in sorted(places.items()):
-            for item in self._pick(self.source.urls[pieces[piece].shard], sorted(slots)):
+            for number, item in self._pick(self.source.urls[pieces[piece].shard], sorted(slots)):
                 if not isinstance(item, Damage):
-                    yield _Refill(slots[item[0]], item[1])
+                    yield _Refill(slots[number], item)
                 elif item.reason == CHANGED:
                     yield item
 

@@ -35,6 +35,8 @@ BAD_HEADER = "damaged tar header"
 COMMAND_FAILED = "shard command failed"
 STALLED = "shard stalled"
 DUPLICATE = "duplicate member"
+LOSES_SHARD = frozenset((MISSING, UNREADABLE, ZERO_BYTES, NOT_A_TAR, TRUNCATED, BAD_HEADER, COMMAND_FAILED, STALLED))
+"""Reasons for which a shard, or the rest of it, yields no more samples."""
 
 _BLOCK = 512
 _PIECE = 1 << 20  # bytes of one read: a slow stream is seen to move, and a wrong size cannot ask for all memory

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from llip.errors import UserError
@@ -16,13 +16,25 @@ _ENOUGH_TO_JUDGE = 200  # samples seen before the share of bad ones means someth
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class LostShard(NamedTuple):
+    """A shard that was not read to its end: of its samples `first`, `first + stride`, ... came `read`."""
+
+    dataset: int
+    url: str
+    first: int
+    stride: int  # 0: single samples, which count as dropped
+    read: int
+
+
 class WorkerReport(NamedTuple):
     """What a reader tells with each batch, counted since its last one."""
 
-    dropped: list[tuple[str, str, int]]  # shard, reason, samples
+    dropped: list[tuple[str, str, int]]  # shard, reason, samples; 1 for a lost shard
     used: list[int]  # samples, per dataset
     seconds: dict[str, float]  # by stage
     memory: int  # resident bytes of the reader's process, now
+    shards: Sequence[int] = ()  # shard slices finished or lost, per dataset
+    lost: Sequence[LostShard] = ()
 
 
 def resident_bytes() -> int:
@@ -47,7 +59,9 @@ class WorkerStats:
         """
         self.max_bad_fraction, self.wanted = max_bad_fraction, wanted
         self.began = self.batch_began = time.monotonic()
-        self.seen, self.found_usable = 0, False
+        self.seen, self.bad, self.found_usable = 0, 0, False
+        self.shards = [0] * datasets  # slices, since the last report
+        self.lost: list[LostShard] = []  # since the last report
         self.used = [0] * datasets
         self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the reader's life
         self.members: Counter[str] = Counter()  # member names of samples that cannot be used
@@ -62,20 +76,34 @@ class WorkerStats:
         self.found_usable = True
 
     def drop(self, reason: str, shard: str, sample: Iterable[str] = ()) -> None:
-        """Count a sample that cannot be used, with its members' names, or damage of a shard outside samples.
+        """Count a sample that cannot be used, with its members' names.
 
         Raises:
             UserError: too large a share of what was seen is bad, or nothing good has come for too long.
         """
         self.seen += 1
+        self.bad += 1
         self.dropped[shard, reason] += 1
         self._note_members(sample)
-        bad = self.dropped.total()
-        if self.seen >= _ENOUGH_TO_JUDGE and bad > self.max_bad_fraction * self.seen:
+        if self.seen >= _ENOUGH_TO_JUDGE and self.bad > self.max_bad_fraction * self.seen:
             raise UserError(
                 f"data: more than max_bad_fraction = {self.max_bad_fraction} of the samples cannot be used: "
-                f"{bad} of {self.seen}; {self.words()}"
+                f"{self.bad} of {self.seen}; {self.words()}"
             )
+        self.check_start(self.dropped)
+
+    def finish_shard(self, dataset: int) -> None:
+        """Count a shard slice that was read, lost or not."""
+        self.shards[dataset] += 1
+
+    def lose_shard(self, lost: LostShard, reason: str) -> None:
+        """Count a shard that was lost. The training process decides when too many are: it sees those of all workers.
+
+        Raises:
+            UserError: nothing usable has come for too long.
+        """
+        self.lost.append(lost)
+        self.dropped[lost.url, reason] += 1
         self.check_start(self.dropped)
 
     def check_start(self, bad: Counter[tuple[str, str]], sample: Iterable[str] = ()) -> None:
@@ -112,7 +140,9 @@ class WorkerStats:
         self._reported, self._reported_used = self.dropped.copy(), list(self.used)
         seconds, self.seconds = dict(self.seconds), Counter()
         dropped = [(shard, reason, count) for (shard, reason), count in new.items()]
-        return WorkerReport(dropped, used, seconds, resident_bytes())
+        shards, self.shards = self.shards, [0] * len(self.used)
+        lost, self.lost = self.lost, []
+        return WorkerReport(dropped, used, seconds, resident_bytes(), shards, lost)
 
     def words(self, dropped: Counter[tuple[str, str]] | None = None) -> str:
         """Return what was dropped, from where, and what else there was."""

@@ -154,7 +154,7 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     loader = make_loader(
         config, data, tokenizer, spec.image_size, processes.rank, processes.world_size, state.position, pin
     )
-    run_log = _open_log(config, processes, state, [source.pattern for source in data.sources])
+    run_log = _open_log(config, processes, state, data)
     task = ContrastiveTask(model, config.loss, processes, config.score_memory)
     return Run(task, state, loader, run_log, provenance)
 
@@ -165,13 +165,21 @@ def _data_digest(data: DataSpec) -> int:
     return zlib.crc32(repr([(shard_name(url), counts.get(url)) for url in data.urls]).encode(errors="surrogateescape"))
 
 
-def _open_log(config: Config, processes: Processes, state: TrainState, names: list[str]) -> RunLog:
+def _open_log(config: Config, processes: Processes, state: TrainState, data: DataSpec) -> RunLog:
     samples = SampleLog(config.folder, processes.rank) if config.log_sample_ids else None
-    data = DataReport(names, state.counts, config.workers)
+    slots = config.processes * max(1, config.workers)
+    report = DataReport(
+        [source.pattern for source in data.sources],
+        state.counts,
+        config.workers,
+        [shards if shards >= slots else shards * slots for shards in data.shard_counts],
+        config.max_bad_fraction,
+        load_index(data.urls) if processes.is_main else {},
+    )
     with _all_fail_alike(processes):  # nobody writes before the main process has cut the records back
         if processes.is_main and samples is not None:
             cut_back_ids(config.folder, state.step)
-        return RunLog(config.folder if processes.is_main else None, config, state.step, data, samples)
+        return RunLog(config.folder if processes.is_main else None, config, state.step, report, samples)
 
 
 def _starting_point(config: Config, processes: Processes) -> dict | None:

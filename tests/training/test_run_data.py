@@ -3,6 +3,7 @@
 import pytest
 
 from llip.configs import Config
+from llip.data.index import ShardEntry, write_index
 from llip.errors import UserError
 from llip.main import train
 from llip.training.checkpoints.records import read_records
@@ -66,3 +67,28 @@ def test_a_loader_that_fails_is_one_message(config, monkeypatch, said, told):
     monkeypatch.setattr("llip.training.setup.make_loader", fail)
     with pytest.raises(UserError, match=told):
         train(config, "cpu")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_loses_most_of_its_shards_ends_and_names_them(config, tmp_path, workers):
+    write_pairs(tmp_path / "lost", 32, 16)
+    command = f"pipe:cat {tmp_path}/lost/{{00000..00009}}.tar"
+    with pytest.raises(UserError) as caught:
+        train(config.replace(train_data=command, workers=workers, train_num_samples=160), "cpu")
+    assert "of 10 shards are lost" in str(caught.value)
+    assert "max_bad_fraction = 0.1" in str(caught.value)
+    assert "shard command failed: " in str(caught.value)
+    assert f"cat {tmp_path}/lost/0000" in str(caught.value)
+
+
+def test_lost_shards_and_their_samples_are_counted_apart(config, tmp_path):
+    urls = [f"pipe:cat {tmp_path}/pairs/0000{number}.tar" for number in range(3)]
+    write_pairs(tmp_path / "pairs", 24, 8)
+    write_index({url: ShardEntry(8) for url in urls}, tmp_path / "pairs")
+    (tmp_path / "pairs" / "00002.tar").unlink()
+    command = f"pipe:cat {tmp_path}/pairs/{{00000..00002}}.tar"
+    train(config.replace(train_data=command, max_bad_fraction=0.5), "cpu")
+    last = read_records(config.folder / "metrics.jsonl")[-1]
+    assert (last["dropped_samples"], last["dropped"]) == (0, {})
+    assert last["lost_shards"] >= 1
+    assert "samples dropped so far, 1 shards lost" in (config.folder / "log.txt").read_text()

@@ -4,15 +4,19 @@ import dataclasses
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from llip.data.worker_stats import WorkerReport
+from llip.data.tar_reader import LOSES_SHARD
+from llip.data.worker_stats import LostShard, WorkerReport
+from llip.errors import UserError
 
 WAIT_WORTH_A_LINE = 0.1
 """Share of the time spent waiting for data from which on the log says what is slow."""
 _LINES = 10  # single cases of damage that are told as they come; all are counted
 _TABLE_ROWS = 20
+_LAST_LOST = 3  # lost shards of each process that an error names
 WORST = 200
 """Places of damage that each process names in a checkpoint and in an epoch's table."""
 OTHERS = ""
@@ -32,7 +36,11 @@ class DataCounts:
     """What a process has used and dropped since its run began; stored in checkpoints."""
 
     used: list[int]  # samples, per dataset
-    dropped: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (shard, reason) -> samples
+    dropped: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (shard, reason) -> how often
+    shards: Counter[int] = dataclasses.field(default_factory=Counter)  # dataset -> shard slices read
+    lost: Counter[int] = dataclasses.field(default_factory=Counter)  # dataset -> those not read to their end
+    lost_samples: int = 0  # in the lost shards that an index knows
+    last_lost: list[str] = dataclasses.field(default_factory=list)
 
     def plain(self, worst: int) -> dict[str, Any]:
         """Return plain containers of bounded size: the `worst` places by name, the others summed by reason.
@@ -46,7 +54,14 @@ class DataCounts:
             rest = self.by_reason()
             rest.subtract(DataCounts([], named).by_reason())
             named |= Counter({(OTHERS, reason): count for reason, count in rest.items()})
-        return {"used": self.used, "dropped": [[*place, count] for place, count in named.items()]}
+        return {
+            "used": self.used,
+            "dropped": [[*place, count] for place, count in named.items()],
+            "shards": dict(self.shards),
+            "lost": dict(self.lost),
+            "lost_samples": self.lost_samples,
+            "last_lost": self.last_lost[-_LAST_LOST:],
+        }
 
     def restore(self, saved: Iterable[dict[str, Any]]) -> None:
         """Take over the sum of what `plain` described on several processes."""
@@ -55,9 +70,13 @@ class DataCounts:
                 self.used[dataset] += count
             for shard, reason, count in one["dropped"]:
                 self.dropped[shard, reason] += count
+            self.shards.update(one.get("shards", {}))
+            self.lost.update(one.get("lost", {}))
+            self.lost_samples += one.get("lost_samples", 0)
+            self.last_lost += one.get("last_lost", [])
 
     def by_reason(self) -> Counter[str]:
-        """Return the dropped samples by reason."""
+        """Return the dropped samples and lost shards by reason."""
         reasons = Counter[str]()
         for (_, reason), count in self.dropped.items():
             reasons[reason] += count
@@ -74,15 +93,28 @@ def sum_counts(everyone: list[dict[str, Any]]) -> DataCounts:
 class DataReport:
     """Gathers the reports of one process's workers."""
 
-    def __init__(self, names: list[str], counts: DataCounts, workers: int) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        counts: DataCounts,
+        workers: int,
+        shards: Sequence[int] = (),
+        max_bad_fraction: float = 1.0,
+        known: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Go on from `counts`.
 
         Args:
             names: of the datasets, for people.
             counts: advanced in place.
             workers: of this process; 0 where it loads by itself.
+            shards: slices of shards that all workers read in one epoch of the data, per dataset.
+            max_bad_fraction: share of a dataset's shards beyond which their loss ends the run.
+            known: samples by shard, as far as an index has them.
         """
         self.names, self.counts, self.workers = names, counts, workers
+        self.shards, self.max_bad_fraction, self.known = shards, max_bad_fraction, known
+        self._judged = counts.shards.copy(), counts.lost.copy()  # slices before the present epoch of the data
         self.seconds: Counter[str] = Counter()  # by stage, over the workers, since the last record
         self.memory = [0] * max(1, workers)  # bytes, by worker
         self._told: set[tuple[str, str]] = set(counts.dropped)
@@ -97,8 +129,40 @@ class DataReport:
             if (shard, reason) not in self._told:
                 self._told.add((shard, reason))
                 self._tell(shard, reason)
+        for dataset, count in enumerate(report.shards):
+            self.counts.shards[dataset] += count
+        for lost in report.lost:
+            self._add_lost(lost)
         self.seconds.update(report.seconds)
         self.memory[batch % len(self.memory)] = report.memory
+
+    def _add_lost(self, lost: LostShard) -> None:
+        self.counts.lost[lost.dataset] += 1
+        self.counts.last_lost = [*self.counts.last_lost, lost.url][-_LAST_LOST:]
+        if lost.stride and lost.url in self.known:
+            self.counts.lost_samples += max(0, len(range(lost.first, self.known[lost.url], lost.stride)) - lost.read)
+
+    def _check_lost(self, counts: DataCounts) -> None:
+        """Raise a `UserError` where more than `max_bad_fraction` of a dataset's shards were lost in an epoch of it.
+
+        Before an epoch's end the lost shards are compared with all of its shards: what is still to come may be good.
+        """
+        before, lost_before = self._judged
+        for dataset, shards in enumerate(self.shards):
+            read = counts.shards[dataset] - before[dataset]
+            lost = counts.lost[dataset] - lost_before[dataset]
+            if lost > self.max_bad_fraction * max(read, shards):
+                known = f" with {counts.lost_samples:,} samples" if counts.lost_samples else ""
+                reasons = ", ".join(
+                    f"{reason}: {n}" for reason, n in counts.by_reason().items() if reason in LOSES_SHARD
+                )
+                raise UserError(
+                    f"data: {self.names[dataset]!r}: {lost} of {max(read, shards)} shards are lost{known}, more than "
+                    f"max_bad_fraction = {self.max_bad_fraction}; {reasons}; the last ones: "
+                    f"{', '.join(counts.last_lost[-_LAST_LOST:])}; check that the shards are there and can be read"
+                )
+            if read >= shards:
+                before[dataset], lost_before[dataset] = counts.shards[dataset], counts.lost[dataset]
 
     def _tell(self, shard: str, reason: str) -> None:
         if len(self._told) <= _LINES:
@@ -112,11 +176,18 @@ class DataReport:
         Args:
             everyone: the counts of all processes, plain.
             wait_fraction: share of the window that was spent waiting for data.
+
+        Raises:
+            UserError: too many shards are lost.
         """
         counts = sum_counts(everyone)
+        self._check_lost(counts)
+        dropped = {reason: count for reason, count in counts.by_reason().items() if reason not in LOSES_SHARD}
         record = {
-            "dropped_samples": counts.dropped.total(),
-            "dropped": dict(counts.by_reason()),
+            "dropped_samples": sum(dropped.values()),
+            "dropped": dropped,
+            "lost_shards": counts.lost.total(),
+            "lost_samples": counts.lost_samples,
             "dataset_samples": counts.used,
             **{f"data_{stage}_seconds": self.seconds[stage] for stage in ("read", "decode", "tokenize", "idle")},
             "data_bottleneck": self.bottleneck() if wait_fraction > WAIT_WORTH_A_LINE else None,
@@ -154,6 +225,7 @@ class DataReport:
     def log_epoch(self, everyone: list[dict[str, Any]]) -> None:
         """Write what was dropped so far as a table, and what each of several datasets gave."""
         counts = sum_counts(everyone)
+        self._check_lost(counts)
         self._said.clear()
         if len(self.names) > 1:
             total = max(1, sum(counts.used))
@@ -166,8 +238,10 @@ class DataReport:
         places = sorted(counts.dropped.items(), key=lambda item: (item[0][0] == OTHERS, -item[1]))
         rows = [f"{count:>10,}  {reason:30}  {shard or '(other shards)'}" for (shard, reason), count in places]
         more = [f"{'':>10}  and {len(rows) - _TABLE_ROWS:,} more"] if len(rows) > _TABLE_ROWS else []
+        lost = sum(count for reason, count in counts.by_reason().items() if reason in LOSES_SHARD)
         log.info(
-            "data: %s samples dropped so far\n%s",
-            f"{counts.dropped.total():,}",
-            "\n".join([f"{'samples':>10}  {'reason':30}  shard", *rows[:_TABLE_ROWS], *more]),
+            "data: %s samples dropped so far, %s shards lost\n%s",
+            f"{counts.dropped.total() - lost:,}",
+            f"{lost:,}",
+            "\n".join([f"{'count':>10}  {'reason':30}  shard", *rows[:_TABLE_ROWS], *more]),
         )

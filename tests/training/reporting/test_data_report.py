@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from llip.data.worker_stats import WorkerReport
+from llip.data.worker_stats import LostShard, WorkerReport
+from llip.errors import UserError
 from llip.training.reporting.data_report import OTHERS, WORST, DataCounts, DataReport, sum_counts
 
 
@@ -62,14 +63,14 @@ def test_damage_is_told_once_and_not_without_end(said):
     one = report()
     for number in range(40):
         for _ in range(2):
-            one.add(WorkerReport([(f"{number}.tar", "truncated tar", 1)], [0, 0], {}, 0), number)
+            one.add(WorkerReport([(f"{number}.tar", "not an image", 1)], [0, 0], {}, 0), number)
     assert len(said.records) == 11
-    assert "dropping from 3.tar: truncated tar" in said.text
+    assert "dropping from 3.tar: not an image" in said.text
     said.clear()
     one.log_epoch([one.counts.plain(WORST)])
     assert "80 samples dropped so far" in said.text
     assert "and 20 more" in said.text
-    assert said.text.count("truncated tar") == 20
+    assert said.text.count("not an image") == 20
 
 
 def test_plain_counts_are_bounded_and_lose_no_sample():
@@ -88,3 +89,44 @@ def test_plain_counts_are_bounded_and_lose_no_sample():
     assert again.plain(5)["used"] == [5]
     assert len(again.plain(5)["dropped"]) == 7
     assert again.by_reason() == counts.by_reason()
+
+
+def lose(url, dataset=0, read=0, stride=1):
+    return WorkerReport(
+        [(url, "shard is not there", 1)], [1, 1], {}, 0, [1, 1], [LostShard(dataset, url, 0, stride, read)]
+    )
+
+
+def test_lost_shards_end_the_run_beyond_the_limit_of_their_dataset():
+    def judged(lost, good, limit):
+        one = DataReport(["a", "b"], DataCounts([0, 0]), 0, [10, 1000], limit, {"5.tar": 7})
+        for number in range(lost):
+            one.add(lose(f"{number}.tar", read=number), 0)
+        for _ in range(good):
+            one.add(WorkerReport([], [1, 1], {}, 0, [1, 1]), 0)
+        return one.record([one.counts.plain(0)], 0.0)
+
+    assert judged(2, 0, 0.2)["lost_shards"] == 2
+    assert judged(2, 0, 0.2)["dropped_samples"] == 0
+    assert judged(6, 0, 0.6)["lost_samples"] == 2  # of 7 known ones 5 were read
+    with pytest.raises(UserError, match=r"'a': 3 of 10 shards are lost.*shard is not there: 3.*: 0.tar, 1.tar, 2.tar;"):
+        judged(3, 0, 0.2)
+    with pytest.raises(UserError, match="'a': 7 of 30 shards"):
+        judged(7, 23, 0.2)
+    assert judged(6, 24, 0.2)["lost_shards"] == 6
+
+
+def test_shards_lost_after_many_good_epochs_count_by_their_own_epoch():
+    one = DataReport(["a", "b"], DataCounts([0, 0]), 0, [10, 1000], 0.2)
+    for _ in range(500):
+        one.add(WorkerReport([], [1, 1], {}, 0, [1, 1]), 0)
+    one.record([one.counts.plain(0)], 0.0)
+    for number in range(3):
+        one.add(lose(f"{number}.tar"), 0)
+    with pytest.raises(UserError, match="3 of 10 shards"):
+        one.record([one.counts.plain(0)], 0.0)
+    again = DataCounts([0, 0])
+    again.restore([one.counts.plain(WORST)])
+    assert again == one.counts
+    resumed = DataReport(["a", "b"], again, 0, [10, 1000], 0.2)
+    resumed.record([again.plain(0)], 0.0)  # what was lost before does not end the run that follows
