@@ -39,12 +39,26 @@ def choose_devices(names: Sequence[str] | None) -> list[str]:
     names = ["cuda:0" if name == "cuda" else name for name in names]
     for name in names:
         if name != "cpu" and name not in found:
-            raise UserError(f"--devices {name}: this machine has cpu{''.join(', ' + device for device in found)}")
+            raise _unknown_device(name, found)
         if name != "cpu" and names.count(name) > 1:
             raise UserError(f"--devices names {name} more than once; one process per GPU")
     if "cpu" in names and set(names) != {"cpu"}:
         raise UserError(f"--devices {' '.join(names)}: either cpu or cuda, not both")
     return names
+
+
+def _unknown_device(name: str, found: list[str]) -> UserError:
+    if "," in name:
+        return UserError(f"--devices {name}: separate devices by spaces: --devices {' '.join(name.split(','))}")
+    spelled = f"cuda:{name}" if name.isdecimal() else name.lower()
+    if spelled in ("cpu", *found):
+        return UserError(f"--devices {name}: there is no such device. Did you mean {spelled!r}?")
+    if not found:
+        return UserError(
+            f"--devices {name}: this machine has no CUDA device; write --devices cpu (twice: two processes)"
+        )
+    here = ", ".join(["cpu", *found])
+    return UserError(f"--devices {name}: this machine has {here}; for instance --devices {' '.join(found)}")
 
 
 def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> None:

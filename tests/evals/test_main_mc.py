@@ -145,7 +145,10 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_devices(["cuda:1"]) == ["cuda:1"]
     assert choose_devices(["cpu", "cpu"]) == ["cpu", "cpu"]
     for names, words in [
-        (["cuda:2"], "this machine has cpu, cuda:0, cuda:1"),
+        (["cuda:2"], "--devices cuda:2: this machine has cpu, cuda:0, cuda:1; for instance --devices cuda:0 cuda:1"),
+        (["cuda:0,cuda:1"], "separate devices by spaces: --devices cuda:0 cuda:1"),
+        (["0"], "Did you mean 'cuda:0'"),
+        (["CPU"], "Did you mean 'cpu'"),
         (["cuda:0", "cuda:0"], "more than once"),
         (["cuda:0", "cpu"], "not both"),
         (["gpu"], "--devices gpu"),
@@ -154,6 +157,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_devices(names)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_devices(None) == ["cpu"]
+    with pytest.raises(UserError, match="--devices cuda:0: this machine has no CUDA device; write --devices cpu"):
+        choose_devices(["cuda:0"])
 
 
 def test_command_line_tells_a_mistake_without_traceback(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
