@@ -4,14 +4,19 @@ Shapes: B images, T texts, K mixture tokens, M heads, D embedding width.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llip.extensions import find_extension
 from llip.open_clip.objectives import Objective
-from llip.open_clip.pooling import unit_norm
+from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores.gram import full_precision
+from llip.open_clip.tokenizer import Tokenizer
+from llip.open_clip.tower import MixtureTower
+from llip.open_clip.weights.report import LoadReport
 
 MAX_LOGIT_SCALE = math.log(100)
 """Ceiling of `logit_scale` (Radford et al. 2021)."""
@@ -25,7 +30,19 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 class Llip(nn.Module):
     """An image-text model whose image features may depend on the text they are compared with."""
 
-    def __init__(self, visual: nn.Module, text: nn.Module, pooling: nn.Module, loss: str) -> None:
+    visual: MixtureTower
+    text: Any  # OpenCLIP's text tower
+    pooling: Pooling
+    logit_bias: nn.Parameter | None
+    config: dict[str, Any]
+    """Everything that decides what the model computes, apart from its weights: `factory.ModelSpec`."""
+    load_report: LoadReport
+    """What became of `pretrained`; set by `create_model`."""
+    preprocess_train: Callable
+    preprocess_val: Callable
+    tokenizer: Tokenizer
+
+    def __init__(self, visual: MixtureTower, text: nn.Module, pooling: Pooling, loss: str) -> None:
         """Put the parts together.
 
         Args:

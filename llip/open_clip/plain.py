@@ -28,12 +28,16 @@ class PlainImageTower(MixtureTower):
     """The image side of an OpenCLIP model, of any kind: its feature is the one mixture token."""
 
     mixture_tokens = 1
+    source: Any  # OpenCLIP's CLIP, CustomTextCLIP or CoCa
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.source = source
         size = source.visual.preprocess_cfg["size"]
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        patches = getattr(getattr(source.visual, "trunk", None), "patch_embed", None)
+        grid: Any = getattr(source.visual, "grid_size", None) or getattr(patches, "grid_size", None)
+        self.grid_size = tuple(grid or (0, 0))  # (0, 0): a tower without a grid of patches
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to one mixture token each [B, 1, D] (not normalised)."""
@@ -43,7 +47,9 @@ class PlainImageTower(MixtureTower):
 class _PlainTextTower(nn.Module):
     """The text side. It shares the model with the image side: OpenCLIP's `CLIP` does not hold its text tower apart."""
 
-    def __init__(self, source: nn.Module) -> None:
+    source: Any
+
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.source = source
 
@@ -91,7 +97,7 @@ def open_plain(name: str, pretrained: str | None, tokenizer: str | None = None) 
     return _as_llip(name, source_tokenizer, *_build(name, pretrained, preprocessing))
 
 
-def _build(name: str, pretrained: str | None, preprocessing: dict[str, Any]) -> tuple[nn.Module, Callable, Callable]:
+def _build(name: str, pretrained: str | None, preprocessing: dict[str, Any]) -> tuple[Any, Callable, Callable]:
     try:
         return open_clip.create_model_and_transforms(name, pretrained, **preprocessing)
     except Exception as error:  # whatever the library, timm or the hub finds wrong
@@ -115,11 +121,11 @@ def _shorten(error: Exception) -> str:
     return reason if len(reason) <= _MESSAGE_LENGTH else reason[:_MESSAGE_LENGTH] + " ..."
 
 
-def _as_llip(name: str, tokenizer: Tokenizer, source: nn.Module, train: Callable, val: Callable) -> Llip:
+def _as_llip(name: str, tokenizer: Tokenizer, source: Any, train: Callable, val: Callable) -> Llip:
     loss = "softmax" if source.logit_bias is None else "sigmoid"
     model = Llip(PlainImageTower(source), _PlainTextTower(source), FirstToken(1), loss)
     model.logit_scale.data.copy_(source.logit_scale.data.reshape(()))
-    if source.logit_bias is not None:
+    if model.logit_bias is not None:
         model.logit_bias.data.copy_(source.logit_bias.data.reshape(()))
     architecture = open_clip.get_model_config(name)
     architecture["resize_mode"] = source.visual.preprocess_cfg["resize_mode"]

@@ -24,11 +24,47 @@ def unit_norm(x: Tensor) -> Tensor:
     return F.normalize(full_precision(x), dim=-1, eps=NORM_EPS)
 
 
-class TextFreePooling(nn.Module):
-    """One weighting of the K tokens for every caption: the lower rungs of the paper's ablation (its figure 3)."""
+class Pooling(nn.Module):
+    """What every pooling answers."""
 
     optional_biases: tuple[str, ...] = ()
     """Parameters that the pooling has only if its weights bring them."""
+
+    @classmethod
+    def build(cls, mixture_tokens: int, width: int, heads: int, temperature: float) -> "Pooling":
+        """Return the pooling of a config (`mixture_tokens`, embedding width, `pool_heads`, `softmax_temperature`)."""
+        raise NotImplementedError
+
+    def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
+        """Return cosines [B, T] of images [B, K, D] and unit-norm texts [T, D], in float32.
+
+        Args:
+            h: mixture tokens.
+            t: text features.
+            memory_budget: bytes that tiles of pairs may take; the default of `scores.plan` when None.
+        """
+        raise NotImplementedError
+
+    def score_plan(
+        self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
+    ) -> ScorePlan | None:
+        """Return how `scores` of such a shape are computed in training; None where they are plain inner products."""
+        return None
+
+    def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the unit-norm features z [B, T, D], formed one by one: the reference, for small B x T."""
+        raise NotImplementedError
+
+    def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return the weights over mixture tokens [B, T, M, K], in float32 (M = 1 without text conditioning)."""
+        raise NotImplementedError
+
+    def adopt_biases(self, state: dict[str, Tensor]) -> None:
+        """Make room for those optional biases that `state` (the pooling's, without prefix) brings."""
+
+
+class TextFreePooling(Pooling):
+    """One weighting of the K tokens for every caption: the lower rungs of the paper's ablation (its figure 3)."""
 
     def __init__(self, mixture_tokens: int) -> None:
         super().__init__()
@@ -36,39 +72,31 @@ class TextFreePooling(nn.Module):
 
     @classmethod
     def build(cls, mixture_tokens: int, width: int, heads: int, temperature: float) -> "TextFreePooling":
-        """Return the pooling of a config (`mixture_tokens`, embedding width, `pool_heads`, `softmax_temperature`)."""
         return cls(mixture_tokens)
 
     def token_weights(self) -> Tensor:
         """Return the weights over the mixture tokens [K], which sum to one."""
-        raise AssertionError("each rung defines its weights")
+        raise NotImplementedError
 
     def forward(self, h: Tensor) -> Tensor:
         """Pool mixture tokens [B, K, D] to unit-norm features [B, D]."""
         return unit_norm(torch.einsum("k,bkd->bd", self.token_weights().to(h.dtype), h))
 
     def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
-        """Return cosines [B, T] of images [B, K, D] and unit-norm texts [T, D], in float32."""
         with torch.autocast(h.device.type, enabled=False):
             return self(h) @ t.to(h.dtype).T
 
-    def score_plan(self, *shape: int, **options: object) -> None:
-        """Return None: a score is a plain inner product."""
-
-    def adopt_biases(self, state: dict[str, Tensor]) -> None:
-        """Take no biases: there are no projections."""
-
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
-        """Return unit-norm features [B, T, D]; they do not depend on the text."""
         return self(h)[:, None].expand(-1, t.shape[0], -1)
 
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
-        """Return the weights over mixture tokens [B, T, 1, K]; they depend neither on the image nor on the text."""
         return self.token_weights().expand(h.shape[0], t.shape[0], 1, -1)
 
 
 class FirstToken(TextFreePooling):
     """The first token is the feature; any others serve as registers. With K = 1 this is CLIP's class token."""
+
+    weights: Tensor
 
     def __init__(self, mixture_tokens: int) -> None:
         super().__init__(mixture_tokens)
@@ -83,6 +111,8 @@ class FirstToken(TextFreePooling):
 
 class MeanTokens(TextFreePooling):
     """The average of the K tokens."""
+
+    weights: Tensor
 
     def __init__(self, mixture_tokens: int) -> None:
         super().__init__(mixture_tokens)
@@ -103,7 +133,7 @@ class LearnedWeights(TextFreePooling):
         return full_precision(self.weight_logits).softmax(dim=0)
 
 
-class TextConditionedPooling(nn.Module):
+class TextConditionedPooling(Pooling):
     """Multi-head cross-attention with the text as query and the image's mixture tokens as keys and values.
 
     Four D x D matrices without biases, and nothing else through which text could reach the feature: no query residual,
@@ -116,7 +146,6 @@ class TextConditionedPooling(nn.Module):
     """
 
     optional_biases = ("q_proj.bias", "v_proj.bias")
-    """Parameters that the pooling has only if its weights bring them: see `published_head`."""
 
     def __init__(self, width: int, heads: int, temperature: float) -> None:
         """Build the head.
@@ -140,11 +169,9 @@ class TextConditionedPooling(nn.Module):
 
     @classmethod
     def build(cls, mixture_tokens: int, width: int, heads: int, temperature: float) -> "TextConditionedPooling":
-        """Return the pooling of a config (`mixture_tokens`, embedding width, `pool_heads`, `softmax_temperature`)."""
         return cls(width, heads, temperature)
 
     def adopt_biases(self, state: dict[str, Tensor]) -> None:
-        """Make room for those optional biases that `state` (the pooling's, without prefix) brings."""
         for name in self.optional_biases:
             projection = getattr(self, name.removesuffix(".bias"))
             if name in state and projection.bias is None:
@@ -164,34 +191,26 @@ class TextConditionedPooling(nn.Module):
 
     def queries(self, t: Tensor) -> Tensor:
         """Return queries [T, M, d] of unit-norm texts [T, D], divided by the temperature."""
-        bias = self.q_proj.bias
-        bias = None if bias is None else bias / self.temperature
+        bias = None if self.q_proj.bias is None else self.q_proj.bias / self.temperature
         return self._split(F.linear(t * self._query_gain(t), self.q_proj.weight, bias))
 
     def _query_gain(self, t: Tensor) -> float:
         return t.shape[-1] ** 0.5 / self.temperature
 
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
-        """Return the attention weights over mixture tokens [B, T, M, K], in float32."""
         logits = torch.einsum("tmd,bmkd->btmk", self.queries(t), self.keys(h))
         return full_precision(logits).softmax(dim=-1)
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
-        """Return the unit-norm features z [B, T, D], formed one by one: the reference, for small B x T."""
         weights = self.mixture_weights(h, t)
         mixed = torch.einsum("btmk,bmkd->btmd", weights, self.values(h).to(weights.dtype))
         return unit_norm(self.out_proj(mixed.flatten(2)))
 
     def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
-        """Return z_ij . t_j for all pairs [B, T], in float32, exact and in tiles (see `similarity`).
-
-        Args:
-            h: mixture tokens [B, K, D].
-            t: unit-norm texts [T, D].
-            memory_budget: bytes that the tiles may take; the default of `similarity` when None.
-        """
         keys, values = self.keys(h).transpose(0, 1), self.values(h).transpose(0, 1)
-        gain, query, out = self._query_gain(t), self.q_proj.weight, self.out_proj.weight
+        gain = self._query_gain(t)
+        query: Tensor = self.q_proj.weight
+        out: Tensor = self.out_proj.weight
         if self.q_proj.bias is not None:
             # One more text coordinate that only the queries see: W_O has no row for it, so neither z nor its norm does.
             query = torch.cat([query, self.q_proj.bias[:, None]], dim=1)
@@ -202,13 +221,12 @@ class TextConditionedPooling(nn.Module):
     def score_plan(
         self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
     ) -> ScorePlan:
-        """Return how `scores` of such a shape are computed in training, with the memory predicted."""
         width = self.out_proj.weight.shape[0]
         return plan_scores(
             images, texts, mixture_tokens, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget
         )
 
 
-def create_pooling(kind: str, mixture_tokens: int, width: int, heads: int, temperature: float) -> nn.Module:
+def create_pooling(kind: str, mixture_tokens: int, width: int, heads: int, temperature: float) -> Pooling:
     """Return the pooling called `kind`: first, mean, learned, text, or path/to/file.py:Name."""
     return find_extension("pooling", kind).build(mixture_tokens, width, heads, temperature)

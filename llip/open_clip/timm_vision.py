@@ -6,6 +6,8 @@ the modules and names of OpenCLIP's timm tower (`trunk.*`, `head.*`): its weight
 Shapes: B images, L patches, K mixture tokens, R registers, W width of the trunk, D width of the embedding.
 """
 
+from typing import Any
+
 import torch
 from open_clip.timm_model import TimmModel
 from timm.layers import AttentionPoolLatent
@@ -36,6 +38,8 @@ def timm_refusal(tower: TimmModel) -> str | None:
 class _TimmTower(MixtureTower):
     """What the two towers share: the trunk up to the pool, and what follows it."""
 
+    trunk: Any  # timm's VisionTransformer or Eva
+
     def __init__(self, source: TimmModel, mixture_tokens: int) -> None:
         super().__init__()
         assert mixture_tokens >= 1, f"mixture_tokens = {mixture_tokens}"
@@ -46,7 +50,6 @@ class _TimmTower(MixtureTower):
         self.is_eva = isinstance(self.trunk, Eva)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass: less memory, the same values."""
         self.trunk.grad_checkpointing = enable
 
     def default_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -68,12 +71,12 @@ class _TimmTower(MixtureTower):
     def features(self, images: Tensor) -> Tensor:
         """Return the normalised outputs of the last block, of all tokens."""
         tokens, beside = self.embed(images)
-        beside["attn_mask"] = self.attention_mask(tokens)
+        mask = self.attention_mask(tokens)
         for block in self.trunk.blocks:
             if self.trunk.grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False, **beside)
+                tokens = checkpoint(block, tokens, use_reentrant=False, attn_mask=mask, **beside)  # type: ignore[call-overload] # forwards keywords
             else:
-                tokens = block(tokens, **beside)
+                tokens = block(tokens, attn_mask=mask, **beside)
         return self.trunk.norm(tokens)
 
     def project(self, pooled: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ class TimmTokenViT(_TimmTower):
             own, tokens = (0, 0) if self.trunk.no_embed_class else (found, self.mixture_tokens)
             positions, note = fit_positions(state["trunk.pos_embed"][0], (own,), tokens, self.grid_size)
             state["trunk.pos_embed"] = positions[None]
-            notes += [note] * (note is not None)
+            notes += [] if note is None else [note]
         return notes
 
 
@@ -191,7 +194,7 @@ class TimmLatentViT(_TimmTower):
             own = 0 if self.trunk.no_embed_class else self.trunk.num_prefix_tokens
             positions, note = fit_positions(state["trunk.pos_embed"][0], (own,), own, self.grid_size)
             state["trunk.pos_embed"] = positions[None]
-            notes += [note] * (note is not None)
+            notes += [] if note is None else [note]
         return notes
 
 

@@ -37,11 +37,15 @@ def copies_offset(copies: Tensor) -> Tensor:
 class MixtureTower(nn.Module):
     """Base of the image towers: images [B, 3, H, W] in, mixture tokens [B, K, D] out.
 
-    Subclasses set `mixture_tokens` and `image_size`, and say in `fit_source` how foreign weights become theirs.
+    Subclasses set the sizes below and define how foreign weights become theirs (`fit_source`).
     """
 
     mixture_tokens: int
     image_size: tuple[int, int]
+    grid_size: tuple[int, int]
+    key_offset: Tensor | None
+    pixel_scale: Tensor | None
+    pixel_shift: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +70,11 @@ class MixtureTower(nn.Module):
         Returns:
             What was done, one sentence each, for the report.
         """
-        raise AssertionError("each tower says how")
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass: less memory, the same values."""
+        raise NotImplementedError
 
     def default_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Return mean and deviation [3] that foreign weights of this tower expect when nobody says, None: OpenAI's."""
@@ -85,7 +93,7 @@ class MixtureTower(nn.Module):
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Return mean and deviation [3] of the normalisation that the source's own weights expect."""
-        if self.pixel_scale is None:
+        if self.pixel_scale is None or self.pixel_shift is None:
             return list(OPENAI_DATASET_MEAN), list(OPENAI_DATASET_STD)
         std = torch.tensor(OPENAI_DATASET_STD, dtype=torch.float64) / self.pixel_scale.double().cpu()
         mean = torch.tensor(OPENAI_DATASET_MEAN, dtype=torch.float64) - self.pixel_shift.double().cpu() * std
@@ -93,7 +101,7 @@ class MixtureTower(nn.Module):
 
     def source_pixels(self, images: Tensor) -> Tensor:
         """Return normalised images [B, 3, H, W] as the weights expect them."""
-        if self.pixel_scale is None:
+        if self.pixel_scale is None or self.pixel_shift is None:
             return images
         scale, shift = (x.to(images.dtype).view(3, 1, 1) for x in (self.pixel_scale, self.pixel_shift))
         return images * scale + shift

@@ -52,7 +52,6 @@ class MixtureTokenViT(MixtureTower):
         self.proj = source.proj
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass: less memory, the same values."""
         self.transformer.grad_checkpointing = enable
 
     def embed(self, images: Tensor) -> Tensor:
@@ -85,4 +84,4 @@ class MixtureTokenViT(MixtureTower):
         state["positional_embedding"], note = fit_positions(
             state["positional_embedding"], tuple({found: 0, 1: 0}), self.mixture_tokens, self.grid_size
         )
-        return notes + [note] * (note is not None)
+        return notes if note is None else [*notes, note]

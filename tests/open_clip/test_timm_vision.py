@@ -94,7 +94,7 @@ def test_registers_become_mixture_tokens_beside_copies_of_the_class_token(tiny_t
     torch.testing.assert_close(offset[[0, 5, 6, 7]], torch.full((4,), -math.log(4)))
     torch.testing.assert_close(model.visual.trunk.cls_token[0, 1:5], source.visual.trunk.reg_token[0])
     assert not any("reg_token" in name for name in model.state_dict())
-    with pytest.raises(UserError, match="5 tokens of its own"):
+    with pytest.raises(UserError, match="5 prefix tokens"):
         ours(REGISTERS, 3)
 
 

@@ -6,6 +6,7 @@ Shapes: N tokens of a tower, W its width, D embedding width, K mixture tokens, L
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +76,7 @@ def timm_image_tower(spec: ModelSpec) -> Tower:
 @functools.cache  # seconds, and asked for several times
 def _timm_image_tower(described: str) -> Tower:
     spec = ModelSpec(**json.loads(described))
-    visual = meta_model(spec).visual
+    visual: Any = meta_model(spec).visual  # one of timm's
     images = torch.empty(1, 3, spec.image_size, spec.image_size, device="meta")
     with FlopCounterMode(display=False) as flops:
         visual.train()(images)

@@ -54,18 +54,18 @@ def cheapest_form(images: int, texts: int, tokens: int, heads: int, width: int, 
     # A symmetric matrix gives its product with x in the forward pass, and that product is the gradient too: two
     # products where the features take three. Without gradients half of a symmetric matrix is enough.
     symmetric = 2.0 if training else 0.6
-    visits = (8 * rows, 8 * rows + 16 * width, 4 * rows + 8 * width)  # in the order of `costs`
-    visits = [_VISIT * count / (1 if training else 2) for count in visits]
+    counts = (8 * rows, 8 * rows + 16 * width, 4 * rows + 8 * width)  # in the order of `costs`
+    visits = [_VISIT * count / (1 if training else 2) for count in counts]
     overhead = _GRAM_CALL + texts * width**2 * once  # of forms with a Gram matrix: W_O^T t_j as well
     shared = once * width**3  # W_O^T W_O
     grams = once * images * (tokens * width**2 + rows * tokens * width)
-    costs = {
+    costs: dict[Form, float] = {
         "image_gram": pairs * (rows**2 * symmetric * (1 + _SHORT / texts) + visits[0]) + shared + grams + overhead,
         "shared_gram": pairs * (width**2 * symmetric + visits[1]) + 2 * shared + overhead,
     }
     if _features_bytes(images, texts, rows, width, training) <= _MOST_OF_FEATURES:
         costs["features"] = pairs * (width**2 * once + visits[2])
-    return min(costs, key=costs.get)
+    return min(costs, key=costs.__getitem__)
 
 
 def _features_bytes(images: int, texts: int, rows: int, width: int, training: bool) -> int:

@@ -56,7 +56,7 @@ def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     patches = visual.grid_size[0] * visual.grid_size[1]
-    if not attentions.weights or any(weights.shape[-1] < patches for weights in attentions.weights):
+    if not patches or not attentions.weights or any(weights.shape[-1] < patches for weights in attentions.weights):
         raise UserError(
             "the image tower does not compute attention over its patches by torch's own functions, so that its weights "
             "are not known; leave the maps out with --attention none"
