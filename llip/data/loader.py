@@ -2,9 +2,9 @@
 
 Shapes: B pairs of a batch, S image size, C context length.
 
-Each data worker is a reader of its own share of the shards. It streams raw samples (`stream`), decodes them and puts
-whole batches together. What is drawn for a sample (caption, crop) depends on the seed, the pass, the shard's name and
-the sample's key alone. A batch carries its reader's cursor; a restart goes on from there without decoding.
+Each data worker reads its share of the shards. It streams raw samples (`stream`), decodes them and puts
+whole batches together. What is drawn for a sample (caption, crop) depends on the seed, the epoch, the shard's name and
+the sample's key alone. A batch carries its worker's cursor; a restart resumes there without decoding.
 """
 
 import functools
@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from llip.configs import Config
 from llip.data.captions import BadSample, choose_caption, parse_caption_keys
 from llip.data.images import RandomCrops
-from llip.data.order import Reader
-from llip.data.position import Cursor, DataPosition, Layout, ReaderPosition, StreamPosition
+from llip.data.order import WorkerSlot
+from llip.data.position import Cursor, DataPosition, Layout, SlotPosition, StreamPosition
 from llip.data.prefetch import READ_DEADLINE
 from llip.data.sources import IMAGE_KEYS, DataSpec, shard_name
 from llip.data.stream import DatasetStream, Mixture
@@ -46,11 +46,11 @@ class Batch(NamedTuple):
 
     images: Tensor  # [B, 3, S, S] uint8, channels last
     tokens: Tensor  # [B, C] int64
-    cursor: Cursor  # where this reader stands
-    passes: int  # whole passes over its share that this reader has finished
+    cursor: Cursor  # the worker's position after it
+    passes: int  # data epochs that this worker has finished
     report: WorkerReport  # since its last batch
     ids: list[str]  # `shard/key` of each sample
-    error: str  # not empty: the reader gives up, with this message
+    error: str  # not empty: the worker gives up, with this message
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (images, tokens) on `device`, the images in the layout [B, 3, S, S]."""
@@ -87,13 +87,13 @@ class CaptionedImages(IterableDataset):
         workers = info.num_workers if info else 1
         # The loader asks its workers in turn, from 0 on: after a restart worker 0 must be the one whose turn it is.
         logical = ((info.id if info else 0) + self.position.batches) % workers
-        reader = Reader(self.rank * workers + logical, self.processes * workers)
+        slot = WorkerSlot(self.rank * workers + logical, self.processes * workers)
         captions = " or ".join(
             source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
         )
         wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({captions})"
-        tally = WorkerStats(self.max_bad_fraction, len(self.sources), wanted)
-        maker = _BatchMaker(self, tally, self._mixture(reader, self._start(logical), tally))
+        stats = WorkerStats(self.max_bad_fraction, len(self.sources), wanted)
+        maker = _BatchMaker(self, stats, self._mixture(slot, self._start(logical), stats))
         if info:  # torch has given each worker one thread
             serve_parent([stream.watch.interrupt for stream in maker.mixture.streams])
         try:
@@ -101,29 +101,29 @@ class CaptionedImages(IterableDataset):
         except UserError as error:
             # An exception would reach the trainer wrapped in a traceback; a user's mistake is one message.
             nothing = torch.empty(0)
-            yield Batch(nothing, nothing, Cursor(0, []), 0, tally.report(), [], str(error))
+            yield Batch(nothing, nothing, Cursor(0, []), 0, stats.report(), [], str(error))
 
-    def _start(self, logical: int) -> ReaderPosition:
-        if self.position.readers:
-            return self.position.readers[logical]
-        return ReaderPosition(0, [StreamPosition() for _ in self.sources])
+    def _start(self, logical: int) -> SlotPosition:
+        if self.position.slots:
+            return self.position.slots[logical]
+        return SlotPosition(0, [StreamPosition() for _ in self.sources])
 
-    def _mixture(self, reader: Reader, position: ReaderPosition, tally: WorkerStats) -> Mixture:
-        check = _Check(self, tally)
+    def _mixture(self, slot: WorkerSlot, position: SlotPosition, stats: WorkerStats) -> Mixture:
+        check = _Check(self, stats)
         streams = [
-            DatasetStream(source, number, reader, self.layout, start, tally, check.usable, self.deadline)
+            DatasetStream(source, number, slot, self.layout, start, stats, check.usable, self.deadline)
             for number, (source, start) in enumerate(zip(self.sources, position.streams, strict=True))
         ]
         return Mixture(streams, [source.weight for source in self.sources], self.layout.seed, position)
 
-    def decode(self, sample: RawSample, pass_index: int, crops: RandomCrops) -> tuple[Tensor, str]:
+    def decode(self, sample: RawSample, data_epoch: int, crops: RandomCrops) -> tuple[Tensor, str]:
         """Return an augmented image [3, S, S] uint8 and one caption.
 
         Raises:
             BadSample: one of them cannot be used. UserError: a user's transform fails; names the sample.
         """
         name = f"{shard_name(sample['__url__'])}/{sample['__key__']}"
-        draw = zlib.crc32(f"{self.layout.seed}/{pass_index}/{name}".encode(errors="surrogateescape"))
+        draw = zlib.crc32(f"{self.layout.seed}/{data_epoch}/{name}".encode(errors="surrogateescape"))
         try:
             return self._draw(sample, draw, crops)
         except UserError as error:
@@ -137,15 +137,15 @@ class CaptionedImages(IterableDataset):
         if key is None:
             raise BadSample("no image")
         transform = self.image_transform and functools.partial(transform_image, self.image_transform, seed=draw)
-        # draws of its own, whatever captions take
+        # separate draws: crops do not depend on what captions take
         return crops.read(sample[key], random.Random(draw + 2**32), transform), caption
 
 
 class _Check:
-    """Looks at the first samples of a reader as they come, until one can be used."""
+    """Checks the first samples of a worker as they come, until one is usable."""
 
-    def __init__(self, dataset: CaptionedImages, tally: WorkerStats) -> None:
-        self.dataset, self.tally = dataset, tally
+    def __init__(self, dataset: CaptionedImages, stats: WorkerStats) -> None:
+        self.dataset, self.stats = dataset, stats
         self.bad: Counter[tuple[str, str]] = Counter()
         self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
 
@@ -154,7 +154,7 @@ class _Check:
             self.dataset.decode(sample, 0, self.crops)
         except BadSample as error:
             self.bad[sample["__url__"], error.reason] += 1
-            self.tally.check_start(self.bad, sample)
+            self.stats.check_start(self.bad, sample)
             return False
         return True
 
@@ -167,10 +167,10 @@ class _Filled(NamedTuple):
 
 
 class _BatchMaker:
-    """Fills one batch after another from a reader's samples."""
+    """Fills batches from a worker's samples."""
 
-    def __init__(self, dataset: CaptionedImages, tally: WorkerStats, mixture: Mixture) -> None:
-        self.dataset, self.tally, self.mixture = dataset, tally, mixture
+    def __init__(self, dataset: CaptionedImages, stats: WorkerStats, mixture: Mixture) -> None:
+        self.dataset, self.stats, self.mixture = dataset, stats, mixture
         self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
         self.known_words = dict(getattr(dataset.tokenizer, "cache", {}))
 
@@ -180,11 +180,11 @@ class _BatchMaker:
             images, captions, ids, passes = self._fill(samples)
             start = time.perf_counter()
             tokens = self._tokenize(captions)
-            self.tally.seconds["tokenize"] += time.perf_counter() - start
-            cursor, report = self.mixture.cursor(), self.tally.report()
+            self.stats.seconds["tokenize"] += time.perf_counter() - start
+            cursor, report = self.mixture.cursor(), self.stats.report()
             start = time.perf_counter()
             yield Batch(images, tokens, cursor, passes, report, ids, "")
-            self.tally.seconds["idle"] += time.perf_counter() - start
+            self.stats.seconds["idle"] += time.perf_counter() - start
 
     def _fill(
         self, samples: Iterator[tuple[DatasetStream, RawSample | None]]
@@ -193,8 +193,8 @@ class _BatchMaker:
         images = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as the crops lie
         captions: list[str] = []
         ids: list[str] = []
-        clock, seconds = time.perf_counter, self.tally.seconds
-        self.tally.batch_began = time.monotonic()
+        clock, seconds = time.perf_counter, self.stats.seconds
+        self.stats.batch_began = time.monotonic()
         while True:
             start = clock()
             stream, sample = next(samples)
@@ -203,17 +203,17 @@ class _BatchMaker:
             if sample is None:  # counted where it was missed
                 continue
             try:
-                image, caption = self.dataset.decode(sample, stream.pass_index, self.crops)
+                image, caption = self.dataset.decode(sample, stream.data_epoch, self.crops)
             except BadSample as error:
-                self.tally.drop(error.reason, sample["__url__"], sample)
+                self.stats.drop(error.reason, sample["__url__"], sample)
                 continue
             images[len(captions)] = image
             captions.append(caption)
-            self.tally.use(stream.dataset)
+            self.stats.use(stream.dataset)
             ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
             seconds["decode"] += clock() - read
             if len(captions) == count:
-                return _Filled(images, captions, ids, stream.pass_index)
+                return _Filled(images, captions, ids, stream.data_epoch)
 
     def _tokenize(self, captions: list[str]) -> Tensor:
         tokenizer = self.dataset.tokenizer

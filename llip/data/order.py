@@ -1,10 +1,10 @@
-"""The order of samples in one pass, as arithmetic: who reads which shards, and what the shuffle buffer does with them.
+"""The order of samples in one epoch of the data, as arithmetic: who reads which shards, and how a buffer shuffles them.
 
-A *reader* is one data worker of one training process; there are processes x workers of them. A *pass* is one visit to
-every sample of a dataset. A reader's share of a pass is a list of pieces; their samples *arrive* one after the other
-and are numbered from 0. The first `size` of them fill the buffer's slots; each later one takes the slot that is drawn
-for it, whose sample is *emitted*; at the end the slots that are left are emitted in a drawn order. The draws depend on
-a key and the number of the arrival alone, so what a buffer holds is known without replaying the pass.
+There are processes x workers *worker slots*. In one *epoch* each sample of a dataset is visited once. A slot's share of
+it is a list of shard slices, whose samples *arrive* one after the other and are numbered from 0. The first `size` of
+them fill the shuffle buffer; each later one takes the buffer slot drawn for it, whose sample is *emitted*; at the end
+the buffer is emptied in a drawn order. The draws depend on a key and the number of the arrival alone, so what a buffer
+holds is known without replaying the epoch.
 
 Nothing here opens a shard.
 """
@@ -15,19 +15,19 @@ import itertools
 import random
 from collections.abc import Sequence
 
-_BLOCK = 4096  # slots drawn at once: an integer seed for each would take longer than its sample's place in the buffer
+_BLOCK = 4096  # draws from one seed: seeding costs far more than a draw
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """Which share of the data one data worker reads: number `index` of `count`."""
+class WorkerSlot:
+    """One data worker of one process: number `index` of `count` over all processes."""
 
     index: int
     count: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """Samples of one shard: number `first` and every `stride`-th from there, or exactly the `listed` ones."""
 
     shard: int  # its number among the dataset's shards, by name
@@ -36,50 +36,50 @@ class Piece:
     listed: list[int] | None = None  # ascending
 
     def sample(self, number: int) -> int:
-        """Return which sample of the shard is this piece's `number`-th."""
+        """Return which sample of the shard is this slice's `number`-th."""
         return self.first + self.stride * number if self.listed is None else self.listed[number]
 
-    def rest(self, number: int) -> "Piece":
-        """Return the piece without its first `number` samples."""
+    def rest(self, number: int) -> "ShardSlice":
+        """Return the slice without its first `number` samples."""
         if self.listed is None:
-            return Piece(self.shard, self.first + self.stride * number, self.stride)
-        return Piece(self.shard, listed=self.listed[number:])
+            return ShardSlice(self.shard, self.first + self.stride * number, self.stride)
+        return ShardSlice(self.shard, listed=self.listed[number:])
 
-    def split(self, index: int, count: int) -> "Piece":
-        """Return part `index` of `count` of the piece."""
+    def split(self, index: int, count: int) -> "ShardSlice":
+        """Return part `index` of `count` of the slice."""
         if self.listed is None:
-            return Piece(self.shard, self.first + self.stride * index, self.stride * count)
-        return Piece(self.shard, listed=self.listed[index::count])
+            return ShardSlice(self.shard, self.first + self.stride * index, self.stride * count)
+        return ShardSlice(self.shard, listed=self.listed[index::count])
 
 
-def deal(shards: int, reader: Reader, seed: int, dataset: int, pass_index: int) -> list[Piece]:
-    """Return what `reader` reads in one pass over `shards` shards of the dataset number `dataset`, in order.
+def assign(shards: int, slot: WorkerSlot, seed: int, dataset: int, data_epoch: int) -> list[ShardSlice]:
+    """Return what `slot` reads in one epoch over the `shards` shards of a dataset, in order.
 
-    Each pass visits the shards in another seeded order. With at least one shard per reader whole shards are dealt out;
-    with fewer, every reader goes through all of them and takes each `count`-th sample.
+    Each epoch visits the shards in another seeded order. With at least one shard per slot, whole shards are assigned;
+    with fewer, every slot reads all of them and takes each `count`-th sample.
     """
     order = list(range(shards))
-    random.Random(f"{seed}/shards/{dataset}/{pass_index}").shuffle(order)
-    return deal_pieces([Piece(shard) for shard in order], reader)
+    random.Random(f"{seed}/shards/{dataset}/{data_epoch}").shuffle(order)
+    return assign_slices([ShardSlice(shard) for shard in order], slot)
 
 
-def deal_pieces(pieces: list[Piece], reader: Reader) -> list[Piece]:
-    """Return the share of `reader` in `pieces`: each goes to one reader, or a part of each to every reader."""
-    if len(pieces) >= reader.count:
-        return pieces[reader.index :: reader.count]
-    return [piece.split(reader.index, reader.count) for piece in pieces]
+def assign_slices(slices: list[ShardSlice], slot: WorkerSlot) -> list[ShardSlice]:
+    """Return the share of `slot`: whole slices if there is one for each slot, otherwise a part of every slice."""
+    if len(slices) >= slot.count:
+        return slices[slot.index :: slot.count]
+    return [part.split(slot.index, slot.count) for part in slices]
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
-    """Where a pass stands: what has arrived, and what of it has not been emitted."""
+class BufferState:
+    """How many samples of an epoch have arrived, and which of them are still buffered."""
 
     arrived: int
-    held: dict[int, int]  # slot -> arrival
+    buffered: dict[int, int]  # buffer slot -> arrival
 
 
-class PassOrder:
-    """What the shuffle buffer of one reader does in one pass."""
+class EpochOrder:
+    """What the shuffle buffer of one worker slot does in one epoch."""
 
     def __init__(self, key: str, size: int) -> None:
         """Prepare the draws of `key` for a buffer of `size` samples."""
@@ -87,7 +87,7 @@ class PassOrder:
         self._block, self._slots = -1, [0]
 
     def slot(self, arrival: int) -> int:
-        """Return the slot that an arrival takes."""
+        """Return the buffer slot that an arrival takes."""
         if arrival < self.size:
             return arrival
         block, place = divmod(arrival, _BLOCK)
@@ -96,48 +96,65 @@ class PassOrder:
             self._block = block
         return self._slots[place]
 
-    def last(self, arrivals: int) -> list[int]:
-        """Return the slots that are emitted at the end of a pass of `arrivals` samples, in order."""
+    def final_slots(self, arrivals: int, emitted: int = 0) -> list[int]:
+        """Return the buffer slots still to be emptied at the end of an epoch of `arrivals` samples, in order."""
         slots = list(range(min(arrivals, self.size)))
         random.Random(f"{self.key}/last").shuffle(slots)
-        return slots
+        return slots[max(0, emitted - max(0, arrivals - self.size)) :]
 
-    def standing(self, emitted: int, arrivals: int | None) -> Standing:
-        """Return where the pass stands after `emitted` samples.
+    def state(self, emitted: int, arrivals: int | None) -> BufferState:
+        """Return the state of the buffer after `emitted` samples.
+
+        With size 3 and the draws 1, 0, 1 for arrivals 3, 4, 5 of six:
+
+            emitted  arrived  buffer slots 0 1 2
+            0        0        . . .    nothing is read before the first sample is asked for
+            1        4        0 3 2    arrival 3 took slot 1, so 1 was emitted
+            2        5        4 3 2    arrival 4 took slot 0, so 0 was emitted
+            3        6        4 5 2    arrival 5 took slot 1, so 3 was emitted
+            4        6        . 5 2    no more arrivals: the buffer is emptied, here from slot 0
+
+        It is found backwards from the last arrival: a buffer slot holds the latest arrival that took it.
 
         Args:
-            emitted: samples.
-            arrivals: of the whole pass, where they are known. They are as soon as the last slots are emitted.
+            emitted: samples so far.
+            arrivals: of the whole epoch, if known. They are known once the buffer is being emptied.
         """
         arrived = emitted + self.size if emitted else 0
-        slots = range(self.size)
+        slots: Sequence[int] = range(self.size)
         if arrivals is not None and arrived > arrivals:
             arrived = arrivals
-            slots = self.last(arrivals)[emitted - max(0, arrivals - self.size) :]
-        held: dict[int, int] = {}
+            slots = self.final_slots(arrivals, emitted)
+        latest: dict[int, int] = {}
         arrival = arrived
-        while len(held) < min(self.size, arrived):  # an arrival holds its slot until the next one that takes it
+        while len(latest) < min(self.size, arrived):
             arrival -= 1
-            held.setdefault(self.slot(arrival), arrival)
-        return Standing(arrived, {slot: held[slot] for slot in slots if slot in held})
+            latest.setdefault(self.slot(arrival), arrival)
+        return BufferState(arrived, {slot: latest[slot] for slot in slots if slot in latest})
 
 
 def locate(arrivals: Sequence[int], counts: list[int]) -> list[tuple[int, int]]:
-    """Return (piece, number in it) of each arrival, where the first pieces gave `counts` samples."""
+    """Return (slice, number in it) of each arrival, where the finished slices had `counts` samples."""
     ends = list(itertools.accumulate(counts))
-    pieces = [bisect.bisect_right(ends, arrival) for arrival in arrivals]
+    slices = [bisect.bisect_right(ends, arrival) for arrival in arrivals]
     return [
-        (piece, arrival - (ends[piece - 1] if piece else 0)) for piece, arrival in zip(pieces, arrivals, strict=True)
+        (index, arrival - (ends[index - 1] if index else 0)) for index, arrival in zip(slices, arrivals, strict=True)
     ]
 
 
-def left_over(pieces: list[Piece], counts: list[int], standing: Standing) -> list[Piece]:
-    """Return what of a reader's share has not been emitted: from the buffer, of the piece being read, and the rest."""
-    listed: dict[int, list[int]] = {}
-    for piece, number in locate(list(standing.held.values()), counts):
-        listed.setdefault(piece, []).append(pieces[piece].sample(number))
-    held = [Piece(pieces[piece].shard, listed=sorted(samples)) for piece, samples in sorted(listed.items())]
+def remaining_slices(slices: list[ShardSlice], counts: list[int], state: BufferState) -> list[ShardSlice]:
+    """Return what a slot has not emitted: the buffered samples, the rest of the slice being read, and later slices.
+
+    In the example of `EpochOrder.state` after 2 emitted samples, with `slices` = shards [7, 4, 9] and `counts` = [3]
+    (shard 7 is finished, the other arrivals came from shard 4): of the buffered arrivals 4, 3 and 2, one is sample 2 of
+    shard 7, two are samples 0 and 1 of shard 4. So what remains is sample 2 of shard 7; samples 0 and 1 of shard 4;
+    shard 4 from sample 2 on; shard 9.
+    """
+    samples: dict[int, list[int]] = {}
+    for index, number in locate(list(state.buffered.values()), counts):
+        samples.setdefault(index, []).append(slices[index].sample(number))
+    buffered = [ShardSlice(slices[index].shard, listed=sorted(listed)) for index, listed in sorted(samples.items())]
     current = len(counts)
-    if current == len(pieces):
-        return held
-    return [*held, pieces[current].rest(standing.arrived - sum(counts)), *pieces[current + 1 :]]
+    if current == len(slices):
+        return buffered
+    return [*buffered, slices[current].rest(state.arrived - sum(counts)), *slices[current + 1 :]]

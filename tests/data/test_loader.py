@@ -16,7 +16,7 @@ import torch
 from llip.configs import Config
 from llip.data.captions import BadSample, choose_caption, parse_caption_keys
 from llip.data.loader import make_loader
-from llip.data.position import DataPosition, Layout, deal_anew
+from llip.data.position import DataPosition, Layout, reshard
 from llip.data.sources import check_shards_exist, parse_train_data, shard_name
 from llip.errors import UserError
 from llip.open_clip.factory import get_tokenizer
@@ -385,7 +385,7 @@ def test_a_restart_in_another_topology_repeats_and_leaves_out_nothing(tmp_path):
     for processes, workers, steps in [(2, 2, 4), (1, 3, 5), (3, 1, 3), (4, 2, 1), (1, 1, 18)]:
         settings = settings.replace(workers=workers)
         if seen:
-            positions = deal_anew(positions, layout, processes, workers)
+            positions = reshard(positions, layout, processes, workers)
         for rank in range(processes):
             for batch in take(steps, settings, rank, processes, position=copy.deepcopy(positions[rank])):
                 assert not batch.error
