@@ -54,9 +54,7 @@ def _unknown_device(name: str, found: list[str]) -> UserError:
     if spelled in ("cpu", *found):
         return UserError(f"--devices {name}: there is no such device. Did you mean {spelled!r}?")
     if not found:
-        return UserError(
-            f"--devices {name}: this machine has no CUDA device; write --devices cpu (twice: two processes)"
-        )
+        return UserError(f"--devices {name}: this machine has no CUDA device; write --devices cpu")
     here = ", ".join(["cpu", *found])
     return UserError(f"--devices {name}: this machine has {here}; for instance --devices {' '.join(found)}")
 

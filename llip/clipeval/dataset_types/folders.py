@@ -85,6 +85,12 @@ class ImageFolder(DatasetSpec):
         label_of = {folder: label for label, folder in enumerate(order)}
         if listed is None:
             files = [(file, label) for folder, label in label_of.items() for file in _images_below(root / folder)]
+            present = {label for _, label in files}
+            if files and (empty := [folder for folder in order if label_of[folder] not in present]):
+                raise UserError(
+                    f"{root} has class folders without images: {', '.join(empty[:5])} ({len(empty)} in all); "
+                    "remove them, or name the classes with class_pattern"
+                )
         else:
             pairs = [(file, file.rpartition("/")[0]) for file in listed]
             files = [(str(root / file), label_of[folder]) for file, folder in pairs if folder in label_of]

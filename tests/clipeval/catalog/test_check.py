@@ -25,6 +25,8 @@ def folder(tmp_path: Path) -> Path:
     write_imagefolder(tmp_path / "broken", ["ant", "bee"], 1)
     (tmp_path / "broken/ant/000.png").write_bytes(b"")
     (tmp_path / "empty/ant").mkdir(parents=True)
+    write_imagefolder(tmp_path / "hole", ["ant", "bee"], 1)
+    (tmp_path / "hole/cow").mkdir()
     return tmp_path
 
 
@@ -53,6 +55,7 @@ def test_right(folder: Path) -> None:
         ({"path": "good", "split": "val"}, "dataset folder val is not in"),
         ({"path": "broken"}, "the first image, .*ant/000.png, cannot be read: UnidentifiedImageError"),
         ({"path": "empty"}, "the dataset is empty"),
+        ({"path": "hole"}, r"hole has class folders without images: cow \(1 in all\); .* class_pattern"),
         ({"path": "good", "prompts": "gone.txt"}, r"prompts file .*gone\.txt is not there"),
         ({"path": "wds", "type": "webdataset"}, r"1\.tar:00002 has label 5, but there are 2 class names"),
     ],
