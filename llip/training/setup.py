@@ -148,7 +148,7 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
         for difference in (
             differences(found.get("provenance", found.get("passport", {})), provenance) if processes.is_main else ()
         ):
-            log.info("not as at the checkpoint: %s", difference)
+            log.info("changed since the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
     pin = processes.device.type == "cuda"
     loader = make_loader(

@@ -29,7 +29,7 @@ from llip.training.reporting.data_report import WORST
 from llip.training.reporting.profiling import StepProfiler
 from llip.training.reporting.run_log import RunLog, Terminal, log
 from llip.training.reporting.speed import Speed
-from llip.training.step.accumulation import Slice, backward_step, random_state
+from llip.training.step.accumulation import MicroBatch, backward_step, random_state
 from llip.training.step.optimizer import learning_rate, set_learning_rate
 from llip.training.step.task import ContrastiveTask
 
@@ -195,7 +195,7 @@ class Trainer:
         bad = torch.stack([loss.isfinite(), norm.isfinite()]).logical_not()
         return Agreement(*map(bool, self.processes.all_reduce_max(torch.cat([bad.float(), flags]))))
 
-    def _next_micro_batch(self, batches: Iterator[Batch]) -> tuple[Slice, list[str]]:
+    def _next_micro_batch(self, batches: Iterator[Batch]) -> tuple[MicroBatch, list[str]]:
         try:
             batch = next(batches)
         except RuntimeError as error:
@@ -240,11 +240,9 @@ class Trainer:
         folder, report = write_nan_dump(bad, config, model, scale, self.processes)
         message = None
         if report is not None:
-            record = (
-                f"flight record: {folder}; compute the step again with: python -m llip.training.debug.replay {folder}"
-            )
+            record = f"nan dump: {folder}; recompute the step with: llip replay {folder}"
             if "unwritten" in report:
-                record = f"the flight record could not be written whole: {report['unwritten']}"
+                record = f"the nan dump could not be written completely: {report['unwritten']}"
             message = (
                 f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); {summary(report)}; {record}. "
                 "A smaller lr or a longer warmup often helps"

@@ -1,6 +1,6 @@
-"""What a run leaves behind when its numbers go wrong: enough to compute the bad step again, anywhere.
+"""What a run leaves behind when its numbers go wrong: enough to recompute the bad step anywhere.
 
-`<run>/flight/step_<N>/` holds `process_<r>.pt` (the batch and random state of each process), `model.pt` (the weights
+`<run>/nan_dumps/step_<N>/` holds `process_<r>.pt` (the batch and random state of each process), `model.pt` (the weights
 before the step) and `record.json` (the config, the user's files that it needs, what was seen, and the keys of the
 samples).
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from llip.configs import Config
 from llip.open_clip.model import Llip
 from llip.system.processes import Processes
-from llip.training.step.accumulation import RandomState, Slice
+from llip.training.step.accumulation import MicroBatch, RandomState
 
 FORMAT = 1
 _SHOWN = 5  # parameters and samples that a message names
@@ -28,7 +28,7 @@ class BadStep:
     """One process's part of a step whose loss or gradient is not finite."""
 
     step: int
-    slices: list[Slice]
+    slices: list[MicroBatch]
     ids: list[list[str]]  # `shard/key` of the samples, per slice
     random_state: RandomState  # before the step
     loss: float  # of this process
@@ -41,23 +41,23 @@ def norms(parameters: dict[str, Tensor | None]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1], item[0])))
 
 
-def describe(step: BadStep, model: Llip, everyone: list[dict[str, Any]]) -> dict[str, Any]:
+def describe(step: BadStep, model: Llip, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what is known of a bad step, in plain values.
 
     Args:
         step: the main process's part.
         model: with the step's gradients in place.
-        everyone: per process its `loss` and the `samples` of its slices.
+        by_rank: per process its `loss` and the `samples` of its slices.
     """
     named = dict(model.named_parameters())
     return {
         "step": step.step,
-        "losses": [one["loss"] for one in everyone],
+        "losses": [each["loss"] for each in by_rank],
         "grad_norm": step.grad_norm,
         "logit_scale": model.logit_scale.exp().item(),
         "gradient_norms": norms({name: p.grad for name, p in named.items()}),
         "weight_norms": norms(named),
-        "samples": [one["samples"] for one in everyone],
+        "samples": [each["samples"] for each in by_rank],
     }
 
 
@@ -84,7 +84,7 @@ def _largest(found: dict[str, float]) -> str:
 def write_nan_dump(
     step: BadStep, config: Config, model: Llip, scale: float, processes: Processes
 ) -> tuple[Path, dict[str, Any] | None]:
-    """Write the record; every process must call it.
+    """Write the dump. Collective.
 
     Args:
         step: this process's part.
@@ -94,10 +94,10 @@ def write_nan_dump(
         processes: of the run.
 
     Returns:
-        (the record's folder, the report on the main process and None elsewhere). A record that cannot be written is
-        left out: the run ends anyway, and `report["unwritten"]` says why.
+        (the dump's folder, the report on the main process and None elsewhere). A dump that cannot be written is
+        skipped: the run ends anyway, and `report["unwritten"]` says why.
     """
-    folder = config.folder / "flight" / f"step_{step.step}"
+    folder = config.folder / "nan_dumps" / f"step_{step.step}"
     problem = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)

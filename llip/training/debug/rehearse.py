@@ -1,6 +1,6 @@
-"""A rehearsal of being interrupted: `python -m llip.training.debug.rehearse <config> [field=value ...] [--steps 20]`.
+"""Rehearse an interruption: `llip rehearse <config> [field=value ...] [--steps 20]`.
 
-Trains a few steps of the config in a folder of its own, asks the run to stop as a cluster would (SIGUSR2), continues
+Trains a few steps of the config in a temporary folder, asks the run to stop as a cluster would (SIGUSR2), continues
 it, and reports what that takes on this machine: how long before its end a job must be warned so that nothing is lost.
 """
 
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.errors import EXIT_STOPPED, RunError, UserError
+from llip.system.program import program
 
 _WRITTEN = re.compile(r"checkpoint of step \d+ written in ([\d.]+) s")
 _FIRST_BATCH = re.compile(r"data: the first batch came after ([\d.]+) s")
@@ -37,7 +39,7 @@ class Rehearsal:
     step: float  # median
     longest_step: float
     start: float  # from the command to the first step
-    restart: float  # the same, for a run that goes on
+    restart: float  # the same, for a run that resumes
     first_batch: float  # of the start: waiting for data
     fast_forward: float  # of the restart: waiting for data
     write: float  # a checkpoint, the longest
@@ -173,24 +175,18 @@ def table(result: Rehearsal) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Rehearse a config and print what it takes. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llip.training.debug.rehearse", description=__doc__.split("\n\n")[0]
-    )
+@program
+def main(arguments: Sequence[str]) -> None:
+    """Rehearse a config and print what it takes."""
+    parser = argparse.ArgumentParser(prog="llip rehearse", description=__doc__.split("\n\n")[0])
     parser.add_argument("config", help="a config's name, or path/to/file.py:function")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
     parser.add_argument("--steps", type=int, default=20, help="trained before each signal [%(default)s]")
     parser.add_argument("--deadline", type=float, default=1800, help="seconds for them [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
     given = parser.parse_intermixed_args(arguments)
-    try:
-        result = _rehearse(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    result = _rehearse(given)
     print(json.dumps(dataclasses.asdict(result)) if given.json else table(result))
-    return 0
 
 
 def _rehearse(given: argparse.Namespace) -> Rehearsal:

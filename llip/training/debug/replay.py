@@ -1,8 +1,8 @@
-"""Compute a bad step again: `python -m llip.training.debug.replay <run>/flight/step_<N> [--device cpu] [--json]`.
+"""Recompute a bad step: `llip replay <run>/nan_dumps/step_<N> [--device cpu] [--json]`.
 
-All processes' parts are joined in this one process, which gives the same loss over all images and all texts. Tells
-whether the numbers go wrong again, in which module first, and for which samples. Where the run used a pooling or an
-objective of the user's own, the file that registers it is named and read again.
+All processes' parts are joined in this one process, which gives the same loss over all images and all texts. Reports
+whether the numbers go wrong again, in which module first, and for which samples. A user's own pooling or objective is
+read from its file, or from the run's copy of it.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,9 @@ from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.processes import Processes
+from llip.system.program import program
 from llip.training.debug.nan_dump import FORMAT, norms, plain
-from llip.training.step.accumulation import RandomState, Slice, backward_step
+from llip.training.step.accumulation import MicroBatch, RandomState, backward_step
 from llip.training.step.task import ContrastiveTask
 
 _SHOWN = 8
@@ -42,7 +43,7 @@ class FirstTrouble:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return `record.json` of a flight record.
+    """Return `record.json` of a nan dump.
 
     Raises:
         UserError: there is none, or it is of another version.
@@ -53,10 +54,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         written = record["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{str(folder)!r} is no flight record ({type(error).__name__}: {error}); expected <run>/flight/step_<N>"
+            f"{str(folder)!r} is no nan dump ({type(error).__name__}: {error}); expected <run>/nan_dumps/step_<N>"
         ) from error
     if written != FORMAT:
-        raise UserError(f"flight record {str(path)!r} has format {written!r}, expected {FORMAT}")
+        raise UserError(f"nan dump {str(path)!r} has format {written!r}, expected {FORMAT}")
     return record
 
 
@@ -66,9 +67,9 @@ def read_config(fields: dict[str, Any]) -> Config:
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
-def read_parts(folder: Path, processes: int, device: torch.device) -> tuple[list[Slice], list[RandomState | None]]:
+def read_parts(folder: Path, processes: int, device: torch.device) -> tuple[list[MicroBatch], list[RandomState | None]]:
     """Return the slices of all processes by rank, and the random state of each where it is known."""
-    slices: list[Slice] = []
+    slices: list[MicroBatch] = []
     states: list[RandomState | None] = []
     for rank in range(processes):
         own = read_checkpoint(folder / f"process_{rank}.pt")
@@ -114,7 +115,7 @@ def _bad(value: Tensor) -> Tensor:
     return (~value.detach().isfinite().flatten(1).all(dim=1) if value.ndim > 1 else ~value.isfinite()).nonzero()[:, 0]
 
 
-def bad_samples(model: Llip, slices: list[Slice], autocast: Any, keys: list[list[str]]) -> dict[str, Any]:
+def bad_samples(model: Llip, slices: list[MicroBatch], autocast: Any, keys: list[list[str]]) -> dict[str, Any]:
     """Look at each slice by itself: the first module in trouble, and the samples whose features are not finite."""
     from llip.open_clip.factory import normalise_images
 
@@ -130,20 +131,20 @@ def bad_samples(model: Llip, slices: list[Slice], autocast: Any, keys: list[list
 
 
 def replay(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Compute the step of a flight record again, as plain values.
+    """Recompute the step of a nan dump, as plain values.
 
     Args:
-        folder: the record.
+        folder: the dump.
         device: to compute on.
 
     Raises:
-        UserError: the record is not there or damaged, or such a file is missing.
+        UserError: the dump is missing or damaged, or such a file is missing.
     """
     record = read_record(folder)
     fields = record["config"]
     config = read_config(fields | relocate(fields, folder.absolute().parent.parent / FOLDER))
     model = create_model(model_spec(config), None, config.model)
-    load_weights(model, read_checkpoint(folder / "model.pt"), "the flight record")
+    load_weights(model, read_checkpoint(folder / "model.pt"), "the nan dump")
     model.to(device).train()
     slices, states = read_parts(folder, record["processes"], device)
     keys = [ids for process in record["samples"] for ids in process]
@@ -184,20 +185,16 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Replay a record and print what comes out. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m llip.training.debug.replay", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="the flight record, <run>/flight/step_<N>")
+@program
+def main(arguments: Sequence[str]) -> None:
+    """Replay a dump and print the result."""
+    parser = argparse.ArgumentParser(prog="llip replay", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="the nan dump, <run>/nan_dumps/step_<N>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead")
     given = parser.parse_args(arguments)
-    try:
-        result = replay(given.folder, torch.device(given.device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    result = replay(given.folder, torch.device(given.device))
     print(json.dumps(plain(result)) if given.json else describe(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from llip.training.step.task import ContrastiveTask, Features
 
 RandomState = tuple[Tensor, Tensor | None]
 """Of the CPU's generator, and of the device's where that is CUDA."""
-Slice = tuple[Tensor, Tensor]
-"""Images [B, 3, S, S] uint8 and token ids [B, C] of one slice, on the device."""
+MicroBatch = tuple[Tensor, Tensor]
+"""Images [B, 3, S, S] uint8 and token ids [B, C] of one micro-batch, on the device."""
 
 
 def random_state(device: torch.device) -> RandomState:
@@ -34,7 +34,7 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 def backward_step(
     wrapped: DistributedDataParallel | ContrastiveTask,
-    slices: Sequence[Slice],
+    slices: Sequence[MicroBatch],
     autocast: Callable[[], AbstractContextManager],
     scale_loss: Callable[[Tensor], Tensor],
     given: Sequence[RandomState | None] | None = None,

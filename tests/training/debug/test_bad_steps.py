@@ -89,16 +89,16 @@ def test_bad_steps_that_are_not_in_a_row_do_not_end_a_run(config, monkeypatch):
     assert read_records(config.folder / "metrics.jsonl")[-1]["skipped_steps"] == 4
 
 
-def test_too_many_in_a_row_end_the_run_with_a_flight_record(config, monkeypatch):
+def test_too_many_in_a_row_end_the_run_with_a_nan_dump(config, monkeypatch):
     spoil(monkeypatch, {2, 3, 4})
     with pytest.raises(RunError) as raised:
         train(config, "cpu")
     message = str(raised.value)
-    folder = config.folder / "flight" / "step_5"
+    folder = config.folder / "nan_dumps" / "step_5"
     for part in (
         "for 3 steps in a row (max_bad_steps)", "step 5", "loss not finite on processes 0", "logit scale ",
         "gradient norm inf", "largest gradients: ", "samples of process 0: 0000", "and 11 more",
-        f"python -m llip.training.debug.replay {folder}",
+        f"llip replay {folder}",
     ):  # fmt: skip
         assert part in message, part
     record = json.loads((folder / "record.json").read_text())
@@ -127,7 +127,7 @@ def test_a_replay_computes_the_step_again(config, changes, monkeypatch, capsys):
         train(config, "cpu")
     monkeypatch.undo()
     capsys.readouterr()
-    assert replay.main([str(config.folder / "flight" / "step_3"), "--device", "cpu", "--json"]) == 0
+    assert replay.main([str(config.folder / "nan_dumps" / "step_3"), "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["loss"] == pytest.approx(seen["loss"], rel=1e-6)
     assert result["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5)
@@ -147,7 +147,7 @@ def test_a_replay_names_the_module_and_the_sample(config, monkeypatch, capsys):
         patch.setattr(Llip, "encode_image", poisoned)
         with pytest.raises(RunError, match=r"largest weights: visual.ln_post.weight nan"):
             train(config, "cpu")
-    assert replay.main([str(config.folder / "flight" / "step_3"), "--device", "cpu"]) == 0
+    assert replay.main([str(config.folder / "nan_dumps" / "step_3"), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "the numbers go wrong again" in text
     assert "first module whose output is not finite: visual.ln_post (in 1 slices)" in text
@@ -156,7 +156,7 @@ def test_a_replay_names_the_module_and_the_sample(config, monkeypatch, capsys):
 
 def test_a_replay_of_nothing_is_one_message(tmp_path, capsys):
     assert replay.main([str(tmp_path)]) == 2
-    assert "is no flight record" in capsys.readouterr().err
+    assert "is no nan dump" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_full_disk_is_a_warning_until_the_last_checkpoint(config, small_files)
     assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["latest.pt", "step_2.pt"]
 
 
-def test_a_passport_is_in_the_checkpoint_and_a_difference_is_told(config, monkeypatch):
+def test_provenance_is_in_the_checkpoint_and_a_change_is_logged(config, monkeypatch):
     spoil(monkeypatch, {2, 3, 4})
     with pytest.raises(RunError):
         train(config.replace(save_steps=1), "cpu")
@@ -193,7 +193,7 @@ def test_a_passport_is_in_the_checkpoint_and_a_difference_is_told(config, monkey
     monkeypatch.setattr("llip.training.checkpoints.provenance.platform.node", lambda: "elsewhere")
     train(config.replace(save_steps=1), "cpu")
     text = (config.folder / "log.txt").read_text()
-    assert f"not as at the checkpoint: host: {provenance['host']!r} -> 'elsewhere'" in text
+    assert f"changed since the checkpoint: host: {provenance['host']!r} -> 'elsewhere'" in text
     assert "commit" not in text
 
 

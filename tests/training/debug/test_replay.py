@@ -26,7 +26,7 @@ class Mine(MeanTokens):
 
 @pytest.fixture
 def record(tiny_model, tmp_path, monkeypatch):
-    """The flight record of a run whose weights are not finite, with a pooling from a file."""
+    """The nan dump of a run whose weights are not finite, with a pooling from a file."""
     own = tmp_path / "lab" / "mine.py"
     own.parent.mkdir()
     own.write_text(POOLING)
@@ -47,7 +47,7 @@ def record(tiny_model, tmp_path, monkeypatch):
         patch.setattr(Llip, "encode_image", poisoned)
         with pytest.raises(RunError):
             train(config, "cpu")
-    return config.folder / "flight" / "step_1", own
+    return config.folder / "nan_dumps" / "step_1", own
 
 
 def test_the_pooling_is_found(record, capsys):

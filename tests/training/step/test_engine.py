@@ -170,7 +170,7 @@ def test_nothing_is_lost_between_file_and_shares(pool, config):
     assert abs(other[4] - numbers / 2) < 0.1 * numbers
 
 
-def test_evaluation_and_flight_records_have_whole_weights(pool, config, pairs, tmp_path):
+def test_evaluation_and_nan_dumps_have_full_weights(pool, config, pairs, tmp_path):
     """31 images: the processes have different numbers of them to encode."""
     folder = write_pairs(tmp_path / "odd", 31, 31).rsplit("/", 1)[0]
     entry = {"type": "retrieval", "path": folder, "split": "*.tar", "metric": "recall"}
@@ -185,10 +185,10 @@ def test_evaluation_and_flight_records_have_whole_weights(pool, config, pairs, t
     for found, expected in zip(results[1], results[0], strict=True):
         assert found["values"] == pytest.approx(expected["values"], abs=0.04)
     assert "for 1 steps in a row" in ends[0][1]
-    records = [json.loads((one.folder / "flight" / "step_5" / "record.json").read_text()) for one in (ddp, fsdp)]
+    records = [json.loads((one.folder / "nan_dumps" / "step_5" / "record.json").read_text()) for one in (ddp, fsdp)]
     for name in ("gradient_norms", "weight_norms", "grad_norm", "logit_scale"):
         assert records[1][name] == pytest.approx(records[0][name], rel=1e-4, abs=1e-6), name
-    weights = [read_checkpoint(one.folder / "flight" / "step_5" / "model.pt")["state_dict"] for one in (ddp, fsdp)]
+    weights = [read_checkpoint(one.folder / "nan_dumps" / "step_5" / "model.pt")["state_dict"] for one in (ddp, fsdp)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
