@@ -62,6 +62,8 @@ class DatasetSpec(ABC):
     """Base of the dataset types: subclasses are frozen dataclasses, registered with `dataset_type`."""
 
     kind: ClassVar[str] = CLASSIFICATION
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of the subclasses
+    path: Path  # of those that do not define `location`
 
     def location(self) -> Path | None:
         """Return the folder or file without which the dataset is missing, not damaged; None: it needs none."""

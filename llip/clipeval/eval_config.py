@@ -140,8 +140,8 @@ def find_eval_file(fname: str) -> Path:
         return Path(fname) if not unset_variables(fname) else path
     if Path(fname).parent == Path(SHIPPED.name) and (SHIPPED / Path(fname).name).is_file():
         return SHIPPED / Path(fname).name
-    here = {str(file) for folder in {Path(SHIPPED.name), Path(fname).parent} for file in folder.glob("*.y*ml")}
-    here = sorted(here | {f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.yaml")})
+    beside = {str(file) for folder in {Path(SHIPPED.name), Path(fname).parent} for file in folder.glob("*.y*ml")}
+    here = sorted(beside | {f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.yaml")})
     same_name = [file for file in here if Path(file).stem == Path(fname).stem]
     close = same_name or nearest(fname, here)
     hint = f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(here) or 'none'}."

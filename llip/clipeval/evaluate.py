@@ -197,20 +197,21 @@ def _class_features(labels: Labels, task: str, run: _Run) -> Tensor:
         title = f"{task}: class names" if run.shows else None
         return zero_shot.class_features(run.scorer, labels, share, run.prompt_ensemble, title).cpu() if share else None
 
-    if run.cache is not None:
+    cache = run.cache
+    if cache is not None:
         prompts = [labels.prompts_of(label) for label in range(count)]
-        path = run_on_all(processes, lambda: run.cache.path(run.scorer, prompts, run.prompt_ensemble))
-        cached = run_on_all(processes, lambda: run.cache.load(path, count))
-        if all(
-            gather_from_all(processes, lambda: cached is not None)
-        ):  # a folder need not be the same on every machine
+        path = run_on_all(processes, lambda: cache.path(run.scorer, prompts, run.prompt_ensemble))
+        cached = run_on_all(processes, lambda: cache.load(path, count))
+        everywhere = all(gather_from_all(processes, lambda: cached is not None))  # a folder may differ by machine
+        if everywhere and cached is not None:
             return cached
     parts = gather_from_all(processes, encode)
+    assert parts[0] is not None  # the first process has a share of any number of classes
     features = torch.empty(count, *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         features[rank :: processes.world_size] = part if part is not None else 0
-    if run.cache is not None and processes.is_main:
-        run.cache.store(path, features)
+    if cache is not None and processes.is_main:
+        cache.store(path, features)
     return features
 
 
@@ -228,12 +229,13 @@ def _scored(
     order = indices.argsort()
     assert len(indices.unique()) == len(indices), "an image was scored twice"
 
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)[order]
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])[order]
 
-    labels, top, truth = joined("labels"), joined("top"), joined("truth")
-    value = METRICS[entry.metric](Predictions(labels, top, joined("margin"), classes, joined("scores"), truth))
+    labels, top, margin = joined("labels"), joined("top"), joined("margin")
+    scores = None if batches[0].scores is None else joined("scores")
+    truth = None if batches[0].truth is None else joined("truth")
+    value = METRICS[entry.metric](Predictions(labels, top, margin, classes, scores, truth))
     hits = top == labels[:, None]
     ranks = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), zero_shot.TOP)
     names = [source.name(index) for index in indices[order].tolist()]

@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -64,6 +65,10 @@ def _by_image(hits: Array, groups: Array | None = None) -> Parts:
     return Parts(hits.astype(np.float64), np.ones(len(hits)), groups)
 
 
+def _of_images(outcomes: Outcomes, k: int) -> Parts:
+    return _by_image(outcomes.ranks < k)
+
+
 def _of_captions(outcomes: Outcomes, k: int) -> Parts:
     images = len(outcomes.ranks)
     counts = np.bincount(outcomes.owners, minlength=images).astype(np.float64)
@@ -72,12 +77,12 @@ def _of_captions(outcomes: Outcomes, k: int) -> Parts:
 
 
 _PARTS: dict[str, Callable[[Outcomes], Parts]] = {
-    "top1": lambda outcomes: _by_image(outcomes.ranks < 1),
-    "top5": lambda outcomes: _by_image(outcomes.ranks < 5),
+    "top1": partial(_of_images, k=1),
+    "top5": partial(_of_images, k=5),
     "mean_top1_top5": lambda outcomes: _by_image(((outcomes.ranks < 1) + 1.0 * (outcomes.ranks < 5)) / 2),
     "mean_per_class": lambda outcomes: _by_image(outcomes.ranks < 1, outcomes.labels),
-    **{f"image_to_text_R@{k}": lambda outcomes, k=k: _by_image(outcomes.ranks < k) for k in RECALLS},
-    **{f"text_to_image_R@{k}": lambda outcomes, k=k: _of_captions(outcomes, k) for k in RECALLS},
+    **{f"image_to_text_R@{k}": partial(_of_images, k=k) for k in RECALLS},
+    **{f"text_to_image_R@{k}": partial(_of_captions, k=k) for k in RECALLS},
 }
 
 

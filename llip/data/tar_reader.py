@@ -19,7 +19,7 @@ import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import webdataset
 
@@ -82,14 +82,14 @@ class _Stream:
         self.own_group = False
         self.size: int | None = None  # bytes of the shard, where they can be skipped unread
         watch.begin(url, None)
-        self.file = self._open(url)
+        self.file: Any = self._open(url)  # a stream of bytes; the decompressors' classes have no common type
         watch.begin(url, self.kill if self.process else None)
         for magic, opener in _DECOMPRESS:
             if hasattr(self.file, "peek") and self.file.peek(len(magic)).startswith(magic):
                 self.file, self.size = opener(self.file), None
         watch.touch()
 
-    def _open(self, url: str) -> BinaryIO:
+    def _open(self, url: str) -> IO[bytes]:
         if is_local(url):
             file = io.BufferedReader(io.FileIO(url), _BUFFER)
             self.size = os.fstat(file.fileno()).st_size
@@ -101,6 +101,7 @@ class _Stream:
             self.process = subprocess.Popen(
                 url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, bufsize=_BUFFER, process_group=0
             )
+            assert self.process.stdout is not None
             return self.process.stdout
         self.opened = webdataset.gopen(url)  # kept: it closes its stream when it is collected
         self.process = getattr(self.opened, "proc", None)

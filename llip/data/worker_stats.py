@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ class WorkerStats:
         self.used = [0] * datasets
         self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the reader's life
         self.members: Counter[str] = Counter()  # member names of samples that cannot be used
-        self.seconds: Counter[str] = Counter()  # by stage, since the last report
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage, since the last report
         self._reported: Counter[tuple[str, str]] = Counter()
         self._reported_used = [0] * datasets
 
@@ -138,7 +138,7 @@ class WorkerStats:
         new = self.dropped - self._reported
         used = [now - before for now, before in zip(self.used, self._reported_used, strict=True)]
         self._reported, self._reported_used = self.dropped.copy(), list(self.used)
-        seconds, self.seconds = dict(self.seconds), Counter()
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
         dropped = [(shard, reason, count) for (shard, reason), count in new.items()]
         shards, self.shards = self.shards, [0] * len(self.used)
         lost, self.lost = self.lost, []

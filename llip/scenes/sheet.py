@@ -49,7 +49,10 @@ def _first_samples(out: Path, count: int) -> list[tuple[Image.Image, list[str]]]
     for shard in sorted(out.glob("train-*.tar")):
         with tarfile.open(shard) as tar:
             for member in tar:
-                data = tar.extractfile(member).read()
+                file = tar.extractfile(member)
+                if file is None:  # a folder
+                    continue
+                data = file.read()
                 if member.name.endswith(".png"):
                     image = Image.open(io.BytesIO(data)).convert("RGB")
                 elif member.name.endswith(".json"):
@@ -59,7 +62,7 @@ def _first_samples(out: Path, count: int) -> list[tuple[Image.Image, list[str]]]
     raise UserError(f"scenes: a sheet of {count} scenes was asked for, but {out} holds {len(samples)} training scenes.")
 
 
-def _lines(captions: list[str], font: ImageFont.FreeTypeFont) -> list[str]:
+def _lines(captions: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """Return the first captions as lines that fit under a scene, each caption starting with a dash."""
     lines: list[str] = []
     for caption in captions[:CAPTIONS]:

@@ -5,6 +5,7 @@ of a scene share both shape and colour, so "the red star" is always one thing. T
 a small ViT on two CPU cores finds out what the captions are about within minutes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,14 +116,13 @@ def sample_scene(rng: np.random.Generator, demand: Demand | None = None) -> Scen
         cells.remove(demand.cell)
         cells.insert(0, demand.cell)
     noise = rng.random((count, 5)).tolist()  # per thing: size word, diameter, x, y, angle
-    things = (_place(*kinds[i], cells[i], *noise[i]) for i in range(count))
+    things = (_place(kinds[i], cells[i], noise[i]) for i in range(count))
     return Scene(background, tuple(things))
 
 
-def _place(
-    shape: str, color: str, cell: int, size_u: float, diameter_u: float, x_u: float, y_u: float, angle_u: float
-) -> Thing:
-    """Return a `Thing` in `cell`; the arguments ending in `_u` are uniform random numbers in [0, 1)."""
+def _place(kind: tuple[str, str], cell: int, noise: Sequence[float]) -> Thing:
+    """Return a `Thing` in `cell`; `noise` are uniform random numbers in [0, 1)."""
+    (shape, color), (size_u, diameter_u, x_u, y_u, angle_u) = kind, noise
     size = "large" if size_u < 0.5 else "small"
     low, high = DIAMETERS[size]
     diameter = (low + diameter_u * (high - low)) / 64

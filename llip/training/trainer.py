@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from llip.configs import Config
@@ -98,7 +98,7 @@ class Trainer:
         self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
         self.saver, self.watch, self.stop, self.evaluate, self.on_step = saver, watch, stop, evaluate, on_step
         self.task = task
-        self.wrapped: nn.Module = state.engine.wrap(task)
+        self.wrapped = state.engine.wrap(task)
         dtype = autocast_dtype(config.precision)
         self.autocast: Callable[[], AbstractContextManager] = (
             nullcontext if dtype is None else partial(torch.autocast, processes.device.type, dtype=dtype)

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -54,7 +55,7 @@ class Finding:
 
 def check_entry(entry: Entry) -> Finding:
     """Look for one dataset, and hold it against its entry."""
-    found = {"status": RIGHT, "classes": None, "images": None, "problem": None}
+    found: dict[str, Any] = {"status": RIGHT, "classes": None, "images": None, "problem": None}
     try:
         if entry.data.found():
             source = entry.data.open()

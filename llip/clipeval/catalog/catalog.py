@@ -198,8 +198,8 @@ def entry_schema(spec: type[DatasetSpec]) -> dict[str, Any]:
     """Return the JSON Schema of entries of one dataset type: the common fields and those of the dataclass `spec`."""
     schema = json.loads(Path(__file__).with_name("catalog.schema.json").read_text(encoding="utf-8"))
     if spec.kind != CLASSIFICATION:
-        for field in ("classnames", "prompts", "class_keys", "num_classes"):
-            del schema["properties"][field]
+        for name in ("classnames", "prompts", "class_keys", "num_classes"):
+            del schema["properties"][name]
     for field in dataclasses.fields(spec):
         schema["properties"][field.name] = {"type": _JSON_TYPES[_plain_type(field.type)]}
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

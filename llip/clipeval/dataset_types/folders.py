@@ -37,8 +37,9 @@ class ImageFiles(ImageSource):
         return str(self._files[index])
 
     def load(self, index: int) -> tuple[Image.Image, Any]:
-        with Image.open(self._files[index]) as image:
-            image.load()
+        with Image.open(self._files[index]) as file:
+            file.load()
+        image: Image.Image = file
         if self._border:
             image = image.crop((self._border, self._border, image.width - self._border, image.height - self._border))
         return image, self._targets[index]

@@ -133,9 +133,9 @@ class ShardScanner:
         found.suffixes.update(suffix for suffix in sample if not suffix.startswith("__"))
         record, unreadable = _record(sample)
         for field, value in record.items():
-            kind = (field, _kind(value))
-            if kind in found.fields or len(found.fields) < _FIELDS_LISTED:
-                found.fields[kind] += 1
+            typed = (field, _kind(value))
+            if typed in found.fields or len(found.fields) < _FIELDS_LISTED:
+                found.fields[typed] += 1
         image = self._look_at_image(sample, found)
         good: list[str] = []
         bad = [] if self.sources or not unreadable else [("json", unreadable)]

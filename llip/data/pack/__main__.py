@@ -133,8 +133,8 @@ def pack(found: Source, out: Path, per_shard: int, seed: int | None) -> Packed:
             raise UserError(_nothing(found))
         _write_index(shards)
     except BaseException as error:
-        for path in shards:
-            Path(path).unlink(missing_ok=True)
+        for name in shards:
+            Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"pack: cannot write to {str(out)!r}: {error}") from error
         raise

@@ -84,7 +84,8 @@ def find_pairs(source: Path, image_root: Path | None = None, columns: Columns | 
 
 
 def _from_folder(folder: Path) -> Source:
-    found, suffixes = Source(), Counter()
+    found = Source()
+    suffixes: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):

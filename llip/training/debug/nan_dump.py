@@ -8,6 +8,7 @@ samples).
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class BadStep:
     grad_norm: float
 
 
-def norms(parameters: dict[str, Tensor | None]) -> dict[str, float]:
+def norms(parameters: Mapping[str, Tensor | None]) -> dict[str, float]:
     """Return the norm of each tensor by name: those that are not finite first, then the largest first."""
     found = {name: tensor.detach().float().norm().item() for name, tensor in parameters.items() if tensor is not None}
     return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1], item[0])))

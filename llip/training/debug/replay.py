@@ -64,7 +64,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 def read_config(fields: dict[str, Any]) -> Config:
     """Return the config of a record; fields that this version does not know are left out."""
     known = {name: value for name, value in fields.items() if name in config_fields()}
-    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in known.items()}
+    return Config(**values)
 
 
 def read_parts(folder: Path, processes: int, device: torch.device) -> tuple[list[MicroBatch], list[RandomState | None]]:

@@ -78,6 +78,8 @@ def backward_step(
             loss, report = wrapped(features=features)
         scale_loss(loss).backward()
 
+    assert features.h.grad is not None
+    assert features.t.grad is not None
     sizes = [len(images) for images, _ in slices]
     parts = zip(slices, states, features.h.grad.split(sizes), features.t.grad.split(sizes), strict=True)
     for index, ((images, tokens), state, h_grad, t_grad) in enumerate(parts):

@@ -18,7 +18,7 @@ from llip.training.step.task import ContrastiveTask
 class Engine:
     """Every process has all weights: one process alone, or several that average their gradients (DDP)."""
 
-    def wrap(self, task: ContrastiveTask) -> nn.Module:
+    def wrap(self, task: ContrastiveTask) -> DistributedDataParallel | ContrastiveTask:
         """Return the module to call instead of `task`, so that gradients are averaged over all processes."""
         if task.processes.world_size == 1:
             return task
@@ -31,7 +31,7 @@ class Engine:
         Args:
             parameters: those that have a gradient.
         """
-        return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], largest: float, total: Tensor) -> None:
         """Scale the gradients down where their norm `total` [] is above `largest`."""

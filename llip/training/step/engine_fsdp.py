@@ -51,7 +51,7 @@ class ShardedEngine(Engine):
         own = sum(_local(parameter).numel() for parameter in self.parameters.values())
         log.info("weights: %s of %s numbers on this process (FSDP2)", f"{own:,}", f"{_count(model):,}")
 
-    def wrap(self, task: ContrastiveTask) -> nn.Module:
+    def wrap(self, task: ContrastiveTask) -> DistributedDataParallel | ContrastiveTask:
         """See `Engine`: DDP for what is whole; FSDP2's own hooks look after the rest.
 
         PyTorch has no public method to exclude parameters from DDP; the one used here is marked private.
@@ -63,7 +63,7 @@ class ShardedEngine(Engine):
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """See `Engine`."""
         shares = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
-        whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
         square = torch.nn.utils.get_total_norm([share for share in shares if share.numel()]).square()
         square = square.to(self.processes.device)  # a process may have no share of anything
         dist.all_reduce(square)
@@ -73,7 +73,8 @@ class ShardedEngine(Engine):
         """See `Engine`."""
         factor = (largest / (total + 1e-6)).clamp(max=1.0)
         for parameter in parameters:
-            _local(parameter.grad).mul_(factor)
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(factor)
 
     def model_state(self, model: Llip) -> dict[str, Tensor]:
         """See `Engine`. On the CPU; empty on other processes than the main one."""

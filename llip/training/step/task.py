@@ -77,6 +77,8 @@ class ContrastiveTask(nn.Module):
             feature_gradients: of the loss, with respect to the features of these images and tokens.
         """
         if features is None:
+            assert images is not None
+            assert tokens is not None
             features = self.encode(images, tokens)
         if feature_gradients is not None:
             surrogate = (features.h * feature_gradients.h).sum() + (features.t * feature_gradients.t).sum()
