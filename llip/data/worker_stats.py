@@ -1,4 +1,4 @@
-"""What one reader saw, used and dropped, in counts and in words; and when that is too much to go on."""
+"""What one worker saw, used and dropped, in counts and in words; and when that is too much to continue."""
 
 import os
 import time
@@ -9,9 +9,9 @@ from typing import NamedTuple
 from llip.errors import UserError
 
 FIRST_DEADLINE = 45.0
-"""Seconds after which a reader gives up that has met no usable sample."""
+"""Seconds without a usable sample after which a worker gives up."""
 SLOW_DEADLINE = 150.0
-"""Seconds of one batch after which a reader gives up although data flow: earlier than the process that waits for it."""
+"""Seconds of one batch after which a worker gives up although data flow: before the process that waits for it does."""
 _ENOUGH_TO_JUDGE = 200  # samples seen before the share of bad ones means something
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -27,18 +27,18 @@ class LostShard(NamedTuple):
 
 
 class WorkerReport(NamedTuple):
-    """What a reader tells with each batch, counted since its last one."""
+    """What a worker reports with each batch, counted since its last one."""
 
     dropped: list[tuple[str, str, int]]  # shard, reason, samples; 1 for a lost shard
     used: list[int]  # samples, per dataset
     seconds: dict[str, float]  # by stage
-    memory: int  # resident bytes of the reader's process, now
+    memory: int  # resident bytes of the worker's process, now
     shards: Sequence[int] = ()  # shard slices finished or lost, per dataset
     lost: Sequence[LostShard] = ()
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds, 0 where the system does not say."""
+    """Return the resident memory of this process, 0 if unknown."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * _PAGE
@@ -47,10 +47,10 @@ def resident_bytes() -> int:
 
 
 class WorkerStats:
-    """Counts what a reader saw and dropped, and ends the run when too little can be used."""
+    """Counts what a worker saw and dropped, and ends the run when too little is usable."""
 
     def __init__(self, max_bad_fraction: float, datasets: int, wanted: str) -> None:
-        """Start to count.
+        """Start counting.
 
         Args:
             max_bad_fraction: share of bad samples beyond which the run ends.
@@ -63,7 +63,7 @@ class WorkerStats:
         self.shards = [0] * datasets  # slices, since the last report
         self.lost: list[LostShard] = []  # since the last report
         self.used = [0] * datasets
-        self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the reader's life
+        self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the worker's life
         self.members: Counter[str] = Counter()  # member names of samples that cannot be used
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage, since the last report
         self._reported: Counter[tuple[str, str]] = Counter()
@@ -107,7 +107,7 @@ class WorkerStats:
         self.check_start(self.dropped)
 
     def check_start(self, bad: Counter[tuple[str, str]], sample: Iterable[str] = ()) -> None:
-        """Give up where nothing usable has come: not among the first samples, or not in time.
+        """Give up if nothing usable has come: not among the first samples, or not in time.
 
         Raises:
             UserError: what was wanted, and what came.
@@ -121,10 +121,10 @@ class WorkerStats:
             )
 
     def check_pace(self, shard: str) -> None:
-        """Give up where the present batch takes too long.
+        """Give up if the current batch takes too long.
 
         Raises:
-            UserError: the shard that is read, and what came so far.
+            UserError: names the shard being read, and what came so far.
         """
         seconds = time.monotonic() - self.batch_began
         if seconds > SLOW_DEADLINE:

@@ -1,4 +1,4 @@
-"""What the training process makes of its workers' reports: what was used, what was dropped and where, what is slow."""
+"""Collects the workers' reports: what was used, what was dropped and where, and what is slow."""
 
 import dataclasses
 import heapq
@@ -13,19 +13,19 @@ from llip.data.worker_stats import LostShard, WorkerReport
 from llip.errors import UserError
 
 WAIT_WORTH_A_LINE = 0.1
-"""Share of the time spent waiting for data from which on the log says what is slow."""
-_LINES = 10  # single cases of damage that are told as they come; all are counted
+"""Share of the time spent waiting for data above which the log names the slow stage."""
+_LINES = 10  # cases of damage that are logged as they come; all are counted
 _TABLE_ROWS = 20
 _LAST_LOST = 3  # lost shards of each process that an error names
 WORST = 200
-"""Places of damage that each process names in a checkpoint and in an epoch's table."""
+"""Shards with damage that each process names in a checkpoint and in an epoch's table."""
 OTHERS = ""
 """Stands for the shards that are not named."""
 _ADVICE = {
     "read": "more workers, or faster storage",
     "decode": "more workers, or smaller pictures in the shards",
     "tokenize": "more workers",
-    "hand-over": "the workers have batches in stock; what is slow is taking them over, so look at the machine's load",
+    "main_process": "the workers have batches ready; the training process takes them too slowly: check the CPU load",
 }
 
 log = logging.getLogger("llip")
@@ -64,16 +64,16 @@ class DataCounts:
         }
 
     def restore(self, saved: Iterable[dict[str, Any]]) -> None:
-        """Take over the sum of what `plain` described on several processes."""
-        for one in saved:
-            for dataset, count in enumerate(one["used"][: len(self.used)]):
+        """Add what `plain` described on several processes."""
+        for counts in saved:
+            for dataset, count in enumerate(counts["used"][: len(self.used)]):
                 self.used[dataset] += count
-            for shard, reason, count in one["dropped"]:
+            for shard, reason, count in counts["dropped"]:
                 self.dropped[shard, reason] += count
-            self.shards.update(one.get("shards", {}))
-            self.lost.update(one.get("lost", {}))
-            self.lost_samples += one.get("lost_samples", 0)
-            self.last_lost += one.get("last_lost", [])
+            self.shards.update(counts.get("shards", {}))
+            self.lost.update(counts.get("lost", {}))
+            self.lost_samples += counts.get("lost_samples", 0)
+            self.last_lost += counts.get("last_lost", [])
 
     def by_reason(self) -> Counter[str]:
         """Return the dropped samples and lost shards by reason."""
@@ -102,10 +102,10 @@ class DataReport:
         max_bad_fraction: float = 1.0,
         known: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """Go on from `counts`.
+        """Continue from `counts`.
 
         Args:
-            names: of the datasets, for people.
+            names: of the datasets, for messages.
             counts: advanced in place.
             workers: of this process; 0 where it loads by itself.
             shards: slices of shards that all workers read in one epoch of the data, per dataset.
@@ -117,18 +117,18 @@ class DataReport:
         self._judged = counts.shards.copy(), counts.lost.copy()  # slices before the present epoch of the data
         self.seconds: Counter[str] = Counter()  # by stage, over the workers, since the last record
         self.memory = [0] * max(1, workers)  # bytes, by worker
-        self._told: set[tuple[str, str]] = set(counts.dropped)
-        self._said: set[str] = set()  # slow stages, in this epoch
+        self._logged: set[tuple[str, str]] = set(counts.dropped)
+        self._explained: set[str] = set()  # slow stages, in this epoch
 
     def add(self, report: WorkerReport, batch: int) -> None:
-        """Count what came with batch number `batch`; a new kind of damage is said aloud, up to a few."""
+        """Count what came with batch number `batch`; a new kind of damage is logged, up to a few."""
         for dataset, count in enumerate(report.used):
             self.counts.used[dataset] += count
         for shard, reason, count in report.dropped:
             self.counts.dropped[shard, reason] += count
-            if (shard, reason) not in self._told:
-                self._told.add((shard, reason))
-                self._tell(shard, reason)
+            if (shard, reason) not in self._logged:
+                self._logged.add((shard, reason))
+                self._warn(shard, reason)
         for dataset, count in enumerate(report.shards):
             self.counts.shards[dataset] += count
         for lost in report.lost:
@@ -164,14 +164,14 @@ class DataReport:
             if read >= shards:
                 before[dataset], lost_before[dataset] = counts.shards[dataset], counts.lost[dataset]
 
-    def _tell(self, shard: str, reason: str) -> None:
-        if len(self._told) <= _LINES:
+    def _warn(self, shard: str, reason: str) -> None:
+        if len(self._logged) <= _LINES:
             log.warning("data: dropping from %s: %s (counted from here on)", shard, reason)
-        elif len(self._told) == _LINES + 1:
+        elif len(self._logged) == _LINES + 1:
             log.warning("data: more shards have damage; it is counted, and listed at the end of the epoch")
 
     def record(self, everyone: list[dict[str, Any]], wait_fraction: float) -> dict[str, Any]:
-        """Return the fields of metrics.jsonl, and begin a new window.
+        """Return the fields of metrics.jsonl, and start a new window.
 
         Args:
             everyone: the counts of all processes, plain.
@@ -197,20 +197,20 @@ class DataReport:
         return record
 
     def bottleneck(self) -> str | None:
-        """Return the stage that holds up the training process, None before any batch."""
+        """Return the stage that limits the training process, None before any batch."""
         work = {stage: self.seconds[stage] for stage in ("read", "decode", "tokenize")}
         if not any(work.values()):
             return None
         if self.workers and self.seconds["idle"] > sum(work.values()):
-            return "hand-over"
+            return "main_process"
         return max(work, key=lambda stage: work[stage])
 
     def explain(self, record: dict[str, Any], wait_fraction: float) -> None:
-        """Say what is slow, once per epoch and stage."""
+        """Log the slow stage, once per epoch and stage."""
         slow = record["data_bottleneck"]
-        if slow is None or slow in self._said:
+        if slow is None or slow in self._explained:
             return
-        self._said.add(slow)
+        self._explained.add(slow)
         work = {stage: record[f"data_{stage}_seconds"] for stage in ("read", "decode", "tokenize")}
         total = max(1e-9, sum(work.values()))
         shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in work.items())
@@ -223,10 +223,10 @@ class DataReport:
         )
 
     def log_epoch(self, everyone: list[dict[str, Any]]) -> None:
-        """Write what was dropped so far as a table, and what each of several datasets gave."""
+        """Log a table of what was dropped so far, and the samples of each dataset if there are several."""
         counts = sum_counts(everyone)
         self._check_lost(counts)
-        self._said.clear()
+        self._explained.clear()
         if len(self.names) > 1:
             total = max(1, sum(counts.used))
             shares = [

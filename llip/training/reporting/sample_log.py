@@ -1,8 +1,8 @@
-"""Which samples each step used: `sample_ids/process_<rank>.jsonl`, so that anyone can check a resumed run.
+"""Record the samples of each step in `sample_ids/process_<rank>.jsonl`, to audit a resumed run.
 
     {"step": 12, "ids": ["00003.tar/000030417", ...]}
 
-A step has one line per accumulation slice. After a restart the files are cut back to the checkpoint.
+A step has one line per micro-batch. After a restart the files are cut back to the checkpoint.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ FOLDER = "sample_ids"
 
 
 def cut_back_ids(folder: Path, step: int) -> None:
-    """Make the place of the files, and drop what lies after `step` from those of all processes; for one process.
+    """Create the folder, and cut the files of all processes back to `step`; called by one process.
 
     Raises:
-        OSError: the disk does not take it; names the file.
+        OSError: a file cannot be written; names it.
     """
     (folder / FOLDER).mkdir(exist_ok=True)
     for path in (folder / FOLDER).glob("*.jsonl"):
@@ -27,15 +27,15 @@ class SampleLog:
     """Writes the ids of one process's samples."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        """Write below the run's folder, where `cut_back_ids` has made the place."""
+        """Write below the run's folder, in the folder that `cut_back_ids` has created."""
         self.path = folder / FOLDER / f"process_{rank}.jsonl"
         self._gaps = BestEffort(str(self.path))
 
     def add(self, step: int, ids: list[str]) -> None:
-        """Note that a step uses the samples `ids`, in order; what the disk does not take is lost, with a warning."""
+        """Record the samples `ids` of a step, in order; what the disk does not take is lost, with a warning."""
         with self._gaps.allowed():
             append_record(self.path, {"step": step, "ids": ids})
 
     def close(self) -> None:
-        """Say what is lost."""
+        """Report what was lost."""
         self._gaps.close()

@@ -42,7 +42,7 @@ def test_counts_of_all_processes_are_added_and_stored():
         ({"read": 5.0, "decode": 1.0, "tokenize": 1.0, "idle": 0.1}, 2, "read"),
         ({"read": 1.0, "decode": 5.0, "tokenize": 1.0, "idle": 0.1}, 2, "decode"),
         ({"read": 1.0, "decode": 1.0, "tokenize": 5.0, "idle": 0.1}, 2, "tokenize"),
-        ({"read": 1.0, "decode": 2.0, "tokenize": 1.0, "idle": 9.0}, 2, "hand-over"),
+        ({"read": 1.0, "decode": 2.0, "tokenize": 1.0, "idle": 9.0}, 2, "main_process"),
         ({"read": 1.0, "decode": 2.0, "tokenize": 1.0, "idle": 9.0}, 0, "decode"),  # idle is the training itself
     ],
 )
