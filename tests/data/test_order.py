@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llip.data.order import (
     BufferState,
@@ -120,3 +122,41 @@ def test_the_worked_example_of_the_docstrings(monkeypatch):
         ShardSlice(4, first=2),
         ShardSlice(9),
     ]
+
+
+LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=6)  # samples per shard
+BOUNDED = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def samples_of(part, lengths):
+    """The (shard, sample) pairs of a slice."""
+    numbers = range(part.first, lengths[part.shard], part.stride) if part.listed is None else part.listed
+    return [(part.shard, number) for number in numbers]
+
+
+def stop(order, slices, lengths, emitted):
+    """Stop a slot after `emitted` samples: (what it emitted, the slices that remain)."""
+    arrivals = [sample for part in slices for sample in samples_of(part, lengths)]
+    gone = [arrivals[arrival] for arrival, _ in itertools.islice(play(order, len(arrivals)), emitted)]
+    arrived = emitted + order.size if emitted else 0
+    ends = list(itertools.accumulate(len(samples_of(part, lengths)) for part in slices))
+    finished = len(slices) if arrived > len(arrivals) else sum(end <= arrived for end in ends) if emitted else 0
+    counts = [len(samples_of(part, lengths)) for part in slices[:finished]]
+    state = order.state(emitted, len(arrivals) if finished == len(slices) else None)
+    return gone, remaining_slices(slices, counts, state)
+
+
+@BOUNDED
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.data())
+def test_resuming_and_resharding_at_any_point_repeats_and_loses_nothing(lengths, before, after, size, data):
+    emitted, remaining = [], []
+    for index in range(before):
+        slices = assign(len(lengths), WorkerSlot(index, before), seed=1, dataset=0, data_epoch=0)
+        total = sum(len(samples_of(part, lengths)) for part in slices)
+        gone, rest = stop(EpochOrder(f"{index}", size), slices, lengths, data.draw(st.integers(0, total)))
+        emitted += gone
+        remaining += rest
+    for index in range(after):
+        for part in assign_slices(remaining, WorkerSlot(index, after)):
+            emitted += samples_of(part, lengths)
+    assert sorted(emitted) == [(shard, number) for shard, length in enumerate(lengths) for number in range(length)]
