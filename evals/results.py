@@ -1,6 +1,6 @@
 """results.json and results.md of an evaluation, written after each task.
 
-`per_sample/<task>.npz` beside them says of each image how it came out (see `llip.clipeval.outcomes`).
+`per_sample/<task>.npz` beside them holds the outcome of each image (see `llip.clipeval.outcomes`).
 
     {"model": {...}, "tasks": {name: {"metric": ..., "value": ..., "n": ..., "seconds": ..., ...}}, "mean": ...}
 
@@ -217,7 +217,7 @@ class ResultsFile:
             f"{self.model.prompt_ensemble}, {self.model.precision}."
         )
         lines = [*(f"{one.task} failed: {one.error}" for one in results if one.error), *notes(results)]
-        told = "".join(f"\n- {line}" for line in lines)
+        notes_text = "".join(f"\n- {line}" for line in lines)
         return f"# Zero-shot evaluation\n\n{about}\n\n{format_results(results, markdown=True)}\n" + (
-            told and told + "\n"
+            notes_text and notes_text + "\n"
         )

@@ -1,4 +1,4 @@
-"""What a task says of each single image: small enough to keep, and enough to ask how sure a difference is.
+"""The outcome of each image of a task: small enough to keep, and enough for the confidence of a difference.
 
 Kept as `per_sample/<task>.npz` beside results.json (plain arrays, read without unpickling): a byte per image, and in
 retrieval five bytes per caption.

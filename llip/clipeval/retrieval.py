@@ -22,7 +22,7 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class RetrievalShare:
-    """What one process's images say, on the CPU.
+    """Results of one process's images, on the CPU.
 
     Attributes:
         images: indices of the images in the dataset [N].

@@ -1,4 +1,4 @@
-"""What one task gave: the object of results.json and evals.jsonl."""
+"""The result of one task: the object of results.json and evals.jsonl."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,7 +9,7 @@ from llip.clipeval.outcomes import Outcomes
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave.
+    """The result of one task.
 
     Attributes:
         task, metric: the entry's name and metric.
