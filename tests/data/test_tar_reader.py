@@ -8,11 +8,14 @@ import os
 import random
 import shutil
 import tarfile
+import tempfile
 import threading
 import time
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llip.data import tar_reader as reading
 from llip.data.tar_reader import Damage, read_samples, split_name
@@ -291,3 +294,25 @@ def test_shards_over_http(tmp_path):
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
+
+
+KEYS = st.text("abé_-0 ", min_size=1, max_size=60).map(lambda text: f"k{text}")
+FOLDERS = st.sampled_from(["", "train/", "./a/b/", "v1.0/", "long/" * 30])
+MEMBERS = st.dictionaries(st.sampled_from(["jpg", "txt", "json", "seg.png", "a"]), st.binary(max_size=1500), min_size=1)
+SAMPLES = st.lists(st.tuples(FOLDERS, KEYS, MEMBERS), max_size=6, unique_by=lambda sample: sample[:2])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(SAMPLES, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]), st.booleans())
+def test_random_archives_are_read_as_webdataset_reads_them(samples, tar_format, upper):
+    members = [
+        (f"{folder}{key}.{suffix.upper() if upper else suffix}", data)
+        for folder, key, parts in samples
+        for suffix, data in parts.items()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_members(f"{folder}/a.tar", members, format=tar_format)
+        expected = list(webdataset.tariterators.tarfile_samples([{"url": path}]))
+        assert len(expected) == len(samples)
+        for skip in (0, 2):
+            assert list(read_samples(path, skip)) == expected[skip:]
