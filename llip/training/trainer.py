@@ -152,7 +152,7 @@ class Trainer:
         config, state, model, step = self.config, self.state, self.task.model, self.state.step + 1
         self.watch.enter("data", step)
         with self.window.waiting():
-            parts = [self._next_micro_batch(batches) for _ in range(config.accum_freq)]
+            parts = [self._next_micro_batch(batches, index) for index in range(config.accum_freq)]
         micro_batches, ids = [part for part, _ in parts], [keys for _, keys in parts]
         if state.step == self.first_step:
             log.info("data: the first batch came after %.1f s", self.window.waited)
@@ -195,7 +195,8 @@ class Trainer:
         bad = torch.stack([loss.isfinite(), norm.isfinite()]).logical_not()
         return Agreement(*map(bool, self.processes.all_reduce_max(torch.cat([bad.float(), flags]))))
 
-    def _next_micro_batch(self, batches: Iterator[Batch]) -> tuple[MicroBatch, list[str]]:
+    def _next_micro_batch(self, batches: Iterator[Batch], index: int) -> tuple[MicroBatch, list[str]]:
+        """Return micro-batch `index` of the step, and the keys of its samples."""
         try:
             batch = next(batches)
         except RuntimeError as error:
@@ -204,9 +205,12 @@ class Trainer:
                     f"data: no batch came at step {self.state.step} within the deadline: {error}"
                 ) from error
             if "worker" in str(error) and ("unexpectedly" in str(error) or "killed by signal" in str(error)):
-                raise UserError(
-                    f"data: a worker died at step {self.state.step}, often because memory ran out; try fewer workers "
-                    f"or a smaller shuffle_buffer: {error}"
+                if self.processes.world_size == 1 and index == 0 and self.state.step > self.saver.saved_step:
+                    self.saver.save()  # saving is collective: other processes would not take part; nor inside a step
+                raise RunError(
+                    f"data: a worker died at step {self.state.step}, often because memory ran out; the newest "
+                    f"checkpoint is of step {self.saver.saved_step}. Try fewer workers or a smaller shuffle_buffer: "
+                    f"{error}"
                 ) from error
             raise
         if batch.error:
