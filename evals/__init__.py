@@ -1,1 +1,1 @@
-"""Programs over `llip.clipeval`: `python -m evals.main_mc --fname config_evals/X.yaml`."""
+"""Zero-shot evaluation programs over `llip.clipeval`: `llip eval`, `llip compare`, and evaluation as a SLURM job."""

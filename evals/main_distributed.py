@@ -1,148 +1,142 @@
-"""One process per device: on this machine, started and ended together; or on a SLURM cluster, one task per GPU.
+"""Evaluate as a SLURM job, one task per GPU: `python -m evals.main_distributed --fname config_evals/X.yaml --ngpus 8`.
 
-    python -m evals.main_distributed --fname config_evals/X.yaml --ngpus 8 --partition gpu
-
-submits an evaluation to SLURM; `python -m evals.main_mc` runs it on this machine.
+`python -m evals.main_mc` evaluates on this machine.
 """
 
-import logging
+import argparse
 import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-
-from llip.cluster import step
-from llip.errors import EXIT_USER, UserError
-from llip.system.cores import usable_cores
-from llip.system.exit_with_parent import exit_with_parent
-from llip.system.files import write_text
-from llip.system.processes import GROUP_TIMEOUT
+from evals import scaffold
+from llip.clipeval.eval_config import find_eval_file
+from llip.cluster.checks import check_evaluations, check_slurm
+from llip.cluster.options import Shape, add_slurm_options, positive, sbatch_parameters, slurm_options
+from llip.cluster.snapshot import commit_file, take_snapshot, use_snapshot
+from llip.cluster.submit import JobRequest, command_line, counted, print_submitted
+from llip.cluster.tasks import join_job
+from llip.errors import UserError
+from llip.system.paths import expand_path
 from llip.system.program import program
 
-
-def choose_devices(names: Sequence[str] | None) -> list[str]:
-    """Return the devices to use: `names` checked against what is there, or all CUDA devices, or one cpu.
-
-    Raises:
-        UserError: an unknown device, one that is not there or is named twice, or a mix of cpu and cuda.
-    """
-    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if not names:
-        return found or ["cpu"]
-    names = ["cuda:0" if name == "cuda" else name for name in names]
-    for name in names:
-        if name != "cpu" and name not in found:
-            raise _unknown_device(name, found)
-        if name != "cpu" and names.count(name) > 1:
-            raise UserError(f"--devices names {name} more than once; one process per GPU")
-    if "cpu" in names and set(names) != {"cpu"}:
-        raise UserError(f"--devices {' '.join(names)}: either cpu or cuda, not both")
-    return names
+PROGRAM = "python -m evals.main_distributed"
+FROZEN = "submitted_evaluation.yaml"
+"""The file of a snapshot that holds the evaluation."""
 
 
-def _unknown_device(name: str, found: list[str]) -> UserError:
-    if "," in name:
-        return UserError(f"--devices {name}: separate devices by spaces: --devices {' '.join(name.split(','))}")
-    spelled = f"cuda:{name}" if name.isdecimal() else name.lower()
-    if spelled in ("cpu", *found):
-        return UserError(f"--devices {name}: there is no such device. Did you mean {spelled!r}?")
-    if not found:
-        return UserError(f"--devices {name}: this machine has no CUDA device; write --devices cpu")
-    here = ", ".join(["cpu", *found])
-    return UserError(f"--devices {name}: this machine has {here}; for instance --devices {' '.join(found)}")
+class EvaluationProgram:
+    """Runs an evaluation file as one task of a job; picklable. A requeued job keeps the catalog's finished tasks."""
+
+    def __init__(self, fname: str, folder: str, device: str) -> None:
+        """Describe the task.
+
+        Args:
+            fname: the evaluation file. folder: where it was submitted; relative paths in the file belong to it.
+            device: cuda or cpu.
+        """
+        self.fname, self.folder, self.device = fname, folder, device
+
+    def __call__(self) -> int:
+        """Join the other tasks and evaluate; exits with the program's code unless it is 0."""
+        from llip.training.distributed.launch import report_error
+
+        os.chdir(self.folder)
+        join_job()
+        try:
+            code = self._run()
+        except UserError as error:
+            code = report_error(error)
+        if code:
+            raise SystemExit(code)
+        return code
+
+    def _run(self) -> int:
+        import torch
+
+        from evals.devices import process_group
+
+        config = scaffold.load(self.fname)
+        count = int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_JOB_NUM_NODES"])
+        devices = ["cpu"] * count
+        if self.device != "cpu":
+            if torch.cuda.device_count() < count:
+                raise UserError(f"{count} tasks on this node, found {torch.cuda.device_count()} GPUs; each needs one")
+            devices = [f"cuda:{index}" for index in range(count)]
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with process_group(self.device):
+            return scaffold.program(config)(config, devices)
+
+    def checkpoint(self, *_: object) -> Any:
+        """Return what submitit runs when the job is requeued: the same task."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(EvaluationProgram(self.fname, self.folder, self.device))
+
+    __submitit_checkpoint__ = checkpoint
 
 
-def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> None:
-    """Run `worker(device, *args)` for each device: in this process for one, else in a process group of new ones.
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line of evals.main_distributed."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Evaluate a checkpoint zero-shot on a SLURM cluster, one task per GPU.",
+        epilog="The results are those of llip eval; see docs/cluster.md.",
+    )
+    parser.add_argument("--fname", required=True, metavar="YAML", help="the evaluation, e.g. config_evals/X.yaml")
+    parser.add_argument("--nodes", type=positive, default=1, help="machines [%(default)s]")
+    parser.add_argument("--ngpus", type=positive, default=1, help="tasks per machine, with one GPU each [%(default)s]")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tasks without GPUs")
+    add_slurm_options(parser, cpus="the evaluation's workers + 2")
+    return parser.parse_args(argv)
 
-    Inside a SLURM job (see `evals.slurm_job`) the job's tasks do it, each on its own of this node's devices.
+
+def submit(given: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Check and submit the evaluation and print where to look; with --dry-run, print the script only.
 
     Args:
-        worker: an importable function; its arguments must pickle when there are several devices.
+        given: the result of `parse_arguments(argv)`.
 
     Raises:
-        UserError: a worker raised it. Exception: a worker failed otherwise (the message holds its traceback).
+        UserError: a missing or wrong evaluation file or checkpoint, contradicting options, or SLURM refuses the job.
     """
-    if step.is_leading():
-        step.everywhere(_on_own_device, list(devices), worker, args)
+    config = scaffold.load(given.fname)
+    if given.dry_run:
+        print(job_request(given, write=False).script())
         return
-    if len(devices) == 1:
-        _use_device(devices[0])
-        worker(devices[0], *args)
-        return
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # ending the others is no news to the user
-    with tempfile.TemporaryDirectory(prefix="llip_evals_") as folder:
-        arguments = (os.getpid(), worker, list(devices), args, folder)
-        context = mp.start_processes(_child, args=arguments, nprocs=len(devices), join=False, start_method="spawn")
-        try:
-            while not context.join(timeout=5):
-                pass
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            mistakes = sorted(Path(folder).glob("mistake_*.txt"))
-            if mistakes:
-                raise UserError(mistakes[0].read_text(encoding="utf-8")) from None
-            raise
-        finally:
-            _end(context.processes)
+    check_slurm()
+    check_evaluations((given.fname,))
+    checkpoint = expand_path(config.checkpoint_path)
+    if not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint} is not there; train it first, or set checkpoint_path in the YAML")
+    request = job_request(given)
+    ids = request.submit()
+    tasks = f"{counted(given.nodes * given.ngpus, 'task')} on {counted(given.nodes, 'node')}"
+    what = f"{tasks}, results in {expand_path(config.output_dir)}"
+    print_submitted(ids, request.logs, what, None, f"{command_line(PROGRAM, argv)}    (finished tasks are kept)")
 
 
-def _child(rank: int, parent: int, worker: Callable[..., None], devices: list[str], args: tuple, folder: str) -> None:
-    exit_with_parent(parent, 1)
-    device = devices[rank]
-    _use_device(device)
-    if device == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // len(devices)))
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all processes are here; host names need not resolve
-    backend = "gloo" if device == "cpu" else "nccl"
-    init_method = f"file://{folder}/group"
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=len(devices), timeout=GROUP_TIMEOUT)
-    try:
-        worker(device, *args)
-    except UserError as mistake:
-        write_text(Path(folder, f"mistake_{rank}.txt"), str(mistake))
-        sys.stdout.flush()
-        os._exit(EXIT_USER)  # the others may wait in a collective; the parent ends them
-    dist.destroy_process_group()
+def job_request(given: argparse.Namespace, write: bool = True) -> JobRequest:
+    """Return the job; the code and the evaluation file are copied beside the results unless `write` is false.
 
-
-def _on_own_device(devices: list[str], worker: Callable[..., None], args: tuple) -> None:
-    worker(devices[int(os.environ["LOCAL_RANK"])], *args)
-
-
-def _use_device(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.set_device(device)
-
-
-def _end(processes: Sequence[Any], grace: float = 5.0) -> None:
-    """Terminate what still runs, then kill what does not listen."""
-    running = [process for process in processes if process.is_alive()]
-    for process in running:
-        process.terminate()
-    deadline = time.monotonic() + grace
-    for process in running:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    Raises:
+        UserError: a missing or wrong evaluation file, options that contradict each other, an unwritable folder.
+    """
+    config, options = scaffold.load(given.fname), slurm_options(given)
+    output = expand_path(config.output_dir)
+    files = {FROZEN: find_eval_file(given.fname).read_text(encoding="utf-8"), **commit_file()}
+    snapshot = take_snapshot(output / "code", files, output, write)
+    shape = Shape(given.nodes, given.ngpus, config.workers + 2, given.device != "cpu")
+    parameters = sbatch_parameters(options, shape, f"{Path(given.fname).stem}-eval", use_snapshot(snapshot))
+    task = EvaluationProgram(str(snapshot / FROZEN), str(Path.cwd()), given.device)
+    return JobRequest(output / "slurm", parameters, [task], options.max_timeouts)
 
 
 @program
-def main(argv: Sequence[str]) -> int:
-    """Submit an evaluation to SLURM and print where to look. Returns the exit code."""
-    from evals.slurm_job import parse_arguments, submit
-
-    argv = argv
-    submit(parse_arguments(argv), argv)
-    return 0
+def main(arguments: Sequence[str]) -> None:
+    """Submit an evaluation to SLURM and print where to look."""
+    submit(parse_arguments(arguments), arguments)
 
 
 if __name__ == "__main__":

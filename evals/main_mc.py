@@ -1,8 +1,7 @@
-"""Evaluate a checkpoint zero-shot.
+"""Evaluate a model zero-shot: `llip eval --fname config_evals/X.yaml [--devices cuda:0 cuda:1 | cpu]`.
 
-    python -m evals.main_mc --fname config_evals/X.yaml [--devices cuda:0 cuda:1 | cpu]
-
-Exit code: 0 when every task was evaluated, 1 when some could not be, 2 for a mistake in the request.
+`python -m evals.main_mc` is the same program. Exit code: 0 when every task was evaluated, 1 when some could not be, 2
+for a user's mistake, 3 when a process was killed before it could evaluate anything.
 """
 
 import argparse
@@ -13,31 +12,32 @@ from evals import scaffold
 from llip.system.program import program
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m evals.main_mc",
-        description="Evaluate a checkpoint zero-shot on the tasks of a catalog.",
-        epilog="Results go to <output_dir>/results.json and results.md; tasks done for the same checkpoint are kept.",
+        prog="llip eval",
+        description="Evaluate a model zero-shot on the tasks of a catalog.",
+        epilog="Results go to <output_dir>/results.json and results.md; the same command continues an interrupted "
+        "evaluation.",
     )
     parser.add_argument("--fname", required=True, metavar="YAML", help="the evaluation, e.g. config_evals/X.yaml")
     parser.add_argument(
         "--devices",
         nargs="+",
         metavar="DEVICE",
-        help="one process per device: cuda:0 cuda:1, or cpu (cpu cpu: two processes); all CUDA devices when left out",
+        help="one process per device: cuda:0 cuda:1, or cpu (cpu cpu: two processes) [all CUDA devices, else cpu]",
     )
     return parser.parse_args(argv)
 
 
 @program
-def main(argv: Sequence[str]) -> int:
-    """Run the program that the YAML names; return its exit code. Finished tasks are kept, also after Ctrl-C."""
-    arguments = parse_arguments(argv)
-    config = scaffold.load(arguments.fname)
-    from evals.main_distributed import choose_devices  # imports torch: not for --help or a mistyped file
+def main(arguments: Sequence[str]) -> int:
+    """Run the program that the YAML names."""
+    given = parse_arguments(arguments)
+    config = scaffold.load(given.fname)
+    from evals.devices import choose_devices  # imports torch: not for --help or a mistyped file
 
-    return scaffold.program(config)(config, choose_devices(arguments.devices))
+    return scaffold.program(config)(config, choose_devices(given.devices))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The program `mc`: evaluate one checkpoint zero-shot on the tasks of a catalog, task by task, on every device."""
+"""The program `mc`: evaluate one model zero-shot on the tasks of a catalog, task by task, on every device."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from evals.chart import bar_chart
-from evals.main_distributed import launch
+from evals.devices import ProcessKilledError, launch
 from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, locked_output, read_results
 from evals.tables import format_results, notes
 from llip.clipeval.catalog.catalog import Entry, load_catalog
@@ -16,18 +17,18 @@ from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.inputs import task_inputs
 from llip.clipeval.task_result import TaskResult
 from llip.config_search import search_config
-from llip.errors import UserError
-from llip.open_clip.model import autocast_dtype
+from llip.errors import CollectiveUserError, UserError
+from llip.open_clip.model import Llip, autocast_dtype
 from llip.system.paths import expand_path, unset_variables
-from llip.system.processes import Processes
+from llip.system.processes import Processes, raise_on_all_ranks
 
 WAYS = ("image_to_text", "text_to_image")
 
-LoadModel = Callable[[Path, EvalConfig], nn.Module]
+LoadModel = Callable[[Path, EvalConfig], Llip]
 
 
-def load_model(path: Path, config: EvalConfig) -> nn.Module:
-    """Load the checkpoint and hold it against the run config that the evaluation names.
+def load_model(path: Path, config: EvalConfig) -> Llip:
+    """Load the checkpoint and compare it with the run config that the evaluation names.
 
     Raises:
         UserError: an unreadable checkpoint, or a model of another architecture (lists the differing fields).
@@ -40,64 +41,155 @@ def load_model(path: Path, config: EvalConfig) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate: the same on every process, and picklable.
+
+    Attributes:
+        config: with checkpoint, run config and output folder. checkpoint: the file.
+        entries: all tasks. tasks: names of those that are not done.
+        results: of the tasks that are done. earlier: results of other evaluations, for the chart.
+        load: returns the model, carrying `.preprocess_val` and `.tokenizer`; importable.
+    """
+
+    config: EvalConfig
+    checkpoint: Path
+    entries: tuple[Entry, ...]
+    tasks: tuple[str, ...]
+    results: ResultsFile
+    earlier: tuple[StoredResults, ...]
+    load: LoadModel
+
+
 def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model) -> int:
     """Evaluate and print a table; return 0, or 1 when some task could not be evaluated.
 
+    In a process group, as in a SLURM job, every process calls it; the main one reads and writes the files.
+
     Args:
         config: with checkpoint, run config and output folder. devices: one process each.
-        load: gives the model, carrying `.preprocess_val` and `.tokenizer`; importable, for it travels to the processes.
+        load: returns the model, carrying `.preprocess_val` and `.tokenizer`; importable.
 
     Raises:
-        UserError: unknown run config, catalog or task, missing checkpoint or earlier results; an output folder
-            that cannot be written or that another evaluation uses.
+        UserError: unknown run config, catalog or task, missing checkpoint or earlier results, an output folder that is
+            unwritable or in use.
     """
-    precision = _precision(config, devices)
-    checkpoint = _find_checkpoint(config)
-    catalog = load_catalog(config.catalog_name)
-    wanted = catalog.select(config.tasks)
+    processes = Processes.of_group()
+    with contextlib.ExitStack() as held:
+        with raise_on_all_ranks(processes, CollectiveUserError, _user_message):
+            evaluation = held.enter_context(_open_evaluation(config, devices, load)) if processes.is_main else None
+        evaluation = processes.broadcast_object(evaluation)
+        if evaluation.tasks:
+            _evaluate_all(evaluation, devices)
+        return _report(evaluation) if processes.is_main else 0
+
+
+def _user_message(error: Exception) -> str | None:
+    return str(error) if isinstance(error, UserError) else None
+
+
+@contextlib.contextmanager
+def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel) -> Iterator[Evaluation]:
+    """Check the request and yield what remains to be evaluated; the output folder is locked inside the block."""
+    run_config = search_config(config.mc_config_name)
+    checkpoint = find_checkpoint(config)
+    entries = load_catalog(config.catalog_name).select(config.tasks)
     model = ModelIdentity(
         config=config.mc_config_name + (" (averaged weights)" if config.ema else ""),
         checkpoint=CheckpointIdentity.of(checkpoint),
         prompt_ensemble=config.prompt_ensemble,
-        precision=precision,
+        precision="fp32" if devices[0] == "cpu" else run_config.precision,
     )
-    earlier = [read_results(path) for path in config.compare_with]
-    with locked_output(expand_path(config.output_dir)):
-        results = _evaluate(config, devices, load, checkpoint, wanted, model)
-        return _report(config, results, wanted, earlier)
+    earlier = tuple(read_results(path) for path in config.compare_with)
+    folder = expand_path(config.output_dir)
+    with locked_output(folder):
+        results = ResultsFile(folder, model)
+        if results.set_aside is not None:
+            print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
+        changes = {entry.name: results.changes(entry, config.shortlist, task_inputs(entry)) for entry in entries}
+        for name, reasons in changes.items():
+            if reasons:
+                print(f"{name} is evaluated again: {', '.join(reasons)}")
+        tasks = tuple(name for name, reasons in changes.items() if reasons is None or reasons)
+        if kept := len(entries) - len(tasks):
+            print(f"{kept} of {len(entries)} tasks are done already: {results.folder / 'results.json'}")
+        if tasks:
+            print(f"evaluating {checkpoint} on {len(tasks)} tasks, on {' '.join(devices)}", flush=True)
+        yield Evaluation(config, checkpoint, tuple(entries), tasks, results, earlier, load)
 
 
-def _evaluate(
-    config: EvalConfig,
-    devices: Sequence[str],
-    load: LoadModel,
-    checkpoint: Path,
-    wanted: Sequence[Entry],
-    model: ModelIdentity,
-) -> ResultsFile:
-    """Evaluate the tasks that are not done and return all results."""
-    results = ResultsFile(expand_path(config.output_dir), model)
-    if results.set_aside is not None:
-        print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
-    changes = {entry.name: results.changes(entry, config.shortlist, task_inputs(entry)) for entry in wanted}
-    tasks = [name for name, why in changes.items() if why is None or why]
-    for name in tasks:
-        if why := changes[name]:
-            print(f"{name} is evaluated again: {', '.join(why)}")
-    if kept := len(wanted) - len(tasks):
-        print(f"{kept} of {len(wanted)} tasks are done already: {results.folder / 'results.json'}")
-    if tasks:
-        print(f"evaluating {checkpoint} on {len(tasks)} tasks, on {' '.join(devices)}")
-        launch(_work, devices, config, tasks, results, checkpoint, load)
-        results = ResultsFile(results.folder, model)
-    return results
+def _evaluate_all(evaluation: Evaluation, devices: Sequence[str]) -> None:
+    """Evaluate on every device. A task that gets a process killed fails; new processes evaluate the tasks after it.
+
+    Raises:
+        ProcessKilledError: a process was killed before the first task began.
+    """
+    tasks = list(evaluation.tasks)
+    with tempfile.TemporaryDirectory(prefix="llip-evals-") as folder:
+        while tasks:
+            progress = Path(folder, f"{len(tasks)}_tasks")
+            try:
+                launch(_work, devices, evaluation, tasks, progress)
+                return
+            except ProcessKilledError as death:
+                if not progress.exists():
+                    raise ProcessKilledError(f"{death}, before the first task began") from death
+                failed, *tasks = tasks[progress.read_text().count("done") :]
+                (entry,) = (entry for entry in evaluation.entries if entry.name == failed)
+                reason = f"{death}; with less batch_size or workers it may fit into memory"
+                evaluation = replace(evaluation, results=_stored(evaluation))
+                evaluation.results.add(TaskResult(failed, entry.metric, error=reason))
 
 
-def _report(config: EvalConfig, results: ResultsFile, wanted: Sequence[Entry], earlier: Sequence[StoredResults]) -> int:
-    """Print the results, draw the chart, and return the exit code."""
-    done = results.tasks(entry.name for entry in wanted)
+def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: Path) -> None:
+    """Evaluate on one device, together with the other processes; the main one writes the results.
+
+    Args:
+        device: of this process.
+        tasks: names, in the order in which they are evaluated.
+        progress: a file for the launcher, which appears when the model is loaded and counts the tasks done.
+    """
+    config, results = evaluation.config, evaluation.results
+    processes = Processes.of_group()
+    with raise_on_all_ranks(processes, CollectiveUserError, _user_message):
+        model = evaluation.load(evaluation.checkpoint, config).to(device).eval()
+    if processes.is_main:
+        progress.touch()
+
+    def record(result: TaskResult) -> None:
+        if processes.is_main:
+            results.add(result)
+            with progress.open("a") as file:
+                file.write("done\n")
+
+    evaluate_tasks(
+        model,
+        model.preprocess_val,
+        model.tokenizer,
+        tasks,
+        load_catalog(config.catalog_name),
+        device=device,
+        autocast_dtype=autocast_dtype(results.model.precision),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        prompt_ensemble=config.prompt_ensemble,
+        shortlist=config.shortlist,
+        cache_dir=config.cache_folder,
+        on_result=record,
+    )
+
+
+def _stored(evaluation: Evaluation) -> ResultsFile:
+    """Return the results as the evaluating processes have written them."""
+    return ResultsFile(evaluation.results.folder, evaluation.results.model)
+
+
+def _report(evaluation: Evaluation) -> int:
+    """Print the results and draw them; return the exit code."""
+    results, names = _stored(evaluation), [entry.name for entry in evaluation.entries]
+    done = results.tasks(names)
     print(format_results(done))
-    chart = draw(results, [entry.name for entry in wanted], earlier, config.references)
+    chart = draw(results, names, evaluation.earlier, evaluation.config.references)
     files = [results.folder / "results.json", results.folder / "results.md", *([chart] if chart else [])]
     print(f"results: {', '.join(map(str, files))}")
     for note in notes(done):
@@ -143,35 +235,12 @@ def _percent(result: TaskResult | None, other: TaskResult, value: str) -> float 
     return 100 * result.values[value] if value in result.values else None
 
 
-def _work(
-    device: str, config: EvalConfig, tasks: list[str], results: ResultsFile, checkpoint: Path, load: LoadModel
-) -> None:
-    """What each process does; the first one writes the results."""
-    model = load(checkpoint, config).to(device).eval()
-    first = Processes.of_group().is_main
-    evaluate_tasks(
-        model,
-        model.preprocess_val,
-        model.tokenizer,
-        tasks,
-        load_catalog(config.catalog_name),
-        device=device,
-        autocast_dtype=autocast_dtype(results.model.precision),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        prompt_ensemble=config.prompt_ensemble,
-        shortlist=config.shortlist,
-        cache_dir=config.cache_folder,
-        on_result=results.add if first else None,
-    )
+def find_checkpoint(config: EvalConfig) -> Path:
+    """Return the path of the evaluation's checkpoint.
 
-
-def _precision(config: EvalConfig, devices: Sequence[str]) -> str:
-    run_config = search_config(config.mc_config_name)
-    return "fp32" if devices[0] == "cpu" else run_config.precision
-
-
-def _find_checkpoint(config: EvalConfig) -> Path:
+    Raises:
+        UserError: it is not there.
+    """
     path = expand_path(config.checkpoint_path)
     if path.is_file():
         return path

@@ -10,11 +10,9 @@ Values are fractions in [0, 1] in the json and percentages in the tables. `mean`
 import hashlib
 import itertools
 import json
-import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from llip.clipeval.outcomes import outcomes_file, save_outcomes
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import UserError
 from llip.system.files import write_text
-from llip.system.locks import file_system, try_lock
+from llip.system.locks import held_lock
 from llip.system.paths import expand_path
 
 LOCK_PATIENCE = 3.0
@@ -115,29 +113,12 @@ def locked_output(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be written, another evaluation holds it, or its file system has no locks.
     """
+    what, fix = f"output_dir {folder}", "set another output_dir"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from error
-    try:
-        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 - held during the evaluation
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            free = try_lock(lock, LOCK_PATIENCE)
-        except OSError as error:
-            where = file_system(folder)
-            raise UserError(
-                f"output_dir {folder} on {where} cannot be locked ({error.strerror}); choose one on another file system"
-            ) from error
-        if not free:
-            lock.seek(0)
-            holder = lock.read().decode(errors="replace").strip() or "another evaluation"
-            raise UserError(f"output_dir {folder} is in use by {holder}; wait for it, or set another output_dir")
-        with suppress(OSError):  # a full disk: only the message to others lacks the holder
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        raise UserError(f"{what} cannot be made: {error.strerror}; {fix}") from error
+    with held_lock(folder / ".lock", what, fix, LOCK_PATIENCE):
         yield
 
 

@@ -92,7 +92,7 @@ def _outside_any_job() -> Iterator[None]:
         yield
 
 
-def tell_submitted(ids: Sequence[str], logs: Path, what: str, follow: Path | None, again: str) -> None:
+def print_submitted(ids: Sequence[str], logs: Path, what: str, follow: Path | None, again: str) -> None:
     """Print the jobs' ids, where their logs are, and how to follow, cancel and continue.
 
     Args:
@@ -115,7 +115,7 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def tell_notes(notes: Sequence[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     """Print what was not checked, on the terminal's error stream."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -16,7 +16,7 @@ from llip.cluster.options import (
     time_limit,
 )
 from llip.cluster.snapshot import commit_file, copies_of_extensions, frozen_config, take_snapshot, use_snapshot
-from llip.cluster.submit import JobRequest, command_line, counted, tell_notes, tell_submitted
+from llip.cluster.submit import JobRequest, command_line, counted, print_notes, print_submitted
 from llip.cluster.tasks import TrainTask
 from llip.config_search import search_config
 from llip.configs import Config
@@ -114,14 +114,14 @@ def submit_training(command: TrainingCommand) -> None:
     if command.dry_run:
         print(script)
         try:
-            tell_notes(check_training(command.config))
+            print_notes(check_training(command.config))
         except UserError as problem:
-            tell_notes([f"a submission would be refused: {problem}"])
+            print_notes([f"a submission would be refused: {problem}"])
         return
     check_slurm()
-    tell_notes(check_training(command.config))
+    print_notes(check_training(command.config))
     for run in command.runs():
-        tell_notes(check_folder(run.folder))
+        print_notes(check_folder(run.folder))
     request = training_request(command)
     ids = request.submit()
     config, runs = command.config, command.runs()
@@ -130,7 +130,7 @@ def submit_training(command: TrainingCommand) -> None:
     if len(runs) > 1:
         what = f"an array of {len(runs)} runs, {tasks} each, run folders {runs[0].folder} ... {runs[-1].folder}"
     again = f"{command_line(PROGRAM, command.arguments)}    (once the job has ended)"
-    tell_submitted(ids, request.logs, what, runs[0].folder / "log.txt", again)
+    print_submitted(ids, request.logs, what, runs[0].folder / "log.txt", again)
 
 
 def training_request(command: TrainingCommand, write: bool = True) -> JobRequest:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from evals.slurm_job import parse_arguments
+from evals.main_distributed import parse_arguments
 from llip.cluster.options import add_slurm_options
 from llip.cluster.training import parse_training
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from evals import main_mc, mc, results
-from evals.main_distributed import choose_devices, launch
+from evals.devices import choose_devices, launch
 from llip.clipeval.eval_config import EvalConfig
-from llip.errors import EXIT_USER, UserError
+from llip.errors import EXIT_USER, RunError, UserError
 from tests.clipeval.fakes import FakeModel, write_catalog, write_imagefolder, write_retrieval, write_wds
 
 CLASSES = ["ant", "bee", "cow"]
@@ -23,6 +24,25 @@ CLASSES = ["ant", "bee", "cow"]
 
 def load_fake(path: Path, config: EvalConfig) -> FakeModel:
     return FakeModel(seed=int(path.read_text()))
+
+
+class Deadly(FakeModel):
+    """Is killed, as by the system when memory runs out, where it meets the class name KILL."""
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        if any("KILL" in bytes(row).decode() for row in tokens.tolist()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_text(tokens)
+
+
+def load_deadly(path: Path, config: EvalConfig) -> FakeModel:
+    return Deadly(seed=int(path.read_text()))
+
+
+def load_killed(path: Path, config: EvalConfig) -> FakeModel:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load_fake(path, config)
 
 
 def load_nothing(path: Path, config: EvalConfig) -> FakeModel:
@@ -181,6 +201,39 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     for pid in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.name), 0)
+
+
+def test_a_task_that_gets_a_process_killed_fails_and_the_others_run(
+    config: EvalConfig, capfd: pytest.CaptureFixture
+) -> None:
+    folder = Path(config.catalog_name).parent
+    entries = json.loads(Path(config.catalog_name).read_text())
+    write_wds(folder / "deadly", [0, 1, 2], ["ant", "KILL", "cow"])
+    deadly = {"type": "webdataset", "path": "deadly"}
+    write_catalog(Path(config.catalog_name), {"wds": entries["wds"], "deadly": deadly, "pairs": entries["pairs"]})
+    assert mc.run(config, ["cpu", "cpu"], load_deadly) == 1
+    tasks = results_of(config)["tasks"]
+    assert [name for name in tasks if tasks[name].get("error")] == ["deadly"]
+    assert tasks["wds"]["n"] == 30
+    assert tasks["pairs"]["n"] == 6
+    told = capfd.readouterr().err
+    assert "error: deadly: process 1 (cpu) was killed by SIGKILL (often: out of memory)" in told
+    assert "Traceback" not in told
+
+
+def test_a_process_killed_before_any_task_ends_the_evaluation(config: EvalConfig) -> None:
+    with pytest.raises(RunError, match=r"process 1 \(cpu\) was killed by SIGKILL .* before the first task"):
+        mc.run(config, ["cpu", "cpu"], load_killed)
+    assert not Path(config.output_dir, "results.json").exists()
+
+
+def _fails(device: str) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def test_a_bug_in_a_process_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"in _fails\n(.*\n)*ZeroDivisionError: a bug"):
+        launch(_fails, ["cpu", "cpu"])
 
 
 def test_outcomes_chart_and_shortlist(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
