@@ -23,7 +23,9 @@ from llip.configs import Config
 
 
 class Mine:
-    pass
+    @classmethod
+    def build(cls, mixture_tokens, width, heads, temperature):
+        return cls()
 
 
 def mine() -> Config:

@@ -150,6 +150,10 @@ from llip.configs import Config
 class Mine:
     note = "as submitted"
 
+    @classmethod
+    def build(cls, mixture_tokens, width, heads, temperature):
+        return cls()
+
 
 def mine() -> Config:
     return Config(pooling=f"{__file__}:Mine", lr=0.25)
@@ -183,7 +187,7 @@ def test_a_pooling_from_a_file_goes_into_the_snapshot_as_it_was(tmp_path: Path):
 
 def test_a_file_that_does_not_run_is_refused_before_the_job(tmp_path: Path):
     (tmp_path / "mine.py").write_text("from .other import x\n" + MINE)
-    with pytest.raises(UserError, match=r"mine\.py' does not run: ImportError"):
+    with pytest.raises(UserError, match=r"mine\.py' does not run: line 1: ImportError"):
         check_training(Config(pooling=f"{tmp_path}/mine.py:Mine", train_data="scenes:x", train_num_samples=10**4))
 
 

@@ -145,7 +145,10 @@ def test_another_number_of_workers_goes_on_and_says_how(config):
     train(config.replace(workers=2), "cpu")
     text = (config.folder / "log.txt").read_text()
     assert "resumed at step 4 of 6" in text
-    assert "dealt anew to 1 processes x 2 workers (before: 1 x 1): 0 samples repeated, 0 left out" in text
+    resharded = (
+        "the rest of the epoch is resharded from 1 processes x 1 workers to 1 x 2 (0 samples repeated, 0 skipped)"
+    )
+    assert resharded in text
     assert "workers changed from 0 to 2" in text
 
 
