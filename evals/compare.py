@@ -87,8 +87,9 @@ def compare(sides: Sequence[StoredResults], seed: int = 0) -> Comparison:
             if name == good[0][task].metric:
                 draws.append([pair[1] for pair in pairs])
     means = [classification_mean([tasks[task] for task in common]) for tasks in good]
-    if means[0] is not None:
-        rows.append(_mean_row(means, draws))
+    known = [mean for mean in means if mean is not None]
+    if len(known) == len(means):
+        rows.append(_mean_row(known, draws))
     left_out = {
         side.name: tuple(task for task in side.tasks if task not in common)
         for side in sides
@@ -123,17 +124,16 @@ def _difference(
             if None in (before.shortlist, after.shortlist)
             else "shortlists of other lengths"
         )
-    found = [_parts(one, result, name) for one, result in ((first, before), (side, after))]
-    reasons = [f"{reason} ({one.name})" for one, (_, reason) in zip((first, side), found, strict=True) if reason]
-    if reasons:
+    (parts_before, why_before), (parts_after, why_after) = _parts(first, before, name), _parts(side, after, name)
+    if parts_before is None or parts_after is None:
+        reasons = [f"{reason} ({one.name})" for one, reason in ((first, why_before), (side, why_after)) if reason]
         note = "; ".join([*notes, "no interval: " + ", ".join(reasons)])
         return Difference(value, value - before.values[name], note=note), None
     paired = before.samples == after.samples
     if not paired:
         notes.append("not the same images")
-    draws = difference_draws(found[0][0], found[1][0], paired=paired, seed=seed, name=task)
-    note = "; ".join(notes) or None
-    return Difference(value, value - before.values[name], interval(draws), paired, note), draws
+    draws = difference_draws(parts_before, parts_after, paired=paired, seed=seed, name=task)
+    return Difference(value, value - before.values[name], interval(draws), paired, "; ".join(notes) or None), draws
 
 
 def _parts(side: StoredResults, result: TaskResult, name: str) -> tuple[Parts | None, str | None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from llip.clipeval import retrieval, zero_shot
@@ -29,6 +29,7 @@ from llip.clipeval.texts.cache import TextCache
 from llip.clipeval.texts.labels import Labels, hash_texts
 from llip.clipeval.zero_shot import PROMPT_ENSEMBLES, Scorer
 from llip.errors import UserError, did_you_mean
+from llip.open_clip.model import Llip
 from llip.system.processes import Processes
 
 NAMED_UNREADABLE = 20
@@ -36,7 +37,7 @@ NAMED_UNREADABLE = 20
 
 
 def evaluate_tasks(
-    model: nn.Module,
+    model: Llip,
     preprocess: Preprocess,
     tokenizer: Callable[[list[str]], Tensor],
     tasks: Sequence[str] | None,
@@ -90,7 +91,7 @@ def evaluate_tasks(
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _evaluating(model: Llip, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, and a random state that the caller does not notice."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = [device] if device.type == "cuda" else []
@@ -311,13 +312,15 @@ def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: _Run) 
         mine = text_free_features(run.scorer, h).cpu() if len(images) else torch.empty(0, texts.shape[1])
         return images, mine
 
+    shortlist = run.shortlist
+    assert shortlist is not None
     parts = gather_from_all(run.processes, features)
     everything = torch.zeros(count, texts.shape[1])
     for indices, part in parts:
         everything[indices] = part
     scored = torch.cat([indices for indices, _ in parts]).sort().values
     return run_on_all(
-        run.processes, lambda: Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.shortlist)
+        run.processes, lambda: Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, shortlist)
     )
 
 

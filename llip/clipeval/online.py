@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llip.clipeval.catalog.catalog import Catalog, load_catalog
 from llip.clipeval.eval_config import load_eval_config
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.loading import Preprocess
 from llip.clipeval.task_result import TaskResult
+from llip.open_clip.model import Llip
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def load_online_eval(path: str | Path) -> OnlineEval:
 
 
 def evaluate_online(
-    model: nn.Module,
+    model: Llip,
     preprocess: Preprocess,
     tokenizer: Callable[[list[str]], Tensor],
     online: OnlineEval,

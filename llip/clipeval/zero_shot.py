@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from llip.clipeval.finite import require_finite
@@ -19,6 +19,7 @@ from llip.clipeval.loading import Batch, Preprocess
 from llip.clipeval.metrics import TOP
 from llip.clipeval.texts.labels import Labels
 from llip.errors import UserError
+from llip.open_clip.model import Llip
 
 PROMPT_ENSEMBLES = ("feature", "score")
 TEXT_BATCH = 512
@@ -36,7 +37,7 @@ class Scorer:
     input.
     """
 
-    model: nn.Module
+    model: Llip
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
@@ -157,7 +158,7 @@ def predict(
     truth = _truth(batch.targets, scores.shape[1]) if several else None
     return BatchPredictions(
         indices=torch.tensor(batch.indices, dtype=torch.int64),
-        labels=_best_true(truth, order.cpu()) if several else torch.tensor(batch.targets, dtype=torch.int64),
+        labels=torch.tensor(batch.targets, dtype=torch.int64) if truth is None else _best_true(truth, order.cpu()),
         top=order[:, :TOP].cpu(),
         margin=(scores[:, 1] - scores[:, 0]).cpu(),
         scores=scores.cpu() if keep_scores else None,

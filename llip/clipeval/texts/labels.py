@@ -84,14 +84,14 @@ def resolve_labels(
     return Labels(tuple(name if isinstance(name, str) else tuple(name) for name in names), templates)
 
 
-def _keyed(names: Texts, keys: Texts) -> dict[str, Name]:
+def _keyed(names: Texts, keys: Sequence[str]) -> dict[str, str | Sequence[str]]:
     if isinstance(names, Mapping) or len(names) != len(keys):
         given = "an object" if isinstance(names, Mapping) else f"{len(names)} names"
         raise UserError(f"class_keys has {len(keys)} keys, but classnames is {given}; expected one name for each key")
     return dict(zip(keys, names, strict=True))
 
 
-def _rename(names: Mapping[str, Name], own: Sequence[str] | None, source: TextSource) -> list[Name]:
+def _rename(names: Mapping[str, str | Sequence[str]], own: Sequence[str] | None, source: TextSource) -> Texts:
     if own is None:
         raise UserError(f"{source.value} maps the dataset's class names, but the dataset has none; use a list")
     folded = {key.replace("_", " "): name for key, name in names.items()}  # a dataset shows its folders' names as words

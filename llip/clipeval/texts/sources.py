@@ -8,12 +8,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from llip.errors import UserError, did_you_mean
 from llip.system.paths import expand_path
 
-Texts = Sequence[str | Sequence[str]] | Mapping[str, str]
+Texts = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
 """Names or prompts in order (a class may have several names), or the dataset's own name of a class -> its name."""
 
 OPEN_CLIP = {
@@ -58,7 +58,7 @@ class TextSource:
     @property
     def file(self) -> Path:
         """The file, without the entry in it; only for kind `file`."""
-        return Path(self.value.partition("#")[0])
+        return Path(str(self.value).partition("#")[0])
 
     def content(self) -> str:
         """Return what a change of shows that the texts changed: name or list, and the text of a file."""
@@ -68,6 +68,10 @@ class TextSource:
     def _is_readable(self) -> bool:
         return self.kind == "file" and self.file.is_file()
 
+    @overload
+    def read(self, own: Sequence[str] | None, what: Literal["class_keys", "prompts"]) -> Sequence[str]: ...
+    @overload
+    def read(self, own: Sequence[str] | None, what: str) -> Texts: ...
     def read(self, own: Sequence[str] | None, what: str) -> Texts:
         """Return the texts; `own` are the dataset's, `what` (classnames, class_keys or prompts) says what they are.
 
@@ -77,7 +81,7 @@ class TextSource:
         Raises:
             UserError: no such file, entry, name or package; not texts.
         """
-        if self.kind == "list":
+        if isinstance(self.value, tuple):
             return self.value
         if self.kind == "dataset":
             if own is None:
@@ -86,7 +90,7 @@ class TextSource:
         return _from_package(self.value, what) if self.kind == "package" else self._from_file(what)
 
     def _from_file(self, what: str) -> Texts:
-        path, _, key = self.value.partition("#")
+        path, _, key = str(self.value).partition("#")
         where = f"{what} file {path}"
         if not self.file.is_file():
             raise UserError(f"{where} is not there")

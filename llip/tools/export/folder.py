@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,6 +101,7 @@ def write_model(folder: Path, model: Llip) -> None:
     described = copy.deepcopy(model.config)
     text = described["architecture"]["text_cfg"]
     if text.get("hf_tokenizer_name"):
+        assert isinstance(model.tokenizer, HFTokenizer)
         model.tokenizer.save_pretrained(str(folder))
         text["hf_tokenizer_name"] = "."  # in this folder, wherever it goes
     copy_extensions(extension_files(described).values(), folder / FOLDER)

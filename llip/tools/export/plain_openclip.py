@@ -42,6 +42,9 @@ def why_not(model: Llip) -> str | None:
 
 def _folded_projection(model: Llip) -> Tensor:
     """Return the tower's projection [W, D] with W_O W_V behind it."""
+    assert isinstance(model.visual, MixtureTokenViT)
+    assert isinstance(model.pooling, TextConditionedPooling)
+    assert model.visual.proj is not None
     head = model.pooling.out_proj.weight.double() @ model.pooling.v_proj.weight.double()
     return (model.visual.proj.double() @ head.T).to(model.visual.proj.dtype)
 

@@ -1,5 +1,7 @@
 """What to change where a run does not fit into a GPU's memory: each proposal is planned as well, and fits."""
 
+from typing import Any
+
 from llip.configs import Config
 from llip.open_clip.factory import model_spec
 from llip.system.gpus import Gpu
@@ -38,7 +40,8 @@ def advise(config: Config, gpu: Gpu) -> list[str]:
     if config.processes > 1 and config.ema_decay is None and config.precision != "amp_fp16":
         bases += [base.replace(distributed_engine="fsdp") for base in (config, checkpointed)]
     proposals = bases + [_smaller_slices(base, gpu.memory, parameters) for base in (config, *bases)]
-    lines, fitting = [], []
+    lines: list[str] = []
+    fitting: list[set[tuple[str, Any]]] = []
     for proposal in proposals:
         total = gpu_memory(proposal, parameters=parameters).total
         changed = {

@@ -115,7 +115,9 @@ def _encode(
     with tqdm(total=len(paths), unit="img", desc="index", disable=not paths) as bar:
         for start in range(0, len(paths), SEGMENT):
             some = paths[start : start + SEGMENT]
-            tokens, features, encoded = [], [], []
+            tokens: list[np.ndarray] = []
+            features: list[np.ndarray] = []
+            encoded: list[str] = []
             for batch in image_batches(
                 FolderImages(index.folder, some), scorer.preprocess, range(len(some)), BATCH, workers
             ):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llip.clipeval.zero_shot import Scorer
 from llip.errors import UserError
+from llip.open_clip.pooling import TextConditionedPooling
 from llip.tools.search.one_text import applies_to, scores_of_one_text
 from llip.tools.search.store import Index
 
@@ -103,8 +104,9 @@ class Searcher:
         parts = []
         for start in range(0, len(chosen), BLOCK):
             h = self._tokens(chosen[start : start + BLOCK])
-            if self.by_text:
-                parts.append(scores_of_one_text(self.scorer.model.pooling, h, t[0]).cpu())
+            pooling = self.scorer.model.pooling if self.by_text else None
+            if isinstance(pooling, TextConditionedPooling):
+                parts.append(scores_of_one_text(pooling, h, t[0]).cpu())
             else:
                 parts.append(self.scorer.scores(h, t)[:, 0].cpu())
         return torch.cat(parts)

@@ -29,7 +29,7 @@ def thumbnail(path: Path, side: int) -> Image.Image:
         return Image.new("RGB", (side, side), EMPTY)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     text = text.encode("utf-8", "replace").decode()
     if font.getlength(text) <= width:
         return text
