@@ -1,9 +1,10 @@
-"""From shards to features: some images of a data set with several captions each.
+"""From shards to features: some images of a dataset with several captions each.
 
 Shapes: B images, T captions of all of them, K mixture tokens, D embedding width.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from llip.data.captions import BadSample, CaptionSource, parse_caption_keys
 from llip.data.images import decode_image
+from llip.data.prefetch import READ_DEADLINE, ReadWatch, read_ahead
 from llip.data.sources import IMAGE_KEYS, check_shards_exist, parse_train_data
 from llip.data.tar_reader import Damage, RawSample, read_samples
 from llip.errors import UserError
@@ -33,8 +35,10 @@ class Collected:
 
 
 def _captions(sample: RawSample, sources: tuple[CaptionSource, ...], most: int) -> list[str]:
-    found = [caption for source in sources if source.weight > 0 for caption in source.captions(sample)]
-    return list(dict.fromkeys(found))[:most]
+    captions = [caption for source in sources if source.weight > 0 for caption in source.captions(sample)]
+    if not captions:
+        raise BadSample("no caption")
+    return list(dict.fromkeys(captions))[:most]
 
 
 def _usable(
@@ -44,7 +48,8 @@ def _usable(
     shards, sources = parse_train_data(data), parse_caption_keys(caption_keys)
     check_shards_exist(shards)
     for url in shards.urls:
-        for sample in read_samples(url):
+        watch = ReadWatch()
+        for sample in read_ahead(read_samples(url, watch=watch), watch, READ_DEADLINE):
             if isinstance(sample, Damage):
                 damage[sample.reason] += 1
                 continue
@@ -53,8 +58,6 @@ def _usable(
                 if key is None:
                     raise BadSample("no image")
                 captions = _captions(sample, sources, most)
-                if not captions:
-                    raise BadSample("no caption")
                 image = to_pil_image(decode_image(sample[key]))
             except BadSample as error:
                 damage[error.reason] += 1
@@ -64,10 +67,10 @@ def _usable(
 
 @torch.no_grad()
 def collect(model: Llip, data: str, caption_keys: str, images: int, captions_per_image: int) -> Collected:
-    """Encode the first usable images of a data set, with up to so many different captions each.
+    """Encode the first usable images of a dataset, with up to so many different captions each.
 
     Args:
-        model: as `llip.load_pretrained` returns it, on any device.
+        model: as `llip.open_model` returns it, on any device.
         data, caption_keys: as `train_data` and `caption_keys` in a config.
 
     Raises:
@@ -75,29 +78,17 @@ def collect(model: Llip, data: str, caption_keys: str, images: int, captions_per
     """
     device = next(model.parameters()).device
     damage: Counter[str] = Counter()
-    hs, ts, owners = [], [], []
-    pixels: list[Tensor] = []
-    captions: list[str] = []
-
-    def encode() -> None:
-        if pixels:
-            hs.append(model.encode_image(torch.stack(pixels).to(device)).cpu())
-            ts.append(model.encode_text(model.tokenizer(captions).to(device)).cpu())
-            pixels.clear(), captions.clear()
-
+    hs, ts, owners, count = [], [], [], 0
+    samples = itertools.islice(_usable(data, caption_keys, captions_per_image, damage, model), images)
     with tqdm(total=images, unit="img", desc="encode", leave=False) as bar:
-        for image, own in _usable(data, caption_keys, captions_per_image, damage, model):
-            owners += [bar.n] * len(own)
-            pixels.append(image)
-            captions += own
-            bar.update()
-            if len(pixels) == BATCH or bar.n == images:
-                encode()
-            if bar.n == images:
-                break
-        encode()
-        found = bar.n
-    if found < 2:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in damage.most_common(3)) or "nothing else in it"
-        raise UserError(f"--data {data!r}: {found} usable samples, expected two or more; found: {reasons}")
+        while batch := list(itertools.islice(samples, BATCH)):
+            pixels, captions = zip(*batch, strict=True)
+            hs.append(model.encode_image(torch.stack(pixels).to(device)).cpu())
+            ts.append(model.encode_text(model.tokenizer(list(itertools.chain(*captions))).to(device)).cpu())
+            owners += [count + index for index, texts in enumerate(captions) for _ in texts]
+            count += len(batch)
+            bar.update(len(batch))
+    if count < 2:
+        reasons = ", ".join(f"{reason} ({number})" for reason, number in damage.most_common(3)) or "nothing else in it"
+        raise UserError(f"--data {data!r}: {count} usable samples, expected two or more; found: {reasons}")
     return Collected(torch.cat(hs), torch.cat(ts), torch.tensor(owners), dict(damage))

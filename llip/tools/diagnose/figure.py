@@ -9,15 +9,14 @@ INK, BLUE, GRAY, ORANGE = "#26323f", "#1f6fb4", "#c3ccd6", "#d98324"
 def draw(report: dict[str, Any], title: str, path: Path) -> None:
     """Write a png."""
     import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     tokens = report["mixture_tokens"]
-    style = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    style: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
              "text.color": INK, "axes.edgecolor": GRAY}  # fmt: skip
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), layout="constrained", width_ratios=(1.3, 1, 1, 1.2))
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(15, 3.3), layout="constrained")
+        axes = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1.2))
         axes[0].bar(range(tokens), [100 * value for value in report["usage"]], color=BLUE)
         axes[0].axhline(100 / tokens, color=INK, linewidth=0.8, linestyle=":", label="even use")
         axes[0].set(title=f"use of each token, % ({report['usage_effective']:.1f} in effect)", xlabel="mixture token")
@@ -39,4 +38,3 @@ def draw(report: dict[str, Any], title: str, path: Path) -> None:
         lines = [title, *(f"ALARM: {alarm}" for alarm in report["alarms"])]
         figure.suptitle("\n".join(lines), fontsize=9, color=INK if len(lines) == 1 else "#b3261e")
         figure.savefig(path, dpi=130, facecolor="white")
-        plt.close(figure)

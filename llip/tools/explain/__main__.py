@@ -1,4 +1,4 @@
-"""Draw what a model attends to: `llip explain CHECKPOINT --images ... --captions ... --out FILE.png`."""
+"""Draw what a model attends to: `llip explain MODEL --images ... --captions ... --out FILE.png`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llip.errors import UserError
 from llip.system.program import program
+from llip.tools.models import MODEL_HELP, add_model_options, open_on_device
 
 if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
     from llip.tools.explain.explanation import Explanation
@@ -19,13 +20,13 @@ MOST_IMAGES, MOST_CAPTIONS, MOST_TOKENS = 8, 8, 8
 """What still makes a legible figure."""
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="llip explain",
         description="Draw the scores of images and captions, the weights over mixture tokens, and where tokens look.",
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that this project wrote")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=f"at most {MOST_IMAGES}")
     parser.add_argument("--captions", nargs="+", metavar="TEXT", help=f"at most {MOST_CAPTIONS}")
     parser.add_argument("--scenes", type=int, metavar="N", help="draw N scenes of the embedded dataset as images")
@@ -36,7 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where tokens look: the last block, all blocks multiplied up, or no maps [%(default)s]",
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=4, metavar="N", help="tokens shown per image [%(default)s]")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print all numbers as one json document")
     return parser.parse_args(argv)
 
@@ -73,38 +74,30 @@ def _as_table(explanation: Explanation) -> str:
     return "\n".join([*lines, *explanation.notes])
 
 
-def _run(given: argparse.Namespace) -> None:
+@program
+def main(argv: Sequence[str]) -> None:
+    """Explain the images of the command line; write the figure, print the numbers."""
+    given = parse_arguments(argv)
     _check(given)
-    from llip.open_clip.factory import load_pretrained
     from llip.tools.explain.explanation import explain
     from llip.tools.explain.figure import draw
     from llip.tools.explain.inputs import draw_scenes, read_image
+    from llip.tools.fonts import missing_note
 
-    model = load_pretrained(given.checkpoint)
-    try:
-        model = model.to(given.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {given.device}: {error}") from error
-    if given.scenes is None:
-        images, captions = [read_image(path) for path in given.images], given.captions
-        names = [path.name for path in given.images]
-    else:
+    images = [read_image(path) for path in given.images or []]
+    captions, names = given.captions, [path.name for path in given.images or []]
+    model = open_on_device(given.model, given.pretrained, given.tokenizer, given.device)
+    if given.scenes is not None:
         images, captions = draw_scenes(given.scenes, max(48, model.visual.image_size[0]), given.seed)
         captions = given.captions or captions
         names = [f"scene {index}" for index in range(given.scenes)]
     explanation = explain(model, images, names, captions, given.attention)
     if given.out is not None:
         draw(explanation, images, given.out, given.tokens)
+        if note := missing_note([*names, *captions]):
+            print(f"note: {note}", file=sys.stderr)
         print(f"wrote {given.out}", file=sys.stderr)
     print(json.dumps(explanation.to_dict(given.tokens)) if given.json else _as_table(explanation))
-
-
-@program
-def main(argv: Sequence[str]) -> int:
-    """Run the program; return its exit code."""
-    given = parse_arguments(argv)
-    _run(given)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,13 +7,20 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from llip.errors import UserError
+from llip.open_clip.plain import PlainImageTower
 from llip.open_clip.tower import MixtureTower
 
 How = Literal["last", "rollout"]
+
+_UNKNOWN = (
+    "the image tower does not compute the attention of its outputs over patches by torch's own functions, so its "
+    "weights are unknown; leave out the maps with --attention none"
+)
 
 
 class _Attentions(TorchFunctionMode):
@@ -41,8 +48,8 @@ def _weights(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, scale:
 def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
     """Return the attention weights of the tower from first to last: [B, A, N, N] of each block.
 
-    Row i holds how token i weights all tokens, mixture tokens before patches; each row sums to one. A tower that pools
-    by attention has one more item [B, A, K, N], the weights of its K latents.
+    Row i holds the weights of token i over all tokens, mixture tokens before patches; it sums to one. A tower that
+    pools by attention has one more item [B, A, K, N], the weights of its K latents.
 
     Raises:
         UserError: a tower that computes attention in another way.
@@ -55,13 +62,24 @@ def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
             visual(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    patches = visual.grid_size[0] * visual.grid_size[1]
-    if not patches or not attentions.weights or any(weights.shape[-1] < patches for weights in attentions.weights):
-        raise UserError(
-            "the image tower does not compute attention over its patches by torch's own functions, so that its weights "
-            "are not known; leave the maps out with --attention none"
-        )
+    height, width = patch_grid(visual)
+    if not attentions.weights or any(weights.shape[-1] < height * width for weights in attentions.weights):
+        raise UserError(_UNKNOWN)
     return attentions.weights
+
+
+def patch_grid(visual: MixtureTower) -> tuple[int, int]:
+    """Return H and W of the tower's patches.
+
+    Raises:
+        UserError: a plain OpenCLIP tower whose output is not its class token.
+    """
+    if isinstance(visual, PlainImageTower):
+        tower = visual.source.visual
+        if not isinstance(tower, VisionTransformer) or tower.attn_pool is not None or tower.pool_type != "tok":
+            raise UserError(_UNKNOWN)
+        return tower.grid_size
+    return visual.grid_size
 
 
 def rollout(blocks: list[Tensor]) -> Tensor:
@@ -95,7 +113,7 @@ def token_attention(visual: MixtureTower, images: Tensor, how: How = "last") -> 
         UserError: a tower whose attention is not known.
     """
     *blocks, last = tower_attention(visual, images)
-    height, width = visual.grid_size
+    height, width = patch_grid(visual)
     pooled = last.shape[2] != last.shape[3] and last.shape[2] == visual.mixture_tokens
     if how == "last":
         weights = last.mean(dim=1)

@@ -5,7 +5,7 @@ Shapes: B images, T captions, M heads, K mixture tokens, H x W patches.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from llip.tools.explain.attention import How, token_attention
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What one model says about some images and captions, on the CPU."""
+    """Scores, weights and maps of some images and captions, on the CPU."""
 
     names: list[str]  # of the images
     captions: list[str]
@@ -94,19 +94,23 @@ def _notes(model: Llip) -> list[str]:
 
 @torch.no_grad()
 def explain(
-    model: Llip, images: Sequence[Image.Image], names: Sequence[str], captions: Sequence[str], how: How | str = "last"
+    model: Llip,
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    captions: Sequence[str],
+    how: How | Literal["none"] = "last",
 ) -> Explanation:
-    """Score every image against every caption, and keep what the scores are made of.
+    """Score every image against every caption, and return what the scores are made of.
 
     Args:
-        model: as `llip.load_pretrained` returns it, on any device.
+        model: as `llip.open_model` returns it, on any device.
         images: RGB.
-        names: what to call the images.
+        names: of the images.
         captions: at least one.
         how: last or rollout (see `attention.token_attention`), or none for no maps.
 
     Raises:
-        UserError: the tower's attention does not give its weights.
+        UserError: the weights of the tower's attention are unknown.
     """
     device = next(model.parameters()).device
     pixels = torch.stack([model.preprocess_val(image) for image in images]).to(device)

@@ -3,9 +3,9 @@
 Shapes: T captions, M heads, K mixture tokens, H x W patches.
 """
 
-import textwrap
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llip.errors import UserError
 from llip.tools.explain.explanation import Explanation, effective_tokens, tokens_that_matter
+from llip.tools.fonts import font_families, shorten, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,22 +39,24 @@ def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens
         UserError: the file cannot be written.
     """
     import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count, captions = len(images), len(explanation.captions)
     shown = min(tokens, explanation.weights.shape[-1])
-    maps = (captions if _listens(explanation) else 1) + shown if explanation.attention is not None else 0
+    maps = (captions if _reads_captions(explanation) else 1) + shown if explanation.attention is not None else 0
     width = max(11.0, 1.3 * maps)
     upper, lower = 0.9 + 0.42 * max(captions, 3), (min(1.8, width / maps) + 0.5 if maps else 0.0)
-    style = {"font.size": 8, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-             "axes.edgecolor": PALE, "axes.titlesize": 8.5, "svg.hashsalt": "llip", "svg.fonttype": "none"}  # fmt: skip
-    with plt.rc_context(style):
-        figure = plt.figure(figsize=(width, count * (upper + lower) + 0.5), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05)
-        blocks = np.atleast_1d(figure.subfigures(count, 1, hspace=0.03))
-        for index, block in enumerate(blocks):
+    style: dict[Any, Any] = {
+        "font.size": 8, "font.family": font_families([*explanation.names, *explanation.captions]),
+        "text.parse_math": False, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.edgecolor": PALE, "axes.titlesize": 8.5, "svg.hashsalt": "llip", "svg.fonttype": "none",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05)
+        figure = Figure(figsize=(width, count * (upper + lower) + 0.5), layout=layout)
+        blocks = figure.subfigures(count, 1, squeeze=False, hspace=0.03)
+        for index, block in enumerate(blocks[:, 0]):
             fit = Image.Image.resize if explanation.squashed else ImageOps.fit
             square = fit(images[index], (SIDE, SIDE), Image.Resampling.BICUBIC)
             rows = block.subfigures(2, 1, height_ratios=(upper, lower)) if maps else [block]
@@ -62,14 +65,14 @@ def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens
                 _draw_maps(rows[1], explanation, index, square, shown)
         figure.text(0.005, 0.0, _footer(explanation), fontsize=7, va="top", wrap=False)
         try:
-            figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white", metadata=_no_date(path))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph")  # `fonts.missing_note` names them
+                figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white", metadata=_no_date(path))
         except OSError as error:
             raise UserError(f"the figure {str(path)!r} cannot be written: {error}") from error
-        finally:
-            plt.close(figure)
 
 
-def _listens(explanation: Explanation) -> bool:
+def _reads_captions(explanation: Explanation) -> bool:
     """Return whether the weights can differ between captions."""
     return explanation.pooling == "text" and explanation.weights.shape[-1] > 1
 
@@ -109,7 +112,7 @@ def _draw_numbers(block: "SubFigure | Figure", explanation: Explanation, index: 
     cells = block.subplots(1, len(ratios), gridspec_kw={"width_ratios": ratios})
     cells[0].imshow(square)
     _plain(cells[0])
-    cells[0].set_title(explanation.names[index], fontweight="bold")
+    cells[0].set_title(shorten(explanation.names[index], _WRAP), fontweight="bold")
     _draw_scores(cells[1], explanation, index)
     if tokens > 1:
         _draw_weights(cells[2], explanation.mean_weights[index])
@@ -118,19 +121,18 @@ def _draw_numbers(block: "SubFigure | Figure", explanation: Explanation, index: 
 
 
 def _draw_scores(axes: "Axes", explanation: Explanation, index: int) -> None:
-    scores = explanation.scores[:, :]
+    scores = explanation.scores
     rows = np.arange(len(explanation.captions))
-    own = scores[index].numpy()
+    values = scores[index].numpy()
     best = (scores.argmax(dim=0) == index).numpy() & (len(scores) > 1)
-    axes.barh(rows, own, height=0.62, color=[ACCENT if hit else PALE for hit in best])
+    axes.barh(rows, values, height=0.62, color=[ACCENT if hit else PALE for hit in best])
     axes.axvline(0, color=INK, linewidth=0.6)
     low, high = min(0.0, scores.min().item()), max(0.0, scores.max().item())
     span = (high - low) or 1.0
     axes.set_xlim(low - 0.05 * span, high + 0.3 * span)
-    for row, value in enumerate(own):
+    for row, value in enumerate(values):
         axes.text(max(value, 0.0) + 0.02 * span, row, f"{value:.2f}", va="center", fontsize=7.5)
-    axes.set_yticks(rows, [textwrap.shorten(c, 2 * _WRAP, placeholder="...") for c in explanation.captions])
-    axes.set_yticks(rows, ["\n".join(textwrap.wrap(label.get_text(), _WRAP)) for label in axes.get_yticklabels()])
+    axes.set_yticks(rows, [wrap(caption, _WRAP, lines=2) for caption in explanation.captions])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(length=0)
     axes.set_xticks([])
@@ -175,12 +177,12 @@ def _draw_head_weights(axes: "Axes", weights: Tensor) -> None:
 
 def _draw_maps(block: "SubFigure", explanation: Explanation, index: int, square: Image.Image, shown: int) -> None:
     """A row of maps: where each caption looks, then where each token that matters looks."""
+    assert explanation.attention is not None, "there are no maps"
     attention = explanation.attention[index]
     chosen = tokens_that_matter(explanation.mean_weights[index], shown)
     titles = ["every caption"]
-    if _listens(explanation):
-        short = [textwrap.shorten(caption, 54, placeholder="...") for caption in explanation.captions]
-        titles = ["\n".join(textwrap.wrap(caption, 20)[:3]) for caption in short]
+    if _reads_captions(explanation):
+        titles = [wrap(caption, 20, lines=3) for caption in explanation.captions]
     captions = len(titles)
     maps = [*explanation.caption_maps(index)[:captions], *attention[chosen]]
     titles += [f"token {token}\n{100 * attention[token].sum():.0f} % on patches" for token in chosen]

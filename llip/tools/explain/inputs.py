@@ -1,11 +1,13 @@
 """The images and captions to explain: files, or scenes drawn on the spot."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
+from llip.data.captions import BadSample
+from llip.data.images import decode_image
 from llip.errors import UserError, did_you_mean
 from llip.scenes.facts import mixed_captions
 from llip.scenes.render import render
@@ -15,21 +17,20 @@ MOST_SCENE_CAPTIONS = 6
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return an image file as RGB.
+    """Return an image file as RGB, decoded as in training.
 
     Raises:
-        UserError: it is not there (with the nearest names beside it), or is no picture that can be decoded.
+        UserError: no such file (names the nearest beside it), or none that can be decoded.
     """
     if not path.is_file():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"image {str(path)!r} is not there.{did_you_mean(path.name, beside)}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except Exception as error:  # PIL raises a dozen kinds for broken files
-        raise UserError(f"image {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+        return to_pil_image(decode_image(path.read_bytes()))
+    except BadSample as error:
+        raise UserError(f"image {str(path)!r} cannot be read: {error.reason}") from error
+    except OSError as error:
+        raise UserError(f"image {str(path)!r} cannot be read: {error.strerror}") from error
 
 
 def draw_scenes(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[str]]:

@@ -86,6 +86,13 @@ def test_program_writes_json_and_figure(checkpoint, shards, tmp_path, capsys):
     assert "not usable" in table
 
 
+def test_a_plain_open_clip_model(plain_model, shards, capsys):
+    assert main([str(plain_model), "--data", shards, "--caption-keys", "json.captions", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["pooling"], report["mixture_tokens"], report["images"]) == ("first", 1, 10)
+    assert report["z_variance_over_texts"] == pytest.approx(0, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -95,7 +102,7 @@ def test_program_writes_json_and_figure(checkpoint, shards, tmp_path, capsys):
         ({"--images": "1"}, "--images 1"),
     ],
 )
-def test_mistakes_are_told(checkpoint, shards, capsys, change, message):
+def test_mistakes_are_reported(checkpoint, shards, capsys, change, message):
     options = {"--data": shards, "--caption-keys": "json.captions"} | change
     assert main([str(checkpoint), *(word for pair in options.items() for word in pair)]) == 2
     assert message in capsys.readouterr().err

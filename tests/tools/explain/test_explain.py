@@ -1,10 +1,12 @@
 """The program on a tiny checkpoint: numbers of the model itself, the figure, and what is refused."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from PIL import Image
 
 import llip
@@ -12,6 +14,7 @@ from llip.tools.explain.__main__ import main
 from llip.tools.explain.explanation import effective_tokens, tokens_that_matter
 from llip.tools.explain.inputs import draw_scenes
 from tests.helpers import image_bytes
+from tests.tools.test_fonts import write_font
 
 
 def write_checkpoint(folder, tiny_model, **options):
@@ -81,6 +84,49 @@ def test_other_poolings_say_what_they_can_show(tmp_path, tiny_model, images, cap
     assert note in (tmp_path / "x.svg").read_text()  # svg text stays text
 
 
+def test_a_plain_open_clip_model(plain_model, images, tmp_path, capsys):
+    """Its class token is the one mixture token; the map is its attention in the last block."""
+    command = [str(plain_model), "--images", *images, "--captions", "a", "b", "--out", str(tmp_path / "x.png")]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    model = llip.open_model(plain_model)
+    with torch.no_grad():
+        pixels = torch.stack([model.preprocess_val(Image.open(path)) for path in images])
+        expected = model.similarity(model.encode_image(pixels), model.encode_text(model.tokenizer(["a", "b"])))
+    np.testing.assert_allclose([image["scores"] for image in record["images"]], expected, atol=2e-5)
+    maps = np.array(record["images"][0]["token_maps"])
+    assert maps.shape == (1, 2, 2)
+    assert 0.5 < maps.sum() < 1
+
+
+def test_16_bit_greys_are_scaled(checkpoint, tmp_path, capsys):
+    """As in training: PIL's own conversion makes nearly all of them white."""
+    values = np.linspace(0, 255, 32 * 32).reshape(32, 32).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "8.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    images = [str(tmp_path / "8.png"), str(tmp_path / "16.png")]
+    assert main([str(checkpoint), "--images", *images, "--captions", "a", "b", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["images"]
+    assert first["scores"] == second["scores"]
+
+
+def test_captions_in_other_scripts_and_with_dollars(checkpoint, images, tmp_path, capsys, monkeypatch):
+    """A font that covers them is chosen; what none covers is named; no caption is read as a formula."""
+    paths = [write_font(tmp_path / "cjk.ttf", "Test CJK", "红星左边")]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
+    captions = ["红星在左边" * 20, r"costs $5 and $\nothing", "звезда"]
+    figure = tmp_path / "x.svg"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Glyph.*")
+        assert main([str(checkpoint), "--images", images[0], "--captions", *captions[1:], "--out", str(figure)]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert r"costs $5 and $\nothing" in figure.read_text()
+    assert main([str(checkpoint), "--images", images[0], "--captions", *captions, "--out", str(figure)]) == 0
+    assert "note: no installed font draws 在" in capsys.readouterr().err
+    assert "'DejaVu Sans', 'Test CJK'" in figure.read_text()
+    assert "红星在左边" in figure.read_text()
+
+
 def test_scenes_are_drawn_with_captions_and_repeat(checkpoint, capsys):
     for _ in range(2):
         assert main([str(checkpoint), "--scenes", "2", "--json"]) == 0
@@ -107,14 +153,15 @@ def test_effective_tokens_and_order_by_hand():
         (["--images", "{image}", "--captions", *"abcdefghi", "--json"], "9 given"),
         (["--images", "{image}x", "--captions", "a", "--json"], "is not there. Did you mean 'one.png'"),
         (["--images", "{checkpoint}", "--captions", "a", "--json"], "cannot be read"),
+        (["--images", "{image}", "--captions", "a", "--json", "--device", "gpu"], "this machine has cpu"),
         (["--scenes", "0", "--json"], "--scenes: 0"),
         (["--scenes", "1", "--out", "x.jpg"], "ends in .png"),
         (["--scenes", "1", "--out", "nowhere/x.png"], "folder 'nowhere' is not there"),
     ],
 )
-def test_mistakes_are_told(checkpoint, images, capsys, arguments, message):
+def test_mistakes_are_reported(checkpoint, images, capsys, arguments, message):
     filled = [word.format(image=images[0], checkpoint=checkpoint) for word in arguments]
     assert main([str(checkpoint), *filled]) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
