@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from matplotlib import font_manager, ft2font
 
-DEFAULT = font_manager.findfont("DejaVu Sans")
+DEFAULT = str(font_manager.findfont("DejaVu Sans"))
 """Path of the font that ships with matplotlib: Latin, Greek, Cyrillic, Arabic, symbols."""
 
 
