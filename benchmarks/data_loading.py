@@ -40,7 +40,8 @@ from llip.data.loader import make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
 from llip.errors import UserError
-from llip.open_clip.factory import CROP_SCALE, get_tokenizer
+from llip.open_clip.factory import get_tokenizer
+from llip.open_clip.transforms import CROP_SCALE
 from llip.system.cores import usable_cores
 from llip.system.files import atomic_write
 from llip.system.program import program

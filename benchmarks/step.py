@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
-from llip.open_clip.factory import create_model, model_spec, normalise_images
+from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.loss import sigmoid_loss, softmax_loss
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.pooling import unit_norm
@@ -54,7 +54,7 @@ class Stepper:
         """Make one step."""
         model = self.model
         with self.autocast():
-            h = model.encode_image(normalise_images(self.images))
+            h = model.encode_image(model.normalise(self.images))
             t = torch.cat([model.encode_text(self.tokens), self.others])  # [T, D]
             scores = model.similarity(h, t.requires_grad_(), self.budget)
         scale = model.logit_scale.exp()

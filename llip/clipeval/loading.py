@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llip.clipeval.datasets import ImageSource
-from llip.data.pixels import to_rgb
+from llip.open_clip.pixels import to_rgb
 from llip.system.exit_with_parent import held_signals, serve_parent
 
 Preprocess = Callable[[Image.Image], Tensor]

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from llip.data.captions import BadSample
-from llip.data.pixels import to_rgb
+from llip.open_clip.pixels import to_rgb
 
 MAX_PIXELS = 89_478_485
 """Pictures of more pixels are refused unread. It is where PIL starts to warn of decompression bombs."""

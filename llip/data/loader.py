@@ -31,7 +31,7 @@ from llip.data.tar_reader import RawSample
 from llip.data.transforms import transform_caption, transform_function, transform_image
 from llip.data.worker_stats import WorkerReport, WorkerStats
 from llip.errors import UserError
-from llip.open_clip.factory import CROP_SCALE
+from llip.open_clip.transforms import CROP_SCALE
 from llip.system.exit_with_parent import serve_parent
 
 BATCH_DEADLINE = 300.0

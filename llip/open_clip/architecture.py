@@ -14,12 +14,10 @@ import timm
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from llip.errors import UserError, did_you_mean
+from llip.open_clip.transforms import RESIZE_MODES
 from llip.open_clip.weights.files import read_json
 
 _OURS = Path(__file__).parent / "model_configs"
-RESIZE_MODES = ("shortest", "squash")
-"""How evaluation images get their size: the shorter side resized and the centre cropped (where nobody says otherwise),
-or both sides resized."""
 
 _TIMM_MODULES = tuple(f"timm.models.{name}" for name in ("vision_transformer", "vision_transformer_hybrid", "eva"))
 _VOCABULARY = 49408  # of the BPE tokenizer that ships with OpenCLIP

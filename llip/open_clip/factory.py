@@ -7,15 +7,12 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.timm_model import TimmModel
-from torch import Tensor
 
 from llip.configs import Config
 from llip.errors import UserError, did_you_mean
 from llip.extensions import FOLDER, portable_name, relocate
 from llip.open_clip.architecture import (
-    RESIZE_MODES,
     build_towers,
     list_further_models,
     list_models,
@@ -27,6 +24,7 @@ from llip.open_clip.pooling import create_pooling
 from llip.open_clip.timm_vision import timm_tower
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
 from llip.open_clip.tower import MixtureTower
+from llip.open_clip.transforms import RESIZE_MODES, image_transforms
 from llip.open_clip.vision import MixtureTokenViT
 from llip.open_clip.weights.files import (
     WeightSource,
@@ -38,25 +36,16 @@ from llip.open_clip.weights.files import (
 )
 from llip.open_clip.weights.load import load_weights
 
-IMAGE_MEAN, IMAGE_STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-CROP_SCALE = (0.9, 1.0)
-"""Share of an image's area that a training crop keeps (OpenCLIP's default)."""
-
 __all__ = [
-    "CROP_SCALE",
-    "IMAGE_MEAN",
-    "IMAGE_STD",
     "ModelSpec",
     "check_model_matches",
     "create_model",
     "create_model_and_transforms",
     "get_tokenizer",
-    "image_transforms",
     "list_further_models",
     "list_models",
     "load_pretrained",
     "model_spec",
-    "normalise_images",
     "open_model",
 ]
 
@@ -173,18 +162,6 @@ def get_tokenizer(
         assert context_length is not None, "a model name or a context length is needed"
         return create_tokenizer({"context_length": context_length})
     return create_tokenizer(resolve_architecture(model, None, context_length, tokenizer=tokenizer)["text_cfg"])
-
-
-def image_transforms(image_size: int, resize_mode: str = RESIZE_MODES[0]) -> tuple[Callable, Callable]:
-    """Return OpenCLIP's training and evaluation transforms: PIL image -> normalised float [3, size, size].
-
-    Args:
-        image_size: pixels per side.
-        resize_mode: of the evaluation transform: shortest (resize the shorter side, crop the centre) or squash.
-    """
-    common = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
-    train = open_clip.image_transform(image_size, is_train=True, aug_cfg={"scale": CROP_SCALE}, **common)
-    return train, open_clip.image_transform(image_size, is_train=False, resize_mode=resize_mode, **common)
 
 
 def _attach(model: Llip, spec: ModelSpec) -> Llip:
@@ -360,10 +337,3 @@ def check_model_matches(model: Llip, config: Config) -> None:
     ]
     if different:
         raise UserError("the checkpoint's model is not the config's: " + "; ".join(different))
-
-
-def normalise_images(images: Tensor) -> Tensor:
-    """Turn uint8 images [B, 3, H, W] into what the towers expect, on their device: the arithmetic of the transforms."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)

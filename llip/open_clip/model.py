@@ -4,7 +4,6 @@ Shapes: B images, T texts, K mixture tokens, M heads, D embedding width.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores.gram import full_precision
 from llip.open_clip.tokenizer import Tokenizer
 from llip.open_clip.tower import MixtureTower
+from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD, ImageTransform
 from llip.open_clip.weights.report import LoadReport
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -34,12 +34,14 @@ class Llip(nn.Module):
     text: Any  # OpenCLIP's text tower
     pooling: Pooling
     logit_bias: nn.Parameter | None
+    image_mean: Tensor
+    image_std: Tensor
     config: dict[str, Any]
     """Everything that decides what the model computes, apart from its weights: `factory.ModelSpec`."""
     load_report: LoadReport
     """What became of `pretrained`; set by `create_model`."""
-    preprocess_train: Callable
-    preprocess_val: Callable
+    preprocess_train: ImageTransform
+    preprocess_val: ImageTransform
     tokenizer: Tokenizer
 
     def __init__(self, visual: MixtureTower, text: nn.Module, pooling: Pooling, loss: str) -> None:
@@ -53,9 +55,15 @@ class Llip(nn.Module):
         """
         super().__init__()
         self.visual, self.text, self.pooling = visual, text, pooling
+        for name, values in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         objective: Objective = find_extension("loss", loss)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(objective.scale)))
         self.logit_bias = None if objective.bias is None else nn.Parameter(torch.tensor(objective.bias))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn uint8 images [B, 3, H, W] into what `encode_image` takes, with the arithmetic of the transforms."""
+        return images.float().div_(255).sub_(self.image_mean).div_(self.image_std)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised)."""

@@ -16,6 +16,7 @@ from llip.open_clip.model import Llip
 from llip.open_clip.pooling import FirstToken
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
 from llip.open_clip.tower import MixtureTower
+from llip.open_clip.transforms import ImageTransform
 from llip.open_clip.weights.files import LIBRARY, find_weights, read_json
 
 CONFIG = "open_clip_config.json"
@@ -133,5 +134,6 @@ def _as_llip(name: str, tokenizer: Tokenizer, source: Any, train: Callable, val:
         "architecture": architecture, "mixture_tokens": 1, "pooling": "first", "pool_heads": 1,
         "softmax_temperature": 1.0, "loss": loss,
     }  # fmt: skip
-    model.tokenizer, model.preprocess_train, model.preprocess_val = tokenizer, train, val
+    model.tokenizer = tokenizer
+    model.preprocess_train, model.preprocess_val = ImageTransform(train), ImageTransform(val)
     return model.eval()

@@ -22,8 +22,9 @@ sees its own: x' = scale x + shift per channel, kept as buffers like the offsets
 """
 
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
+
+from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD
 
 OPTIONAL_BUFFERS = ("key_offset", "pixel_scale", "pixel_shift")
 """Buffers that a tower has only if its weights brought them."""
@@ -82,9 +83,9 @@ class MixtureTower(nn.Module):
 
     def set_pixel_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Let the tower see images normalised with `mean` and `std` [3]; a no-op for those they arrive with."""
-        scale = torch.tensor(OPENAI_DATASET_STD, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-        shift = torch.tensor(OPENAI_DATASET_MEAN, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)
-        if tuple(mean) == tuple(OPENAI_DATASET_MEAN) and tuple(std) == tuple(OPENAI_DATASET_STD):
+        scale = torch.tensor(IMAGE_STD, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        shift = torch.tensor(IMAGE_MEAN, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)
+        if tuple(mean) == tuple(IMAGE_MEAN) and tuple(std) == tuple(IMAGE_STD):
             self.pixel_scale = self.pixel_shift = None
             return
         device = next(self.parameters()).device
@@ -94,9 +95,9 @@ class MixtureTower(nn.Module):
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Return mean and deviation [3] of the normalisation that the source's own weights expect."""
         if self.pixel_scale is None or self.pixel_shift is None:
-            return list(OPENAI_DATASET_MEAN), list(OPENAI_DATASET_STD)
-        std = torch.tensor(OPENAI_DATASET_STD, dtype=torch.float64) / self.pixel_scale.double().cpu()
-        mean = torch.tensor(OPENAI_DATASET_MEAN, dtype=torch.float64) - self.pixel_shift.double().cpu() * std
+            return list(IMAGE_MEAN), list(IMAGE_STD)
+        std = torch.tensor(IMAGE_STD, dtype=torch.float64) / self.pixel_scale.double().cpu()
+        mean = torch.tensor(IMAGE_MEAN, dtype=torch.float64) - self.pixel_shift.double().cpu() * std
         return [round(x, 6) for x in mean.tolist()], [round(x, 6) for x in std.tolist()]
 
     def source_pixels(self, images: Tensor) -> Tensor:

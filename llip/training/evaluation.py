@@ -6,8 +6,9 @@ from collections.abc import Callable
 from llip.clipeval.online import evaluate_online, load_online_eval
 from llip.clipeval.task_result import TaskResult
 from llip.configs import Config
-from llip.open_clip.factory import image_transforms, model_spec, spec_tokenizer
+from llip.open_clip.factory import model_spec, spec_tokenizer
 from llip.open_clip.model import Llip, autocast_dtype
+from llip.open_clip.transforms import image_transforms
 from llip.system.processes import Processes
 from llip.training.reporting.run_log import RunLog, log
 from llip.training.trainer import Evaluate

@@ -16,7 +16,7 @@ from PIL import Image
 from llip.clipeval import loading
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.loading import image_batches
-from llip.data.pixels import to_rgb
+from llip.open_clip.pixels import to_rgb
 from llip.system.exit_with_parent import STOP_SIGNALS
 from tests.clipeval.fakes import preprocess, write_catalog, write_imagefolder
 

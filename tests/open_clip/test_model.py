@@ -9,7 +9,7 @@ import torch
 import llip
 from llip.errors import UserError
 from llip.open_clip.architecture import list_models, resolve_architecture
-from llip.open_clip.factory import ModelSpec, create_model, normalise_images
+from llip.open_clip.factory import ModelSpec, create_model
 from tests.helpers import TINY_MODEL
 
 
@@ -159,6 +159,6 @@ def test_normalising_on_the_device_is_the_transform(tmp_path):
 
     pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_MODEL))
-    _, _, preprocess = llip.create_model_and_transforms(str(tmp_path / "tiny.json"), pool_heads=4)
+    model, _, preprocess = llip.create_model_and_transforms(str(tmp_path / "tiny.json"), pool_heads=4)
     expected = preprocess(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-    torch.testing.assert_close(normalise_images(pixels[None])[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.normalise(pixels[None])[0], expected, atol=1e-6, rtol=0)

@@ -19,8 +19,8 @@ from llip.clipeval.catalog.catalog import DEFAULT_CATALOG, Catalog, Entry, load_
 from llip.clipeval.catalog.opening import check_size, check_targets, labels_of
 from llip.clipeval.datasets import ImageSource
 from llip.clipeval.metrics import CLASSIFICATION
-from llip.data.pixels import to_rgb
 from llip.errors import UserError
+from llip.open_clip.pixels import to_rgb
 from llip.system.program import program
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"

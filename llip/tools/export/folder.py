@@ -21,8 +21,9 @@ from torch import Tensor
 import llip
 from llip.errors import UserError
 from llip.extensions import FOLDER, copy_extensions, extension_files
-from llip.open_clip.factory import IMAGE_MEAN, IMAGE_STD, ModelSpec
+from llip.open_clip.factory import ModelSpec
 from llip.open_clip.model import Llip
+from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD
 from llip.open_clip.weights.files import LIBRARY
 
 _OPTIONAL = ("open_clip_config.json", "open_clip_model.safetensors", "*.pt2", "*.onnx", "*.onnx.data")

@@ -118,13 +118,11 @@ def _bad(value: Tensor) -> Tensor:
 
 def bad_samples(model: Llip, slices: list[MicroBatch], autocast: Any, keys: list[list[str]]) -> dict[str, Any]:
     """Look at each slice by itself: the first module in trouble, and the samples whose features are not finite."""
-    from llip.open_clip.factory import normalise_images
-
     modules: dict[str, int] = {}
     samples: list[str] = []
     for (images, tokens), names in zip(slices, keys, strict=True):
         with torch.no_grad(), autocast(), first_trouble(model) as trouble:
-            h, t = model.encode_image(normalise_images(images)), model.encode_text(tokens)
+            h, t = model.encode_image(model.normalise(images)), model.encode_text(tokens)
         if trouble.module:
             modules[trouble.module] = modules.get(trouble.module, 0) + 1
         samples += [names[index] for index in sorted({*_bad(h).tolist(), *_bad(t).tolist()})]

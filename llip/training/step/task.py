@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from llip.extensions import find_extension
-from llip.open_clip.factory import normalise_images
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives import Objective
 from llip.open_clip.scores.plan import ScorePlan
@@ -91,7 +90,7 @@ class ContrastiveTask(nn.Module):
 
     def encode(self, images: Tensor, tokens: Tensor) -> Features:
         """Run both towers."""
-        return Features(self.model.encode_image(normalise_images(images)), self.model.encode_text(tokens))
+        return Features(self.model.encode_image(self.model.normalise(images)), self.model.encode_text(tokens))
 
     def _loss(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         self.seen = Features(*(part[:_MEASURED].detach().clone() for part in features))

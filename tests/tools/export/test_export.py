@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 import llip
 from llip.errors import UserError
-from llip.open_clip.factory import IMAGE_MEAN, IMAGE_STD, ModelSpec, create_model
+from llip.open_clip.factory import ModelSpec, create_model
+from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD
 from llip.open_clip.weights.load import load_weights
 from llip.tools.export.__main__ import export, main
 from tests.helpers import TINY_MODEL
