@@ -1,24 +1,34 @@
-"""The command line of `python -m llip.main`: which config, with which overrides. Imports no torch."""
+"""The command line of `llip train` and `python -m llip.main`: a config and overrides. Imports no torch."""
 
 import argparse
 import dataclasses
+import textwrap
 
 from llip.config_search import list_configs, search_config
-from llip.configs import Config, config_fields
+from llip.configs import FIELD_GROUPS, Config, config_fields
 from llip.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What the user asked for: a config to act on, or None where the answer has been printed already."""
+    """The resolved config, or None if `--list` has been answered."""
 
     config: Config | None
     print_only: bool = False
 
 
 def _field_help() -> str:
-    lines = [f"  {name:20} {field.metadata['meaning']} [{field.default!r}]" for name, field in config_fields().items()]
-    return "config fields:\n" + "\n".join(lines)
+    """Return the fields in groups, each with its meaning and its default."""
+    lines = ["config fields [default]:"]
+    for name, field in config_fields().items():
+        if name in FIELD_GROUPS:
+            lines += ["", FIELD_GROUPS[name]]
+        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        if default in ("", "None", "True", "False"):
+            default = default.lower() or "none" * isinstance(field.default, tuple)
+        text = f"{field.metadata['meaning']} [{default}]"
+        lines.append(textwrap.fill(text, 110, initial_indent=f"  {name:20} ", subsequent_indent=" " * 23))
+    return "\n".join(lines)
 
 
 def _list_text() -> str:
@@ -36,7 +46,7 @@ def parse_command(arguments: list[str]) -> Command:
         UserError: no config, an unknown config or field, or a value of the wrong type.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m llip.main",
+        prog="llip train",
         description="Train a config: a function's name in llip/run_configs, or path/to/file.py:function.",
         epilog=_field_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,5 +60,5 @@ def parse_command(arguments: list[str]) -> Command:
         print(_list_text())
         return Command(None)
     if given.config is None:
-        raise UserError("no config given; --list shows all of them, for instance: python -m llip.main llip_quickstart")
+        raise UserError("no config given; --list shows all of them, for instance: llip train llip_quickstart")
     return Command(search_config(given.config, given.overrides), given.print)

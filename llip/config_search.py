@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llip.config_checks import type_name
+from llip.config_checks import collect_errors, type_name
 from llip.configs import Config, check_field_name, config_fields
-from llip.errors import UserError, did_you_mean
+from llip.errors import UserError, did_you_mean, shown
 from llip.extensions import load_file
 
 
@@ -41,23 +41,32 @@ def parse_value(name: str, text: str) -> Any:
         if kind is float:
             return float(text)
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"config field {name} = {text!r}: expected {type_name(kind)}") from None
+        raise UserError(f"config field {name} = {shown(text)}: expected {type_name(kind)}") from None
     if typing.get_origin(kind) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
 
 
+def _parse_override(word: str) -> tuple[str, Any]:
+    name, separator, text = word.partition("=")
+    if not separator:
+        raise UserError(f"cannot read {shown(word)}: overrides are written field=value, for instance batch_size=64")
+    check_field_name(name)
+    return name, parse_value(name, text)
+
+
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """Turn `field=value` words into typed values; a leftover or unknown word is a `UserError`."""
+    """Turn `field=value` words into typed values; a `UserError` lists all words that cannot be read."""
     changes: dict[str, Any] = {}
-    for word in words:
-        name, separator, text = word.partition("=")
-        if not separator:
-            raise UserError(f"cannot read {word!r}: overrides are written field=value, for instance batch_size=64")
-        check_field_name(name)
-        if name in changes:
-            raise UserError(f"config field {name} is given twice")
-        changes[name] = parse_value(name, text)
+    with collect_errors() as errors:
+        for word in words:
+            try:
+                name, value = _parse_override(word)
+                if name in changes:
+                    raise UserError(f"config field {name} is given twice")
+                changes[name] = value
+            except UserError as error:
+                errors.append(str(error))
     return changes
 
 

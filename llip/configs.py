@@ -15,12 +15,16 @@ from llip.config_checks import (
     FROM_0_BELOW_1,
     FROM_0_TO_1,
     INT64,
+    SIZE,
     Bounds,
     check_bounds,
+    check_text,
     checked,
+    collect_errors,
     expanded,
+    parse_window,
 )  # fmt: skip
-from llip.errors import UserError, did_you_mean
+from llip.errors import UserError, did_you_mean, shown
 from llip.extensions import SHIPPED, check_extension
 from llip.system.paths import is_below, unset_variables
 
@@ -61,9 +65,13 @@ class Config:
     )
     caption_transform: str | None = _field(None, "path/file.py:Name: maps a caption and a seed to a caption")
     workers: int = _operational(
-        4, "data-loading processes per training process; 0 loads in the training process", bounds=FROM_0
+        4,
+        "data-loading processes per training process; 0 loads in the training process",
+        bounds=Bounds("0 or more", 0, 512),
     )
-    shuffle_buffer: int = _field(2000, "undecoded samples per worker to shuffle among", bounds=AT_LEAST_1)
+    shuffle_buffer: int = _field(
+        2000, "undecoded samples per worker to shuffle among", bounds=Bounds("at least 1", 1, 1_000_000)
+    )
     max_bad_fraction: float = _operational(
         0.1, "fraction of unusable samples, or of lost shards, above which training stops", bounds=FROM_0_TO_1
     )
@@ -71,15 +79,17 @@ class Config:
 
     # Model
     model: str = _field("ViT-B-16-quickgelu", "name of an OpenCLIP ViT config, or path to a json in its format")
-    image_size: int | None = _field(None, "pixels per side; none: the model's own", bounds=ABOVE_0)
-    context_length: int | None = _field(None, "tokens per caption; none: the model's own", bounds=ABOVE_0)
-    mixture_tokens: int = _field(1, "K: outputs of the image encoder", bounds=AT_LEAST_1)
+    image_size: int | None = _field(None, "pixels per side; none: the model's own", bounds=SIZE)
+    context_length: int | None = _field(None, "tokens per caption; none: the model's own", bounds=SIZE)
+    mixture_tokens: int = _field(1, "K: outputs of the image encoder", bounds=SIZE)
     pooling: str = _field(
         "text", "how K tokens are pooled into the image feature: first, mean, learned, text, or path/file.py:Name"
     )
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling", bounds=AT_LEAST_1)
     softmax_temperature: float = _field(
-        5.0, "tau: divides the attention logits of the pooling, instead of sqrt(d)", bounds=ABOVE_0
+        5.0,
+        "tau: divides the attention logits of the pooling, instead of sqrt(d)",
+        bounds=Bounds("at least 0.001", 1e-3, 1e6),
     )
     patch_dropout: float = _field(0.0, "fraction of patches dropped in training", bounds=FROM_0_BELOW_1)
     lock_image: bool = _field(False, "freeze the image tower, except its mixture tokens if it has several")
@@ -139,7 +149,7 @@ class Config:
     timeout_minutes: float = _operational(
         10.0,
         "minutes that a process may stay at one point before the run ends; six times as long to save or evaluate",
-        bounds=ABOVE_0,
+        bounds=Bounds("at least 0.05", 0.05, 2**31),
     )
     distributed_engine: Literal["ddp", "fsdp"] = _operational(
         "ddp",
@@ -167,10 +177,15 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name, field in config_fields().items():
-            value = checked(name, field.type, getattr(self, name))
-            object.__setattr__(self, name, expanded(value) if name in _PATHS else value)
-            check_bounds(name, value, field.metadata["bounds"])
+        with collect_errors() as errors:
+            for name, field in config_fields().items():
+                try:
+                    value = checked(name, field.type, getattr(self, name))
+                    check_bounds(name, value, field.metadata["bounds"])
+                    check_text(name, value, field.default)
+                    object.__setattr__(self, name, expanded(value) if name in _PATHS else value)
+                except UserError as error:
+                    errors.append(str(error))
         _check_names(self)
         _check_engine(self)
 
@@ -209,6 +224,10 @@ class Config:
             messages.append("evals without eval_steps: no evaluation will run; set eval_steps=N, or evals=none")
         if self.eval_steps and not self.evals:
             messages.append("eval_steps without evals: no evaluation will run; set evals=FILE.yaml, or eval_steps=0")
+        if self.lr == 0:
+            messages.append("lr = 0: nothing is trained")
+        if self.profile_steps and parse_window(self.profile_steps)[1] > steps > 0:
+            messages.append(f"profile_steps = {self.profile_steps} ends after the last step, {steps:,}: no profile")
         if self.context_length is not None and self.context_length < 4:
             messages.append(f"context_length = {self.context_length} leaves no room for words beside start and end")
         return messages
@@ -218,6 +237,17 @@ class Config:
         for name in changes:
             check_field_name(name)
         return dataclasses.replace(self, **changes)
+
+
+FIELD_GROUPS = {
+    "name": "Run",
+    "train_data": "Data",
+    "model": "Model",
+    "loss": "Objective and optimisation",
+    "nodes": "Machine",
+    "log_steps": "Log, checkpoints, evaluation (0 switches any of them off)",
+}
+"""First field of each group of `Config` -> the group's title."""
 
 
 def config_fields() -> dict[str, dataclasses.Field]:
@@ -253,12 +283,16 @@ def _check_names(config: Config) -> None:
     if unset := unset_variables(config.logs):
         raise UserError(f"config field logs = {config.logs!r}: the environment variable {unset[0]} is not set")
     if config.name and not is_below(config.name):
-        raise UserError(f"config field name = {config.name!r}: expected a folder below logs; move runs with logs=DIR")
+        raise UserError(
+            f"config field name = {shown(config.name)}: expected a folder below logs; move runs with logs=DIR"
+        )
+    if config.profile_steps is not None:
+        parse_window(config.profile_steps)
     for field in SHIPPED:
         check_extension(field, getattr(config, field))
     for logger in config.report_to:
         if logger not in LOGGERS:
-            raise UserError(f"config field report_to = {logger!r}: expected {', '.join(LOGGERS)}, or none")
+            raise UserError(f"config field report_to = {shown(logger)}: expected {', '.join(LOGGERS)}, or none")
 
 
 def _check_engine(config: Config) -> None:

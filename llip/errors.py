@@ -11,6 +11,8 @@ from collections.abc import Iterable
 EXIT_USER = 2
 """Exit code of every program for a mistake in the user's input (config, command, data, folder)."""
 
+_SHOWN = 80  # characters of a value
+
 EXIT_RUN = 3
 """Exit code of a run that failed: non-finite numbers, a process that died or is stuck."""
 
@@ -32,6 +34,12 @@ class RunError(UserError):
     """A run that failed by itself. Printed like a `UserError`, with another exit code."""
 
     exit_code = EXIT_RUN
+
+
+def shown(value: object) -> str:
+    """Return a value as messages repeat it: in quotes where it is text, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> list[str]:

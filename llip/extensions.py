@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llip.errors import UserError, did_you_mean
+from llip.errors import UserError, did_you_mean, shown
 from llip.system.paths import expand_variables
 
 SHIPPED: dict[str, dict[str, str]] = {
@@ -54,7 +54,7 @@ def check_extension(field: str, name: str | None) -> None:
     expected = "path/to/file.py:Name"
     if shipped:
         expected = f"one of {', '.join(map(repr, shipped))}, or {expected}"
-    raise UserError(f"config field {field} = {name!r}: expected {expected}.{did_you_mean(name, shipped)}")
+    raise UserError(f"config field {field} = {shown(name)}: expected {expected}.{did_you_mean(name, shipped)}")
 
 
 def find_extension(field: str, name: str) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from llip.config_search import list_configs, parse_overrides, search_config
-from llip.configs import Config
+from llip.configs import FIELD_GROUPS, Config, config_fields
 from llip.errors import UserError
 from llip.main import main
 
@@ -190,6 +190,9 @@ def test_answers_without_torch_and_at_once(arguments):
         ({"evals": ("a.yaml",)}, "evals without eval_steps"),
         ({"eval_steps": 5}, "eval_steps without evals"),
         ({"context_length": 2}, "context_length = 2 leaves no room"),
+        ({"lr": 0}, "lr = 0: nothing is trained"),
+        ({"profile_steps": "20-31"}, "profile_steps = 20-31 ends after the last step, 30"),
+        ({"profile_steps": "20-30"}, None),
         ({}, None),
     ],
 )
@@ -202,7 +205,14 @@ def test_settings_that_are_hardly_meant_are_warned_of(changes, message):
     ("field", "value", "expected"),
     [
         ("seed", "99999999999999999999999", "an integer of 64 bits"),
-        ("shuffle_buffer", "1e12", "at least 1"),
+        ("shuffle_buffer", "1e12", "at most 1,000,000"),
+        ("shuffle_buffer", "0", "at least 1"),
+        ("workers", "100000", "at most 512"),
+        ("image_size", "1e6", "at most 16,384"),
+        ("softmax_temperature", "1e-30", "at least 0.001"),
+        ("timeout_minutes", "1e-9", "at least 0.05"),
+        ("epochs", "1e30", "at most 2,147,483,647"),
+        ("lr", "inf", "at most"),
         ("lr", "nan", "0 or more"),
         ("beta2", "1", "from 0 to 1"),
         ("grad_clip", "0", "more than 0"),
@@ -217,3 +227,52 @@ def test_a_config_that_raises_names_file_and_line(tmp_path):
     (tmp_path / "mine.py").write_text("def run():\n    return [][3]\n")
     with pytest.raises(UserError, match=r"failed at .*mine\.py:2: IndexError: list index out of range"):
         search_config(f"{tmp_path}/mine.py:run")
+
+
+def test_all_mistakes_are_listed_at_once():
+    with pytest.raises(UserError) as error:
+        search_config("llip_b16", ["batch_size=four", "lr=fast", "warmpu=3", "wd"])
+    for part in ("batch_size = 'four'", "lr = 'fast'", "'warmup'", "field=value"):
+        assert part in str(error.value)
+    with pytest.raises(UserError) as error:
+        Config(batch_size=0, lr=-1.0, workers="2")
+    for part in ("batch_size = 0", "lr = -1.0", "workers = '2'"):
+        assert part in str(error.value)
+
+
+WILD = [
+    "", " ", "0", "-1", "1e400", "nan", "-inf", "none", "1e30", "9" * 5000, "1__0", "0x10", "1.5", ",", "a,b", "\0",
+    "x\0y", "\ud800", "x" * 5000, "/", "..", "~nobody/x", "$NOPE/x", "${", "file.py:X", "file.py:", "::", "@", "5-",
+    "1e-320",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", config_fields())
+def test_a_wild_value_is_taken_or_refused_with_a_short_message(field, capsys):
+    for value in WILD:
+        code = main(["llip_quickstart", "--print", f"{field}={value}"])
+        out, err = capsys.readouterr()
+        assert code in (0, 2)
+        if code:
+            assert err.startswith(f"error: config field {field} ")
+            assert len(err) < 500
+        else:
+            assert Config(**yaml.safe_load(out)) == search_config("llip_quickstart", [f"{field}={value}"])
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), True, b"x", [], {}, 1j, object()])
+def test_values_of_other_types_in_python_are_refused(value):
+    for field in config_fields():
+        if not isinstance(value, bool):
+            with pytest.raises(UserError, match=f"config field {field} "):
+                Config(**{field: value if value != [] or field not in ("evals", "report_to") else 3})
+
+
+def test_help_lists_every_field_in_its_group(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    fields = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0] in config_fields()]
+    assert fields == list(config_fields())
+    assert [line for line in lines if line in FIELD_GROUPS.values()] == list(FIELD_GROUPS.values())
+    assert all(len(line) <= 110 for line in lines)

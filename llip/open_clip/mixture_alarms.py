@@ -41,7 +41,8 @@ def find_alarms(measures: Mapping[str, float], tokens: int, listens: bool, width
             if measures[name] < LEAST_TEXT_SHARE:
                 alarms.append(
                     f"the {what} hardly change with the caption: {100 * measures[name]:.2f} % of their variance "
-                    f"(expected {100 * LEAST_TEXT_SHARE} % or more); a smaller softmax_temperature sharpens the weights"
+                    f"(expected {100 * LEAST_TEXT_SHARE} % or more); a smaller softmax_temperature "
+                    "sharpens spread weights"
                 )
     if "rank" in measures:
         assert width is not None, "the rank is judged by the width"

@@ -9,12 +9,12 @@ import torch
 from timm.utils import ModelEmaV3
 
 import llip
+from llip.config_checks import parse_window
 from llip.configs import Config
 from llip.errors import UserError
 from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
 from llip.training.checkpoints.records import read_records
-from llip.training.reporting.profiling import parse_window
 from tests.helpers import write_pairs
 
 

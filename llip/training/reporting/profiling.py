@@ -1,30 +1,16 @@
 """Profile a window of steps with PyTorch's profiler: `profile_steps=20-25` writes a trace and a summary."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llip.errors import UserError
+from llip.config_checks import parse_window
 from llip.training.reporting.run_log import log
 
 _ROWS = 25
-
-
-def parse_window(text: str) -> tuple[int, int]:
-    """Return (first, last) step of `FIRST-LAST`, or of a single step.
-
-    Raises:
-        UserError: the text has another form.
-    """
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= first <= last:
-        raise UserError(f"config field profile_steps = {text!r}: expected FIRST-LAST, for instance 20-25")
-    return first, last
 
 
 class StepProfiler:
