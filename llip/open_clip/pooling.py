@@ -45,6 +45,15 @@ class Pooling(nn.Module):
         """
         raise NotImplementedError
 
+    def global_feature(self, h: Tensor) -> Tensor:
+        """Return one unit-norm feature per image [B, D] that no text conditions, of what `scores` takes as `h`."""
+        return unit_norm(h.mean(dim=1))
+
+    def global_scores(self, h: Tensor, t: Tensor) -> Tensor:
+        """Return cosines [B, T] of the global features and unit-norm texts [T, D]."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.global_feature(h) @ t.to(h.dtype).T
+
     def score_plan(
         self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
     ) -> ScorePlan | None:
@@ -82,9 +91,11 @@ class TextFreePooling(Pooling):
         """Pool mixture tokens [B, K, D] to unit-norm features [B, D]."""
         return unit_norm(torch.einsum("k,bkd->bd", self.token_weights().to(h.dtype), h))
 
+    def global_feature(self, h: Tensor) -> Tensor:
+        return self(h)
+
     def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
-            return self(h) @ t.to(h.dtype).T
+        return self.global_scores(h, t)
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         return self(h)[:, None].expand(-1, t.shape[0], -1)

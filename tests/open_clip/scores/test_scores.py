@@ -223,6 +223,21 @@ def test_every_pooling_answers_the_same_calls(kind):
     torch.testing.assert_close(pooling.scores(h, t), torch.einsum("ijd,jd->ij", z, t), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["first", "mean", "learned", "text"])
+def test_global_scores_are_inner_products_with_one_feature_per_image(kind):
+    torch.manual_seed(0)
+    pooling = create_pooling(kind, 4, 16, 2, 5.0)
+    h, t = torch.randn(3, 4, 16), unit_norm(torch.randn(5, 16))
+    scores = pooling.global_scores(h, t)
+    if kind == "text":
+        mean = h.sum(dim=1)
+        expected = mean @ t.T / mean.norm(dim=-1, keepdim=True)
+    else:
+        expected = pooling.scores(h, t)
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(pooling.global_feature(h).norm(dim=-1), torch.ones(3))
+
+
 def test_text_conditioning_starts_as_a_mixture_of_the_tokens():
     """With identities as W_V and W_O and all tokens alike, the feature is the token."""
     pooling = create_pooling("text", 5, 24, 4, 2.0)
