@@ -1,0 +1,43 @@
+"""train_data: its forms, and the message of each mistake."""
+
+import pytest
+
+from llip.data.sources import check_shards_exist, parse_train_data
+from llip.errors import UserError
+from tests.helpers import write_pairs
+
+
+def test_train_data_forms(tmp_path, monkeypatch):
+    pattern = write_pairs(tmp_path / "a", 12, 4)
+    write_pairs(tmp_path / "b", 4, 4)
+    monkeypatch.setenv("DATA", str(tmp_path))
+    assert [len(s.urls) for s in parse_train_data(pattern).sources] == [3]
+    assert [len(s.urls) for s in parse_train_data(f"{tmp_path}/a/*.tar").sources] == [3]
+    assert [len(s.urls) for s in parse_train_data("$DATA/a/00000.tar,${DATA}/b/00000.tar").sources] == [2]
+    assert [len(s.urls) for s in parse_train_data("${NONE:-" + str(tmp_path) + "}/a/*.tar").sources] == [3]
+    mixture = parse_train_data(f"{tmp_path}/a/*.tar@0.7::{tmp_path}/b/*.tar@0.3")
+    assert [(len(s.urls), s.weight) for s in mixture.sources] == [(3, 0.7), (1, 0.3)]
+    assert parse_train_data("pipe:cat {000..002}.tar").urls == tuple(f"pipe:cat 00{i}.tar" for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("train_data", "message"),
+    [
+        ("", "train_data is empty"),
+        ("nowhere/*.tar", "matches no file"),
+        ("nowhere/{00..03}.tar", "4 of 4 shards are missing"),
+        ("s3://bucket/{0..1}.tar", "pipe:aws s3 cp"),
+        ("a.tar@0::b.tar@0", "weight 0"),
+        ("d/{00000..00007.tar", "unbalanced braces"),
+        ("/tmp", r"'/tmp' is a folder; expected shards, for instance '/tmp/\*\.tar'"),
+    ],
+)
+def test_bad_train_data(train_data, message):
+    with pytest.raises(UserError, match=message):
+        check_shards_exist(parse_train_data(train_data))
+
+
+def test_empty_shards_are_named(tmp_path):
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(UserError, match=r"1 of 1 shards are empty files.*0\.tar"):
+        check_shards_exist(parse_train_data(str(tmp_path / "0.tar")))
