@@ -6,7 +6,7 @@
 #     python examples/search_a_folder.py logs/llip_quickstart/checkpoints/latest.pt out
 #
 # The checkpoint is that of `python -m llip.main llip_quickstart` (minutes on a CPU). The pictures are scenes drawn on
-# the spot; put a folder of your own, and a model that has seen photographs, in their place.
+# the spot; use a folder of your own instead, and a model that was trained on photographs.
 
 # %%
 import sys
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import llip
 from llip.clipeval.zero_shot import Scorer
@@ -23,10 +22,11 @@ from llip.scenes.render import render
 from llip.scenes.world import sample_scene
 from llip.tools.explain.explanation import explain
 from llip.tools.explain.figure import draw
+from llip.tools.explain.inputs import read_image
 from llip.tools.search.build import build_index
 from llip.tools.search.query import Searcher
 from llip.tools.search.show import contact_sheet
-from llip.tools.search.store import open_index
+from llip.tools.search.store import ModelSource, open_index
 
 checkpoint = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/llip_quickstart/checkpoints/latest.pt")
 out = Path(sys.argv[2] if len(sys.argv) > 2 else "search_example")
@@ -43,19 +43,19 @@ for number in range(60):
 
 # %% [markdown]
 # ## The index
-# Every picture goes through the image encoder once; its mixture tokens stay on disk. A second call would only look at
-# what is new, changed or deleted.
+# Every picture goes through the image encoder once; its mixture tokens stay on disk. A second call reads only what is
+# new or changed.
 
 # %%
 model = llip.load_pretrained(checkpoint)
 scorer = Scorer(model, model.preprocess_val, model.tokenizer, torch.device("cpu"))
-report = build_index(pictures, checkpoint, out / "index", scorer)
+report = build_index(pictures, ModelSource.of(str(checkpoint), None), out / "index", scorer)
 print(f"{report.indexed} pictures indexed, {len(report.damaged)} damaged")
 
 # %% [markdown]
 # ## A query
 # The caption decides how each picture's tokens are mixed, so its score with a picture cannot be stored: candidates come
-# from a score without the caption, and are then scored exactly.
+# from a score without the caption and are then scored exactly.
 
 # %%
 query = "a red star"
@@ -70,7 +70,7 @@ contact_sheet(query, hits, pictures, out / "sheet.png")
 # The weights over mixture tokens, and where the tokens look, for the best answer and three captions.
 
 # %%
-best = Image.open(hits[0].path).convert("RGB")
+best = read_image(hits[0].path)
 captions = [query, "a blue ring", "the background is pink"]
 explanation = explain(model, [best], [hits[0].path.name], captions)
 draw(explanation, [best], out / "explained.png", tokens=4)
@@ -81,7 +81,7 @@ print({caption: round(score, 3) for caption, score in zip(captions, explanation.
 
 # %%
 paths = sorted(pictures.glob("*.png"))
-images = torch.stack([model.preprocess_val(Image.open(path).convert("RGB")) for path in paths])
+images = torch.stack([model.preprocess_val(read_image(path)) for path in paths])
 with torch.no_grad():
     h, t = model.encode_image(images), model.encode_text(model.tokenizer(captions))
 for name, value in mixture_measures(model, h, t).items():

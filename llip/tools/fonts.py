@@ -33,7 +33,7 @@ def covering_fonts(texts: Iterable[str]) -> tuple[list[str], str]:
     """Return paths of fonts that draw the texts together, `DEFAULT` first, and the characters that none of them has."""
     missing = _needed(texts) - _characters(DEFAULT)
     fonts = [DEFAULT]
-    installed = sorted(font_manager.findSystemFonts()) if missing else []
+    installed = sorted(map(str, font_manager.findSystemFonts())) if missing else []
     while missing and installed:
         best = max(installed, key=lambda path: len(missing & _characters(path)))
         if not missing & _characters(best):

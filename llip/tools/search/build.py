@@ -19,8 +19,9 @@ from llip.clipeval.shortlist import text_free_features
 from llip.clipeval.zero_shot import Scorer
 from llip.data.images import decode_image
 from llip.errors import UserError
+from llip.open_clip.model import Llip
 from llip.tools.search.files import FileState, compare, find_images
-from llip.tools.search.store import INDEX, Index, Place, check_model, hash_model, lock, open_index
+from llip.tools.search.store import INDEX, Index, ModelSource, Place, check_model, hash_model, lock, open_index
 
 BATCH = 64
 SEGMENT = 2048
@@ -58,40 +59,41 @@ class BuildReport:
         return dataclasses.asdict(self)
 
 
-def _open_or_start(path: Path, folder: Path, checkpoint: Path, model: str) -> Index:
+def _open_or_start(path: Path, folder: Path, source: ModelSource, model: str) -> Index:
     if not (path / INDEX).exists():
-        return Index(path, folder, checkpoint, model)
+        return Index(path, folder, source, model)
     index = open_index(path)
-    check_model(index, model, checkpoint)
-    if index.folder != folder:
+    check_model(index, model, source)
+    if index.folder != folder and index.folder.is_dir():
         raise UserError(
             f"index {str(path)!r} is of the folder {str(index.folder)!r}, not of {str(folder)!r}; give another --out"
         )
-    index.checkpoint = checkpoint  # the same weights may have moved
+    index.folder, index.source = folder, source  # both may have moved; files are known by size and time of change
     return index
 
 
 @torch.no_grad()
 def build_index(
-    folder: Path, checkpoint: Path, out: Path, scorer: Scorer, workers: int = 0, half: bool = False
+    folder: Path, source: ModelSource, out: Path, scorer: Scorer, workers: int = 0, half: bool = False
 ) -> BuildReport:
     """Index the images below `folder`, or only what is new, changed or deleted since the last time.
 
     Args:
-        checkpoint: where the model came from, for the queries.
+        source: of the model, for the queries.
         out: the folder of the index.
-        scorer: of that model, a `Llip`.
+        scorer: of that model.
         workers: decoding processes; 0 decodes in this one.
         half: keep mixture tokens in half precision: half the disk, scores within about 1e-3.
 
     Raises:
         UserError: no such folder, an index of another model or folder, or one that another process writes.
     """
-    folder, checkpoint = folder.absolute(), checkpoint.absolute()
+    folder = folder.resolve()
     states = find_images(folder)
+    assert isinstance(scorer.model, Llip), "an index is of one model's weights"
     try:
         with lock(out):
-            index = _open_or_start(out, folder, checkpoint, hash_model(scorer.model))
+            index = _open_or_start(out, folder, source, hash_model(scorer.model))
             changes = compare(index.known, states)
             for path in [*changes.changed, *changes.deleted]:
                 index.forget(path)

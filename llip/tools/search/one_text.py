@@ -10,17 +10,18 @@ at K = 32, D = 512, M = 8. It is the same number, summed in another order.
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llip.open_clip.pooling import NORM_EPS, TextConditionedPooling, unit_norm
 
 _PARAMETERS = {f"{name}_proj.weight" for name in ("q", "k", "v", "out")}
 
 
-def applies_to(pooling: nn.Module) -> TypeGuard[TextConditionedPooling]:
+def applies_to(pooling: object) -> TypeGuard[TextConditionedPooling]:
     """Return whether `scores_of_one_text` computes this pooling: four matrices and nothing else."""
-    names = {name for name, _ in [*pooling.named_parameters(), *pooling.named_buffers()]}
-    return type(pooling) is TextConditionedPooling and names == _PARAMETERS
+    if type(pooling) is not TextConditionedPooling:  # a subclass may compute otherwise
+        return False
+    return {name for name, _ in [*pooling.named_parameters(), *pooling.named_buffers()]} == _PARAMETERS
 
 
 @torch.no_grad()

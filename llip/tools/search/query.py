@@ -45,29 +45,30 @@ class Searcher:
         self.places = [index.images[path][1] for path in self.paths]
         self.segments = {number: index.segment(number) for number in {place.segment for place in self.places}}
         self.features = self._features()  # [N, D]
-        self.by_text = self._can_project_the_text()
+        self.pooling = self._pooling_for_one_text()
 
     def _features(self) -> Tensor:
         segments = np.array([place.segment for place in self.places], np.int64)
         rows = np.array([place.row for place in self.places], np.int64)
         features = torch.empty(0)
         for number, (_, values) in self.segments.items():
-            own = np.flatnonzero(segments == number)
-            if rows[own].max() >= len(values):
+            members = np.flatnonzero(segments == number)
+            if rows[members].max() >= len(values):
                 raise UserError(f"index {str(self.index.path)!r} is damaged: segment {number} has too few rows")
             if not len(features):
                 features = torch.empty(len(rows), values.shape[1])
-            features[own] = torch.from_numpy(values[rows[own]])
+            features[members] = torch.from_numpy(values[rows[members]])
         return features.to(self.scorer.device)
 
     @torch.no_grad()
-    def _can_project_the_text(self) -> bool:
-        """Return whether the faster form of the scores equals the model's, on a few images of the index."""
-        pooling = getattr(self.scorer.model, "pooling", None)
-        if not self.places or pooling is None or not applies_to(pooling):
-            return False
+    def _pooling_for_one_text(self) -> TextConditionedPooling | None:
+        """Return the pooling if the faster form of its scores equals the model's, on a few images of the index."""
+        pooling = self.scorer.model.pooling
+        if not self.places or not applies_to(pooling):
+            return None
         h, t = self._tokens(range(min(len(self.places), 4))), self.scorer.encode_texts(["a picture"])
-        return torch.allclose(scores_of_one_text(pooling, h, t[0]), self.scorer.scores(h, t)[:, 0], atol=CLOSE)
+        close = torch.allclose(scores_of_one_text(pooling, h, t[0]), self.scorer.scores(h, t)[:, 0], atol=CLOSE)
+        return pooling if close else None
 
     @torch.no_grad()
     def search(self, text: str, top: int = 20, shortlist: int | None = SHORTLIST) -> list[Hit]:
@@ -104,9 +105,8 @@ class Searcher:
         parts = []
         for start in range(0, len(chosen), BLOCK):
             h = self._tokens(chosen[start : start + BLOCK])
-            pooling = self.scorer.model.pooling if self.by_text else None
-            if isinstance(pooling, TextConditionedPooling):
-                parts.append(scores_of_one_text(pooling, h, t[0]).cpu())
+            if self.pooling is not None:
+                parts.append(scores_of_one_text(self.pooling, h, t[0]).cpu())
             else:
                 parts.append(self.scorer.scores(h, t)[:, 0].cpu())
         return torch.cat(parts)

@@ -11,6 +11,8 @@ from urllib.parse import quote
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from llip.errors import UserError
+from llip.open_clip.pixels import to_rgb
+from llip.tools.fonts import best_font, shorten
 from llip.tools.search.query import Hit
 
 SIDE, GAP, COLUMNS, LINE = 200, 16, 5, 17  # pixels; images in a row
@@ -18,18 +20,26 @@ INK, FAINT, EMPTY = (38, 50, 63), (110, 122, 134), (232, 236, 240)
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:
-    """Return the image within `side` x `side` pixels; an empty square where it cannot be read any more."""
+    """Return the image within `side` x `side` pixels; a square with the reason where it can no longer be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             with Image.open(path) as image:
                 image.draft("RGB", (2 * side, 2 * side))
-                return ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    except Exception:  # PIL raises a dozen kinds for broken files; the file may have gone as well
-        return Image.new("RGB", (side, side), EMPTY)
+                return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.BICUBIC)
+    except Exception:  # PIL raises a dozen kinds for broken files; the file may be gone as well
+        square = Image.new("RGB", (side, side), EMPTY)
+        reason = "cannot be read" if path.is_file() else "no longer there"
+        ImageDraw.Draw(square).text((side / 2, side / 2), reason, FAINT, _font(reason, 13), anchor="mm")
+        return square
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(best_font(text), size)
+
+
+def _ending(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return the end of a name that fits `width` pixels."""
     text = text.encode("utf-8", "replace").decode()
     if font.getlength(text) <= width:
         return text
@@ -44,28 +54,29 @@ def contact_sheet(query: str, hits: Sequence[Hit], folder: Path, path: Path) -> 
     Raises:
         UserError: it cannot be written.
     """
-    font, title = ImageFont.load_default(13), ImageFont.load_default(18)
     rows = -(-len(hits) // COLUMNS)
     columns = min(COLUMNS, len(hits))
     cell, top = SIDE + 2 * LINE + GAP, GAP + 30
     width = max(columns * (SIDE + GAP) + GAP, 420)
     sheet = Image.new("RGB", (width, top + rows * cell + GAP), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), _shortened(query, title, width - 2 * GAP), fill=INK, font=title)
+    draw.text((GAP, GAP), shorten(query, (width - 2 * GAP) // 10), INK, _font(query, 16))
     for number, hit in enumerate(hits):
         x, y = GAP + number % COLUMNS * (SIDE + GAP), top + number // COLUMNS * cell
         image = thumbnail(hit.path, SIDE)
         sheet.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
-        draw.text((x, y + SIDE + 3), f"{number + 1}.  {hit.score:.3f}", fill=INK, font=font)
-        name = _shortened(_relative(hit.path, folder), font, SIDE)
-        draw.text((x, y + SIDE + 3 + LINE), name, fill=FAINT, font=font)
+        score, name = f"{number + 1}.  {hit.score:.3f}", relative(hit.path, folder)
+        draw.text((x, y + SIDE + 3), score, INK, _font(score, 12))
+        font = _font(name, 12)
+        draw.text((x, y + SIDE + 3 + LINE), _ending(name, font, SIDE), FAINT, font)
     try:
         sheet.save(path, "PNG")
     except OSError as error:
         raise UserError(f"the sheet {str(path)!r} cannot be written: {error}") from error
 
 
-def _relative(path: Path, folder: Path) -> str:
+def relative(path: Path, folder: Path) -> str:
+    """Return how an image is called in the answers."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
@@ -99,7 +110,7 @@ def html_page(query: str, hits: Sequence[Hit], folder: Path, path: Path) -> None
         figures.append(
             _FIGURE.format(
                 link=html.escape("file://" + quote(str(hit.path).encode("utf-8", "surrogateescape"))),
-                name=html.escape(_relative(hit.path, folder)),
+                name=html.escape(relative(hit.path, folder)),
                 data=base64.b64encode(buffer.getvalue()).decode(),
                 number=number,
                 score=hit.score,

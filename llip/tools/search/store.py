@@ -4,19 +4,18 @@
     tokens_<n>.npy      mixture tokens [rows, K, D]; memory-mapped, read only where a query needs them
     features_<n>.npy    text-independent features [rows, D], for the shortlist
 
-A segment is complete before index.json names it, and index.json is replaced in one step: whatever interrupts the
-indexing, the index stays good, and the next start goes on. A segment of which no row counts any more is deleted.
+A segment is complete before index.json names it, and index.json is replaced in one step: an interrupted index stays
+valid, and the next start resumes it. A segment of which no row counts any more is deleted.
 
 Shapes: K mixture tokens, D embedding width.
 """
 
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from llip.clipeval.texts.cache import hash_weights
 from llip.errors import UserError
 from llip.open_clip.model import Llip
 from llip.system.files import atomic_write, write_text
+from llip.system.locks import held_lock
 from llip.tools.search.files import FileState
 
 FORMAT = 1
@@ -35,7 +35,7 @@ INDEX = "index.json"
 def hash_model(model: Llip) -> str:
     """Return a hash of everything that decides a model's scores: both towers, the pooling, and their layout."""
     described = copy.deepcopy(model.config)
-    described["architecture"]["text_cfg"].pop("hf_tokenizer_name", None)  # where it lies on this machine
+    described["architecture"].get("text_cfg", {}).pop("hf_tokenizer_name", None)  # where it lies on this machine
     parts = [json.dumps(described, sort_keys=True)]
     parts += [hash_weights(part) for part in (model.visual, model.text, model.pooling)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -49,20 +49,41 @@ class Place:
     row: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """What `llip.open_model` opened: a path (absolute here) or a name, and the weights that go with a name."""
+
+    model: str
+    pretrained: str | None = None
+
+    @classmethod
+    def of(cls, model: str, pretrained: str | None) -> "ModelSource":
+        """Return the source that queries open from any working folder."""
+        return cls(_absolute(model), _absolute(pretrained) if pretrained else None)
+
+    def __str__(self) -> str:
+        return repr(self.model) + (f" with {self.pretrained!r}" if self.pretrained else "")
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 @dataclasses.dataclass
 class Index:
-    """An index in memory. `images` and `damaged` change as the folder is looked at; `save` makes it last."""
+    """An index in memory. `images` and `damaged` follow the folder; `save` writes them."""
 
     path: Path
-    folder: Path  # of the images
-    checkpoint: Path
+    folder: Path  # of the images, absolute
+    source: ModelSource
     model: str  # hash of its weights
     images: dict[str, tuple[FileState, Place]] = dataclasses.field(default_factory=dict)
     damaged: dict[str, tuple[FileState, str]] = dataclasses.field(default_factory=dict)  # with the reason
 
     @property
     def known(self) -> dict[str, FileState]:
-        """Every file that has been looked at, as it was then."""
+        """Every file that was read, as it was then."""
         return {path: state for part in (self.images, self.damaged) for path, (state, _) in part.items()}
 
     def forget(self, path: str) -> None:
@@ -71,7 +92,7 @@ class Index:
         self.damaged.pop(path, None)
 
     def next_segment(self) -> int:
-        """Return a number that no segment has, referred to or not."""
+        """Return a number that no segment on disk has."""
         numbers = [int(file.stem.rsplit("_", 1)[1]) for file in self.path.glob("tokens_*.npy")]
         return max(numbers, default=-1) + 1
 
@@ -91,10 +112,11 @@ class Index:
             UserError: a file is missing or damaged.
         """
         try:
-            return tuple(
+            tokens, features = (
                 np.load(self.path / f"{kind}_{number}.npy", mmap_mode="r", allow_pickle=False)
                 for kind in ("tokens", "features")
             )
+            return tokens, features
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"index {str(self.path)!r}: segment {number} is missing or damaged ({error}); delete the folder and "
@@ -102,11 +124,16 @@ class Index:
             ) from error
 
     def save(self) -> None:
-        """Write index.json in one step, then delete segments of which nothing is left."""
+        """Write index.json in one step, then delete segments of which nothing is left.
+
+        The folder is written relative to an index inside it: both may then be moved together.
+        """
+        inside = self.path.resolve().is_relative_to(self.folder)
         record = {
             "format": FORMAT,
-            "folder": str(self.folder),
-            "checkpoint": str(self.checkpoint),
+            "folder": os.path.relpath(self.folder, self.path.resolve()) if inside else str(self.folder),
+            "checkpoint": self.source.model,
+            "pretrained": self.source.pretrained,
             "model": self.model,
             "images": {path: [*dataclasses.astuple(state), *dataclasses.astuple(place)]
                        for path, (state, place) in sorted(self.images.items())},
@@ -128,15 +155,15 @@ def open_index(path: Path) -> Index:
     """
     file = path / INDEX
     if not file.is_file():
-        raise UserError(f"no index in {str(path)!r}; make one with: llip search index DIR --checkpoint CHECKPOINT")
+        raise UserError(f"no index in {str(path)!r}; make one with: llip search index DIR --checkpoint MODEL")
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = record["format"]
         if version == FORMAT:
             return Index(
                 path=path,
-                folder=Path(record["folder"]),
-                checkpoint=Path(record["checkpoint"]),
+                folder=Path(path, record["folder"]).resolve(),
+                source=ModelSource(record["checkpoint"], record.get("pretrained")),
                 model=record["model"],
                 images={name: (FileState(*row[:2]), Place(*row[2:])) for name, row in record["images"].items()},
                 damaged={name: (FileState(*row[:2]), row[2]) for name, row in record["damaged"].items()},
@@ -146,27 +173,20 @@ def open_index(path: Path) -> Index:
     raise UserError(f"index {str(file)!r} has format {version!r}, expected {FORMAT}; delete the folder and index again")
 
 
-def check_model(index: Index, found: str, checkpoint: Path) -> None:
-    """Raise a `UserError` when a model is not the one that the index was made with."""
-    if found != index.model:
+def check_model(index: Index, weights: str, source: ModelSource) -> None:
+    """Raise a `UserError` when a model, by the hash of its weights, is not the one that the index was made with."""
+    if weights != index.model:
         raise UserError(
-            f"index {str(index.path)!r} was made with other weights ({index.checkpoint}, {index.model[:12]}) than "
-            f"those of {str(checkpoint)!r} ({found[:12]}); scores of two models do not mix: use that "
-            "checkpoint, or another --out"
+            f"index {str(index.path)!r} was made with other weights ({index.source}, {index.model[:12]}) than "
+            f"those of {source} ({weights[:12]}); scores of two models do not mix: use that model, or another --out"
         )
 
 
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an index for writing; it is let go when the process ends, however it ends.
+def lock(path: Path) -> AbstractContextManager[None]:
+    """Return a block that holds an index for writing.
 
     Raises:
         UserError: another process is writing it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"index {str(path)!r} is being written by another process; wait for it to end") from error
-        yield
+    return held_lock(path / "lock", f"index {str(path)!r}", "choose another --out", patience=0)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from PIL import Image
 
 import llip
@@ -16,6 +17,7 @@ from llip.tools.search.files import FileState, compare, find_images
 from llip.tools.search.show import contact_sheet
 from llip.tools.search.store import lock, open_index
 from tests.helpers import image_bytes
+from tests.tools.test_fonts import write_font
 
 QUERY = "a red star on the left"
 
@@ -49,8 +51,8 @@ def folder(tmp_path):
 
 def index(folder, checkpoint, capsys, *options):
     code = main(["index", str(folder), "--checkpoint", str(checkpoint), "--json", *options])
-    told = capsys.readouterr()
-    return json.loads(told.out) if code == 0 else told.err
+    printed = capsys.readouterr()
+    return json.loads(printed.out) if code == 0 else printed.err
 
 
 def query(capsys, path, *options, text=QUERY):
@@ -82,7 +84,7 @@ def test_scores_are_the_models_own_and_in_order(folder, checkpoint, capsys):
     assert query(capsys, folder / ".llip_index", "--top", "3") == hits[:3]
 
 
-def test_damage_is_named_once_and_not_looked_at_again(folder, checkpoint, capsys):
+def test_damaged_images_are_named_and_not_read_again(folder, checkpoint, capsys):
     first = index(folder, checkpoint, capsys)
     assert first["damaged"] == {"torn.jpg": "truncated image"}
     again = index(folder, checkpoint, capsys)
@@ -126,7 +128,7 @@ def test_segments_without_images_are_deleted(folder, checkpoint, capsys):
     assert len(list(path.glob("tokens_*.npy"))) == len(list(path.glob("features_*.npy"))) == 1
 
 
-def test_interrupted_indexing_goes_on(folder, checkpoint, capsys, monkeypatch):
+def test_interrupted_indexing_is_resumed(folder, checkpoint, capsys, monkeypatch):
     from llip.tools.search import build
 
     monkeypatch.setattr(build, "SEGMENT", 5)
@@ -212,7 +214,7 @@ def test_another_model_is_refused(folder, checkpoint, tmp_path, tiny_model, caps
 
 def test_sheet_and_page(folder, checkpoint, tmp_path, capsys):
     index(folder, checkpoint, capsys)
-    (folder / "03.PNG").unlink()  # gone since
+    (folder / "03.PNG").unlink()  # deleted since
     sheet, page = tmp_path / "sheet.png", tmp_path / "page.html"
     text = 'a <b>"red"</b> star & more'
     hits = query(capsys, folder / ".llip_index", "--out", str(sheet), "--html", str(page), text=text)
@@ -226,6 +228,79 @@ def test_sheet_and_page(folder, checkpoint, tmp_path, capsys):
     assert "<b>" not in html
     assert "below/10.PNG" in html
     assert "http" not in html  # nothing is fetched
+
+
+def test_a_folder_by_any_spelling(folder, checkpoint, capsys, monkeypatch):
+    index(folder, checkpoint, capsys)
+    (folder.parent / "link").symlink_to(folder)
+    monkeypatch.chdir(folder / "below")
+    for spelling in ("..", "../../link", str(folder)):
+        report = index(spelling, checkpoint, capsys, "--out", str(folder / ".llip_index"))
+        assert (report["new"], report["indexed"]) == (0, 12)
+
+
+def test_a_moved_folder_is_found_or_asked_for(folder, checkpoint, tmp_path, capsys):
+    """An index inside its folder moves with it; one elsewhere has to be told, and is updated by the next `index`."""
+    outside = tmp_path / "outside"
+    index(folder, checkpoint, capsys)
+    index(folder, checkpoint, capsys, "--out", str(outside))
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    hits = query(capsys, moved / ".llip_index")
+    assert {hit["path"] for hit in hits} == set(scores_by_hand(checkpoint, moved))
+    assert not any(hit["missing"] for hit in hits)
+    assert main(["query", str(outside), QUERY]) == 2
+    assert "--folder" in capsys.readouterr().err
+    assert query(capsys, outside, "--folder", str(moved)) == hits
+    report = index(moved, checkpoint, capsys, "--out", str(outside))
+    assert (report["new"], report["changed"], report["deleted"], report["indexed"]) == (0, 0, 0, 12)
+    assert query(capsys, outside) == hits
+
+
+def test_images_that_are_gone_are_reported(folder, checkpoint, tmp_path, capsys):
+    index(folder, checkpoint, capsys)
+    (folder / "03.PNG").unlink()
+    assert main(["query", str(folder / ".llip_index"), QUERY, "--json", "--out", str(tmp_path / "sheet.png")]) == 0
+    printed = capsys.readouterr()
+    missing = [hit["path"] for hit in json.loads(printed.out)["hits"] if hit["missing"]]
+    assert missing == [str(folder / "03.PNG")]
+    assert "1 of the 12 images are no longer there" in printed.err
+
+
+def test_an_index_of_an_earlier_version_is_read(folder, checkpoint, capsys):
+    index(folder, checkpoint, capsys)
+    path = folder / ".llip_index/index.json"
+    record = json.loads(path.read_text())
+    del record["pretrained"]
+    record["folder"] = f"{folder}/below/.."
+    path.write_text(json.dumps(record))
+    assert index(folder, checkpoint, capsys)["new"] == 0
+    assert len(query(capsys, folder / ".llip_index")) == 12
+
+
+def test_a_plain_open_clip_model(plain_model, folder, capsys, monkeypatch):
+    monkeypatch.chdir(plain_model.parent)
+    index(folder, plain_model.name, capsys)
+    monkeypatch.chdir(folder)  # a relative path is found from anywhere
+    model = llip.open_model(plain_model)
+    with torch.no_grad():
+        t = model.encode_text(model.tokenizer([QUERY]))
+        for hit in query(capsys, folder / ".llip_index"):
+            h = model.encode_image(model.preprocess_val(Image.open(hit["path"]))[None])
+            assert hit["score"] == pytest.approx(model.similarity(h, t).item(), abs=1e-5)
+
+
+def test_sheet_with_other_scripts_and_16_bit_greys(tmp_path, monkeypatch):
+    from llip.tools.search.query import Hit
+
+    font = write_font(tmp_path / "cjk.ttf", "Test CJK", "红")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [font])
+    Image.fromarray(np.full((40, 40), 100 * 257, np.uint16)).save(tmp_path / "红.png")
+    contact_sheet("红" * 20, [Hit(tmp_path / "红.png", 0.5)], tmp_path, tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    assert (pixels[60:240, 20:200] == 100).all()
+    title = pixels[16:36, 16:336].min(axis=2) < 100
+    assert title.mean() > 0.5, "the test's glyph is a full square"
 
 
 def test_thumbnails_stand_where_they_should(tmp_path):
@@ -253,13 +328,13 @@ def test_files_are_compared_by_size_and_time(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with lock(tmp_path / "i"), pytest.raises(UserError, match="another process"), lock(tmp_path / "i"):
+    with lock(tmp_path / "i"), pytest.raises(UserError, match="in use by"), lock(tmp_path / "i"):
         pass
     with lock(tmp_path / "i"):
         pass
 
 
-def test_mistakes_are_told(folder, checkpoint, tmp_path, capsys):
+def test_mistakes_are_reported(folder, checkpoint, tmp_path, capsys):
     def error(*words):
         assert main([str(word) for word in words]) == 2
         return capsys.readouterr().err
