@@ -121,11 +121,12 @@ def _child(rank: int, worker: Callable[..., None], devices: list[str], args: tup
         with process_group(device, init_method=f"file://{folder}/group", rank=rank, world_size=len(devices)):
             worker(device, *args)
     except Exception as error:
-        user = isinstance(error, UserError)
-        report = Path(folder, f"{'mistake' if user else 'failure'}_{time.monotonic_ns():020}_{rank}.txt")
-        write_text(report, str(error) if user else traceback.format_exc())
+        kind, text, code = "failure", traceback.format_exc(), 1
+        if isinstance(error, UserError):
+            kind, text, code = "mistake", str(error), error.exit_code
+        write_text(Path(folder, f"{kind}_{time.monotonic_ns():020}_{rank}.txt"), text)
         sys.stdout.flush()
-        os._exit(error.exit_code if user else 1)  # the others may wait in a collective; the parent ends them
+        os._exit(code)  # the others may wait in a collective; the parent ends them
 
 
 def _use_device(device: str) -> None:

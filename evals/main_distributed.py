@@ -18,7 +18,6 @@ from llip.cluster.snapshot import commit_file, take_snapshot, use_snapshot
 from llip.cluster.submit import JobRequest, command_line, counted, print_submitted
 from llip.cluster.tasks import join_job
 from llip.errors import UserError
-from llip.system.paths import expand_path
 from llip.system.program import program
 
 PROGRAM = "python -m evals.main_distributed"
@@ -101,19 +100,19 @@ def submit(given: argparse.Namespace, argv: Sequence[str]) -> None:
     Raises:
         UserError: a missing or wrong evaluation file or checkpoint, contradicting options, or SLURM refuses the job.
     """
+    from evals.models import find_weights_file  # imports torch: not for --dry-run
+
     config = scaffold.load(given.fname)
     if given.dry_run:
         print(job_request(given, write=False).script())
         return
     check_slurm()
     check_evaluations((given.fname,))
-    checkpoint = expand_path(config.checkpoint_path)
-    if not checkpoint.is_file():
-        raise UserError(f"checkpoint {checkpoint} is not there; train it first, or set checkpoint_path in the YAML")
+    find_weights_file(config)
     request = job_request(given)
     ids = request.submit()
     tasks = f"{counted(given.nodes * given.ngpus, 'task')} on {counted(given.nodes, 'node')}"
-    what = f"{tasks}, results in {expand_path(config.output_dir)}"
+    what = f"{tasks}, results in {config.output_folder}"
     print_submitted(ids, request.logs, what, None, f"{command_line(PROGRAM, argv)}    (finished tasks are kept)")
 
 
@@ -124,7 +123,7 @@ def job_request(given: argparse.Namespace, write: bool = True) -> JobRequest:
         UserError: a missing or wrong evaluation file, options that contradict each other, an unwritable folder.
     """
     config, options = scaffold.load(given.fname), slurm_options(given)
-    output = expand_path(config.output_dir)
+    output = config.output_folder
     files = {FROZEN: find_eval_file(given.fname).read_text(encoding="utf-8"), **commit_file()}
     snapshot = take_snapshot(output / "code", files, output, write)
     shape = Shape(given.nodes, given.ngpus, config.workers + 2, given.device != "cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evals.chart import bar_chart
 from evals.devices import ProcessKilledError, launch
+from evals.models import find_weights_file, load_model, model_precision, model_title
 from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, locked_output, read_results
 from evals.tables import format_results, notes
 from llip.clipeval.catalog.catalog import Entry, load_catalog
@@ -16,10 +17,8 @@ from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.inputs import task_inputs
 from llip.clipeval.task_result import TaskResult
-from llip.config_search import search_config
 from llip.errors import CollectiveUserError, UserError
 from llip.open_clip.model import Llip, autocast_dtype
-from llip.system.paths import expand_path, unset_variables
 from llip.system.processes import Processes, raise_on_all_ranks
 
 WAYS = ("image_to_text", "text_to_image")
@@ -27,33 +26,19 @@ WAYS = ("image_to_text", "text_to_image")
 LoadModel = Callable[[Path, EvalConfig], Llip]
 
 
-def load_model(path: Path, config: EvalConfig) -> Llip:
-    """Load the checkpoint and compare it with the run config that the evaluation names.
-
-    Raises:
-        UserError: an unreadable checkpoint, or a model of another architecture (lists the differing fields).
-    """
-    import llip
-    from llip.open_clip.factory import check_model_matches
-
-    model = llip.load_pretrained(path, ema=config.ema)
-    check_model_matches(model, search_config(config.mc_config_name))
-    return model
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """What to evaluate: the same on every process, and picklable.
 
     Attributes:
-        config: with checkpoint, run config and output folder. checkpoint: the file.
+        config: with model and output folder. weights: the model's file.
         entries: all tasks. tasks: names of those that are not done.
         results: of the tasks that are done. earlier: results of other evaluations, for the chart.
         load: returns the model, carrying `.preprocess_val` and `.tokenizer`; importable.
     """
 
     config: EvalConfig
-    checkpoint: Path
+    weights: Path
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
     results: ResultsFile
@@ -67,12 +52,12 @@ def run(config: EvalConfig, devices: Sequence[str], load: LoadModel = load_model
     In a process group, as in a SLURM job, every process calls it; the main one reads and writes the files.
 
     Args:
-        config: with checkpoint, run config and output folder. devices: one process each.
+        config: with model and output folder. devices: one process each.
         load: returns the model, carrying `.preprocess_val` and `.tokenizer`; importable.
 
     Raises:
-        UserError: unknown run config, catalog or task, missing checkpoint or earlier results, an output folder that is
-            unwritable or in use.
+        UserError: unknown model, run config, catalog or task, missing weights or earlier results, an output folder
+            that is unwritable or in use.
     """
     processes = Processes.of_group()
     with contextlib.ExitStack() as held:
@@ -91,17 +76,17 @@ def _user_message(error: Exception) -> str | None:
 @contextlib.contextmanager
 def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel) -> Iterator[Evaluation]:
     """Check the request and yield what remains to be evaluated; the output folder is locked inside the block."""
-    run_config = search_config(config.mc_config_name)
-    checkpoint = find_checkpoint(config)
+    precision = model_precision(config, devices[0])
+    weights = find_weights_file(config)
     entries = load_catalog(config.catalog_name).select(config.tasks)
     model = ModelIdentity(
-        config=config.mc_config_name + (" (averaged weights)" if config.ema else ""),
-        checkpoint=CheckpointIdentity.of(checkpoint),
+        config=model_title(config),
+        checkpoint=CheckpointIdentity.of(weights),
         prompt_ensemble=config.prompt_ensemble,
-        precision="fp32" if devices[0] == "cpu" else run_config.precision,
+        precision=precision,
     )
     earlier = tuple(read_results(path) for path in config.compare_with)
-    folder = expand_path(config.output_dir)
+    folder = config.output_folder
     with locked_output(folder):
         results = ResultsFile(folder, model)
         if results.set_aside is not None:
@@ -114,8 +99,8 @@ def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel
         if kept := len(entries) - len(tasks):
             print(f"{kept} of {len(entries)} tasks are done already: {results.folder / 'results.json'}")
         if tasks:
-            print(f"evaluating {checkpoint} on {len(tasks)} tasks, on {' '.join(devices)}", flush=True)
-        yield Evaluation(config, checkpoint, tuple(entries), tasks, results, earlier, load)
+            print(f"evaluating {weights} on {len(tasks)} tasks, on {' '.join(devices)}", flush=True)
+        yield Evaluation(config, weights, tuple(entries), tasks, results, earlier, load)
 
 
 def _evaluate_all(evaluation: Evaluation, devices: Sequence[str]) -> None:
@@ -152,7 +137,7 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
     config, results = evaluation.config, evaluation.results
     processes = Processes.of_group()
     with raise_on_all_ranks(processes, CollectiveUserError, _user_message):
-        model = evaluation.load(evaluation.checkpoint, config).to(device).eval()
+        model = evaluation.load(evaluation.weights, config).to(device).eval()
     if processes.is_main:
         progress.touch()
 
@@ -217,8 +202,10 @@ def draw(
     everything = {result.task: result for result in found}
     for name, stored in [("this evaluation", everything), *((side.name, side.tasks) for side in earlier)]:
         values = [_percent(stored.get(one.task), one, one.metric) for one in classified]
-        mean = [None if None in values else sum(values) / len(values)] if classified else []
-        sides[name] = [*values, *mean, *(_percent(stored.get(one.task), one, value) for one, value in retrieved)]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if known and len(known) == len(values) else None
+        recalls = [_percent(stored.get(one.task), one, value) for one, value in retrieved]
+        sides[name] = [*values, *([mean] if classified else []), *recalls]
     labels = [one.task if one.metric == "top1" else f"{one.task} ({one.metric})" for one in classified]
     labels += [f"mean of these {len(classified)}"] if classified else []
     rules = [len(classified), len(classified) + 1] if classified else []
@@ -233,18 +220,3 @@ def _percent(result: TaskResult | None, other: TaskResult, value: str) -> float 
     if result is None or (result.metric, result.shortlist) != (other.metric, other.shortlist):
         return None
     return 100 * result.values[value] if value in result.values else None
-
-
-def find_checkpoint(config: EvalConfig) -> Path:
-    """Return the path of the evaluation's checkpoint.
-
-    Raises:
-        UserError: it is not there.
-    """
-    path = expand_path(config.checkpoint_path)
-    if path.is_file():
-        return path
-    if unset := unset_variables(path):
-        raise UserError(f"checkpoint {path} is not there: the environment variable {unset[0]} is not set")
-    train = f"python -m llip.main {config.mc_config_name}"
-    raise UserError(f"checkpoint {path} is not there; train it with `{train}`, or set checkpoint_path in the YAML")

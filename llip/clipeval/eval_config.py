@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from llip.system.paths import expand_path, unset_variables
 SHIPPED = Path(__file__).parents[2] / "config_evals"
 """Evaluation files that ship with the project, in a checkout and in an installed wheel."""
 
+PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -21,8 +23,13 @@ class EvalConfig:
 
     Attributes:
         eval_name: the program that runs it (`evals/scaffold.py` lists them).
-        mc_config_name: run config that the checkpoint must match, as `llip.main` takes it.
-        checkpoint_path: the checkpoint. output_dir: folder of results.json and results.md.
+        mc_config_name: run config that the checkpoint must match, as `llip train` takes it.
+        checkpoint_path: a checkpoint, or an exported folder.
+        model: instead of these two, anything that `llip.open_model` opens: a checkpoint, an exported folder or its
+            safetensors file, a folder with an open_clip_config.json, or an OpenCLIP model by name.
+        pretrained: weights of an OpenCLIP model given by name: a tag, a file or a folder.
+        precision: of the towers on GPUs; None: the run config's, fp32 without one.
+        output_dir: folder of results.json and results.md.
         catalog_name: a catalog of llip.clipeval, or a path to a json.
         ema: evaluate the moving average of the weights (training field ema_decay) in their place.
         tasks: names in the catalog; None: all of them.
@@ -37,6 +44,9 @@ class EvalConfig:
     eval_name: str = "mc"
     mc_config_name: str | None = None
     checkpoint_path: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
+    precision: str | None = None
     output_dir: str | None = None
     catalog_name: str = "dataset_catalog.json"
     ema: bool = False
@@ -50,24 +60,40 @@ class EvalConfig:
     references: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def output_folder(self) -> Path:
+        """Where results go; only for an evaluation with `output_dir`."""
+        assert self.output_dir is not None, "an evaluation program requires it"
+        return expand_path(self.output_dir)
+
+    @property
     def cache_folder(self) -> Path:
         """Where class text features are kept; needs `output_dir`."""
         return expand_path(self.cache_dir or os.environ.get("LLIP_CACHE") or f"{self.output_dir}/cache")
 
 
-def load_eval_config(fname: str | Path, required: Sequence[str] = ()) -> EvalConfig:
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                line = f"line {key.start_mark.line + 1}"
+                raise UserError(f"{self.name}, {line}: key {key.value!r} is given twice; keep one of them")
+            keys.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+def load_eval_config(fname: str | Path) -> EvalConfig:
     """Read an evaluation's YAML.
 
-    Args:
-        fname: path of the file.
-        required: keys that must be there.
-
     Raises:
-        UserError: no such file (names the nearest), not YAML, a leftover or missing key, a wrong type or value.
+        UserError: no such file (names the nearest), not YAML, an unknown key or one given twice, a wrong type or value.
     """
     path = find_eval_file(str(fname))
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            raw = yaml.load(file, _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -76,9 +102,6 @@ def load_eval_config(fname: str | Path, required: Sequence[str] = ()) -> EvalCon
     for key in raw:
         if key not in fields:
             raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(str(key), fields)}")
-    for key in required:
-        if raw.get(key) is None:
-            raise UserError(f"{path}: key {key!r} is missing; this program needs it")
     values = {key: _checked(path, key, fields[key].type, value) for key, value in raw.items()}
     return EvalConfig(**{key: value for key, value in values.items() if value is not dataclasses.MISSING})
 
@@ -121,6 +144,7 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     "tasks": (_strings, "a list of task names"),
     "compare_with": (_strings, "a list of results.json files or their folders"),
     "references": (_percentages, "lines of `name: percent`, between 0 and 100"),
+    "precision": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
     "prompt_ensemble": (lambda value: value in ("feature", "score"), "feature or score"),
     "batch_size": _integer(1),
     "workers": _integer(0),

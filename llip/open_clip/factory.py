@@ -19,7 +19,7 @@ from llip.open_clip.architecture import (
     resolve_architecture,
 )
 from llip.open_clip.model import Llip
-from llip.open_clip.plain import is_plain_folder, open_plain
+from llip.open_clip.plain import find_plain_weights, is_plain_folder, open_plain
 from llip.open_clip.pooling import create_pooling
 from llip.open_clip.timm_vision import timm_tower
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
@@ -41,6 +41,7 @@ __all__ = [
     "check_model_matches",
     "create_model",
     "create_model_and_transforms",
+    "find_model_weights",
     "get_tokenizer",
     "list_further_models",
     "list_models",
@@ -299,22 +300,42 @@ def open_model(
     Raises:
         UserError: neither a path nor a name of OpenCLIP's, or weights that are missing, damaged or do not fit.
     """
+    source = _find_source(model, pretrained)
+    if isinstance(source, Path) and not is_plain_folder(source):
+        return load_pretrained(source, tokenizer, ema)
+    if ema:
+        raise UserError(f"OpenCLIP model {str(source)!r} holds no average of its weights: leave out ema")
+    return open_plain(str(source), pretrained, tokenizer)
+
+
+def find_model_weights(model: str | Path, pretrained: str | None = None) -> Path:
+    """Return the file of weights that `open_model` loads for these arguments; a tag's is downloaded if needed.
+
+    Raises:
+        UserError: neither a path nor a name of OpenCLIP's, or weights that are missing.
+    """
+    source = _find_source(model, pretrained)
+    if isinstance(source, str):
+        return find_plain_weights(source, pretrained).path
+    if not source.exists():
+        raise UserError(f"model {str(model)!r} is not there")
+    return weights_in_folder(source) if source.is_dir() else source
+
+
+def _find_source(model: str | Path, pretrained: str | None) -> Path | str:
+    """Return the path of a model that brings its weights, or the name of an OpenCLIP model."""
     name = str(model).removeprefix("local-dir:")
     path = Path(name).expanduser()
     is_path = path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-    if is_path and pretrained is not None and name not in open_clip.list_models():
+    if is_path and pretrained is None:
+        return path
+    if name in open_clip.list_models():
+        return name
+    if is_path:
         raise UserError(f"model {name!r} brings its own weights: leave out pretrained = {pretrained!r}")
-    if is_path and pretrained is None and not is_plain_folder(path):
-        return load_pretrained(path, tokenizer, ema)
-    if ema:
-        raise UserError(f"OpenCLIP model {name!r} holds no average of its weights: leave out ema")
-    if pretrained is None and is_path:
-        return open_plain(str(path), None, tokenizer)
-    if name not in open_clip.list_models():
-        raise UserError(
-            f"model {name!r} is neither a path nor an OpenCLIP model.{did_you_mean(name, open_clip.list_models())}"
-        )
-    return open_plain(name, pretrained, tokenizer)
+    raise UserError(
+        f"model {name!r} is neither a path nor an OpenCLIP model.{did_you_mean(name, open_clip.list_models())}"
+    )
 
 
 def check_model_matches(model: Llip, config: Config) -> None:

@@ -17,7 +17,7 @@ from llip.open_clip.pooling import FirstToken
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
 from llip.open_clip.tower import MixtureTower
 from llip.open_clip.transforms import ImageTransform
-from llip.open_clip.weights.files import LIBRARY, find_weights, read_json
+from llip.open_clip.weights.files import LIBRARY, WeightSource, find_weights, read_json
 
 CONFIG = "open_clip_config.json"
 """What makes a folder an OpenCLIP model: architecture and preprocessing, beside the weights."""
@@ -84,18 +84,29 @@ def open_plain(name: str, pretrained: str | None, tokenizer: str | None = None) 
         if pretrained is not None:
             raise UserError(f"pretrained = {pretrained!r}: {name} brings its own weights; leave it out")
     else:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained is None:
-            known = f" (OpenCLIP's tags: {', '.join(tags)})" if tags else ""
-            raise UserError(f"OpenCLIP model {name!r} needs weights: give pretrained, a tag or a path{known}")
-        source = find_weights(pretrained, name)
-        if pretrained not in tags:  # a bare file does not describe its preprocessing
+        source = find_plain_weights(name, pretrained)
+        if pretrained not in open_clip.list_pretrained_tags_by_model(
+            name
+        ):  # a bare file does not describe its preprocessing
             pretrained = str(source.path)
             preprocessing["image_resize_mode"] = evaluation_resize_mode(name)
             if source.pixels is not None:
                 preprocessing |= {"image_mean": source.pixels.mean, "image_std": source.pixels.std}
     source_tokenizer = _tokenizer(name, tokenizer)  # the cheaper of the two to fail
     return _as_llip(name, source_tokenizer, *_build(name, pretrained, preprocessing))
+
+
+def find_plain_weights(name: str, pretrained: str | None) -> WeightSource:
+    """Return the weights of an OpenCLIP model by name; those of a tag are downloaded if needed.
+
+    Raises:
+        UserError: they are not there, or none are named.
+    """
+    if pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f" (OpenCLIP's tags: {', '.join(tags)})" if tags else ""
+        raise UserError(f"OpenCLIP model {name!r} needs weights: give pretrained, a tag or a path{known}")
+    return find_weights(pretrained, name)
 
 
 def _build(name: str, pretrained: str | None, preprocessing: dict[str, Any]) -> tuple[Any, Callable, Callable]:

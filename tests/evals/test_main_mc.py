@@ -143,7 +143,7 @@ def test_another_checkpoint_starts_over_and_loses_nothing(config: EvalConfig) ->
 
 
 def test_mistakes(config: EvalConfig) -> None:
-    with pytest.raises(UserError, match=r"gone\.pt is not there; train it with `python -m llip.main llip_quickstart`"):
+    with pytest.raises(UserError, match=r"gone\.pt is not there; train it with `llip train llip_quickstart`"):
         mc.run(replace(config, checkpoint_path="gone.pt"), ["cpu"], load_fake)
     with pytest.raises(UserError, match="variable LLIP_TEST_UNSET is not set"):
         mc.run(replace(config, checkpoint_path="$LLIP_TEST_UNSET/a.pt"), ["cpu"], load_fake)

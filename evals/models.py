@@ -1,0 +1,68 @@
+"""The model of an evaluation: a run's checkpoint, or anything else that `llip.open_model` opens."""
+
+from pathlib import Path
+
+import llip
+from llip.clipeval.eval_config import EvalConfig
+from llip.config_search import search_config
+from llip.errors import UserError
+from llip.open_clip.factory import check_model_matches, find_model_weights
+from llip.open_clip.model import Llip
+from llip.open_clip.weights.files import weights_in_folder
+from llip.system.paths import expand_path, expand_variables, unset_variables
+
+
+def model_title(config: EvalConfig) -> str:
+    """Return what results call the model."""
+    name = " ".join(filter(None, (config.model, config.pretrained))) or str(config.mc_config_name)
+    return name + (" (averaged weights)" if config.ema else "")
+
+
+def model_precision(config: EvalConfig, device: str) -> str:
+    """Return the precision to evaluate with, as training configs name it.
+
+    Raises:
+        UserError: an unknown run config.
+    """
+    trained = None if config.mc_config_name is None else search_config(config.mc_config_name).precision
+    return "fp32" if device == "cpu" else config.precision or trained or "fp32"
+
+
+def find_weights_file(config: EvalConfig) -> Path:
+    """Return the file of the model's weights; those of an OpenCLIP tag are downloaded if needed.
+
+    Raises:
+        UserError: the file is not there, or the model is unknown.
+    """
+    if config.model is not None:
+        return find_model_weights(*_model_words(config))
+    assert config.checkpoint_path is not None, "an evaluation program requires it or `model`"
+    path = expand_path(config.checkpoint_path)
+    if path.is_dir():
+        return weights_in_folder(path)
+    if path.is_file():
+        return path
+    if unset := unset_variables(path):
+        raise UserError(f"checkpoint {path} is not there: the environment variable {unset[0]} is not set")
+    train = f"llip train {config.mc_config_name}"
+    raise UserError(f"checkpoint {path} is not there; train it with `{train}`, or set checkpoint_path in the YAML")
+
+
+def load_model(weights: Path, config: EvalConfig) -> Llip:
+    """Load the model whose weights `find_weights_file` returned; a checkpoint must match the evaluation's run config.
+
+    Raises:
+        UserError: unreadable weights, or a model of another architecture (lists the differing fields).
+    """
+    if config.model is not None:
+        return llip.open_model(*_model_words(config), ema=config.ema)
+    model = llip.load_pretrained(weights, ema=config.ema)
+    assert config.mc_config_name is not None, "an evaluation program requires it or `model`"
+    check_model_matches(model, search_config(config.mc_config_name))
+    return model
+
+
+def _model_words(config: EvalConfig) -> tuple[str, str | None]:
+    """Return `model` and `pretrained` with `~` and variables expanded."""
+    assert config.model is not None, "only for an evaluation that names a model"
+    return expand_variables(config.model), None if config.pretrained is None else expand_variables(config.pretrained)
