@@ -15,7 +15,7 @@ from llip.training.distributed.exit_with_launcher import exit_with_launcher
 
 if TYPE_CHECKING:
     from llip.training.evaluation import SubmitEvaluation
-    from llip.training.trainer import StepResult
+    from llip.training.reporting.step_log import StepResult
 
 
 def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluation | None" = None) -> int:

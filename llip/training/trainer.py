@@ -1,21 +1,18 @@
-"""The training loop. It knows steps, time and files; what is learned is the task's business."""
+"""The training loop: one optimizer step after another, with what is due after it. The objective is the task's."""
 
 import enum
-import time
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llip.configs import Config
 from llip.data.loader import Batch
 from llip.errors import RunError, UserError
-from llip.open_clip.mixture_alarms import find_alarms
-from llip.open_clip.mixture_statistics import mixture_measures
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
@@ -25,17 +22,16 @@ from llip.training.debug.nan_dump import BadStep, summary, write_nan_dump
 from llip.training.distributed.processes import PATIENCE
 from llip.training.distributed.signals import StopRequest
 from llip.training.distributed.watchdog import Watchdog
-from llip.training.reporting.data_report import WORST
 from llip.training.reporting.profiling import StepProfiler
-from llip.training.reporting.run_log import RunLog, Terminal, log
-from llip.training.reporting.speed import Speed
+from llip.training.reporting.run_log import RunLog, log
+from llip.training.reporting.step_log import StepLog, StepResult
 from llip.training.step.accumulation import MicroBatch, backward_step, random_state
 from llip.training.step.optimizer import learning_rate, set_learning_rate
 from llip.training.step.task import ContrastiveTask
 
 Evaluate = Callable[[Llip, int, Callable[[], bool]], bool]
-"""Evaluates the model of a step on every process, and returns whether it got to the end; the function returns, between
-tasks, whether to stop."""
+"""Evaluates the model after a step on every process, and returns whether all tasks were evaluated. The function that it
+gets returns, between tasks, whether to stop."""
 
 
 class Outcome(enum.Enum):
@@ -43,16 +39,6 @@ class Outcome(enum.Enum):
 
     FINISHED = "finished"  # the schedule is at its end
     STOPPED = "stopped"  # a process was asked to stop
-
-
-class StepResult(NamedTuple):
-    """What a step computed; tensors are on the device, reading them waits for it."""
-
-    step: int  # from 1
-    lr: float
-    loss: Tensor  # [], of this process
-    grad_norm: Tensor  # [], over all parameters
-    report: dict[str, Tensor]  # the task's
 
 
 class Agreement(NamedTuple):
@@ -86,16 +72,16 @@ class Trainer:
             config: the run.
             task: on its device.
             state: where to start; advanced in place.
-            processes: this process's place.
-            run_log: where records go.
+            processes: of the run.
+            run_log: takes the records.
             saver: writes checkpoints.
-            watch: is told what this process does.
+            watch: publishes the phase of this process.
             stop: whether this process has been asked to stop.
             evaluate: called every `eval_steps` on every process, with the model (or the average of its weights, where
                 one is kept), the step, and a function that returns whether to stop.
             on_step: called on every process at the end of each step, after its record, checkpoint and evaluation.
         """
-        self.config, self.state, self.processes, self.run_log = config, state, processes, run_log
+        self.config, self.state, self.processes = config, state, processes
         self.saver, self.watch, self.stop, self.evaluate, self.on_step = saver, watch, stop, evaluate, on_step
         self.task = task
         self.wrapped = state.engine.wrap(task)
@@ -103,13 +89,9 @@ class Trainer:
         self.autocast: Callable[[], AbstractContextManager] = (
             nullcontext if dtype is None else partial(torch.autocast, processes.device.type, dtype=dtype)
         )
-        self.passes = 0  # over the data, as far as the batches of this process tell
-        self.first_step = state.step
         folder = config.folder if processes.is_main else None
         self.profiler = StepProfiler(config.profile_steps, folder, processes.device)
-        self.speed = Speed(config, processes)
-        self.alarms: set[str] = set()  # kinds that have been logged
-        self.window = _Window()
+        self.log = StepLog(config, task, state, processes, run_log)
 
     def fit(self, loader: Iterable[Batch]) -> Outcome:
         """Train to the end of the schedule, or until a process is asked to stop.
@@ -126,36 +108,23 @@ class Trainer:
         if outcome is None:
             self.task.train()
             if plan := self._score_plan():
-                log.info("scores of %d images a process: %s", config.batch_size * config.accum_freq, plan)
-            self.window, batches = _Window(), iter(loader)
-            with self._progress_bar() as progress:
+                log.info("scores of %d images per process: %s", config.batch_size * config.accum_freq, plan)
+            batches = iter(loader)
+            with self.log.progress_bar():
                 while outcome is None:
                     with self.profiler.step(state.step + 1):
-                        outcome = self._step(batches, progress)
+                        outcome = self._step(batches)
         if outcome is Outcome.STOPPED:
             log.info("asked to stop: saved after step %d of %d", state.step, config.total_steps)
         return outcome
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.config.total_steps,
-            initial=self.state.step,
-            desc=self.config.name,
-            unit="step",
-            disable=not self.processes.is_main,
-            dynamic_ncols=True,
-            file=Terminal(),
-        )
-
-    def _step(self, batches: Iterator[Batch], progress: tqdm) -> Outcome | None:
+    def _step(self, batches: Iterator[Batch]) -> Outcome | None:
         """Take one optimizer step, with what is due after it; return the outcome if it is the last one."""
         config, state, model, step = self.config, self.state, self.task.model, self.state.step + 1
         self.watch.enter("data", step)
-        with self.window.waiting():
+        with self.log.data_wait():
             parts = [self._next_micro_batch(batches, index) for index in range(config.accum_freq)]
         micro_batches, ids = [part for part, _ in parts], [keys for _, keys in parts]
-        if state.step == self.first_step:
-            log.info("data: the first batch came after %.1f s", self.window.waited)
 
         self.watch.enter("forward and backward", step)
         lr, before = learning_rate(state.step, config), random_state(self.processes.device)
@@ -181,14 +150,14 @@ class Trainer:
         state.step, state.samples_seen = step, state.samples_seen + config.global_batch
 
         result = StepResult(step, lr, loss, norm, report)
-        self._log(result, progress)
+        self.log.step(result)
         outcome = self._save_and_evaluate(agreed)
         if self.on_step is not None:
             self.on_step(result)
         return outcome
 
     def _agree(self, loss: Tensor, norm: Tensor) -> Agreement:
-        """Return what this step means for all processes: one all-reduce, and the host's only wait for the device."""
+        """Return what all processes know of the step: one all-reduce, and the host's only wait for the device."""
         save = self.processes.is_main and self.saver.is_due_by_time()
         flags = torch.tensor([bool(self.stop), save], dtype=torch.float32)
         flags = flags.to(loss.device, non_blocking=True)  # a blocking copy would wait for the device, too
@@ -215,10 +184,7 @@ class Trainer:
             raise
         if batch.error:
             raise UserError(batch.error)
-        self.run_log.batch(batch, self.state.position.batches, self.state.step + 1)
-        if batch.passes > self.passes:
-            self.passes = batch.passes
-            log.info("data: pass %d begins at step %d", batch.passes + 1, self.state.step)
+        self.log.batch(batch)
         self.state.position.advance(batch.cursor)
         return batch.to(self.processes.device), batch.ids
 
@@ -230,14 +196,14 @@ class Trainer:
             bad_loss: whether the loss of a process is not finite; otherwise only gradients are not.
         """
         state, config = self.state, self.config
-        overflow = config.precision == "amp_fp16" and not bad_loss  # which a smaller loss scale mends
+        overflow = config.precision == "amp_fp16" and not bad_loss  # which a smaller loss scale fixes
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         what = "float16 gradients overflowed" if overflow else "loss or gradient is not finite"
         if state.skipped_in_a_row < config.max_bad_steps:
-            tell = log.info if overflow else log.warning
             if self.processes.is_main:
-                tell("step %d is skipped: %s (%d in a row)", bad.step, what, state.skipped_in_a_row)
+                level = logging.INFO if overflow else logging.WARNING
+                log.log(level, "step %d is skipped: %s (%d in a row)", bad.step, what, state.skipped_in_a_row)
             return
         scale = state.scaler.get_scale()
         model = state.engine.model_with_gradients(self.task.model)
@@ -255,7 +221,7 @@ class Trainer:
 
     @contextmanager
     def _explained_shortage(self) -> Iterator[None]:
-        """Say what was predicted, and what to change, where a step runs out of memory."""
+        """Raise a UserError with the predicted memory and the settings to change where a step runs out of memory."""
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
@@ -268,45 +234,11 @@ class Trainer:
                 f"out of memory at step {self.state.step} on process {self.processes.rank}: {first_line} "
                 f"Scores: {scores or 'one feature per image'}. Try a smaller batch_size with a larger accum_freq "
                 f"(now {config.batch_size} and {config.accum_freq}: the global batch can stay the same), "
-                f"grad_checkpointing=true{advice}."
+                f"grad_checkpointing=true{advice}"
             ) from error
 
     def _score_plan(self) -> ScorePlan | None:
         return self.task.score_plan(self.config.batch_size * self.config.accum_freq)
-
-    def _log(self, result: StepResult, progress: tqdm) -> None:
-        """Record the step if it is to be logged, and the data at the end of an epoch."""
-        config, state, window, step = self.config, self.state, self.window, result.step
-        window.steps += 1
-        progress.update()
-        if config.log_steps and (step % config.log_steps == 0 or step == config.total_steps):
-            loss, report = self.processes.mean(result.loss).item(), result.report
-            rate = window.steps * config.global_batch / window.seconds()
-            self.run_log.metrics(
-                {
-                    "step": step,
-                    "samples_seen": state.samples_seen,
-                    "epoch": step / config.steps_per_epoch,
-                    "loss": loss,
-                    "lr": result.lr,
-                    "grad_norm": result.grad_norm.item(),
-                    "logit_scale": report["logit_scale"].item(),
-                    "logit_bias": report["logit_bias"].item() if "logit_bias" in report else None,
-                    "samples_per_second": rate,
-                    **self.speed.record(rate),
-                    "data_wait_fraction": window.waited / window.seconds(),
-                    "seconds": window.total_seconds(),
-                    "skipped_steps": state.skipped_steps,
-                    **self._mixture_record(),
-                    **self._data_record(),
-                }
-            )
-            progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} samples/s", refresh=False)
-            window.restart()
-        if step % config.steps_per_epoch == 0:
-            counts = self.processes.gather_object(state.counts.plain(WORST))
-            if counts is not None:
-                self.run_log.data.log_epoch(counts)
 
     def _save_and_evaluate(self, agreed: Agreement) -> Outcome | None:
         """Do what is due after a step; return the outcome if training ends with it."""
@@ -317,7 +249,7 @@ class Trainer:
         if evaluating:
             if agreed.stop or not self._evaluate():
                 return Outcome.STOPPED
-            self.window.restart()
+            self.log.restart_window()
         if done:
             return Outcome.FINISHED
         return Outcome.STOPPED if agreed.stop else None
@@ -346,52 +278,3 @@ class Trainer:
     def _is_stopping(self) -> bool:
         """Return whether any process has been asked to stop. Collective."""
         return bool(self.processes.all_reduce_max([float(bool(self.stop))])[0])
-
-    def _mixture_record(self) -> dict[str, float]:
-        """Return what the mixture tokens do on the last batch of the main process; a collapse is said aloud, once."""
-        tokens, seen = self.config.mixture_tokens, self.task.seen
-        if not self.processes.is_main or seen is None or tokens == 1 or self.config.pooling != "text":
-            return {}
-        measures = mixture_measures(self.task.model, seen.h, seen.t)
-        if self.state.step >= self.config.warmup:
-            for alarm in find_alarms(measures, tokens, listens=True):
-                kind = alarm.split(":")[0]
-                if kind not in self.alarms:
-                    self.alarms.add(kind)
-                    log.warning("step %d: %s", self.state.step, alarm)
-        return {f"mixture_{name}": value for name, value in measures.items()}
-
-    def _data_record(self) -> dict[str, Any]:
-        """Return what the workers of this process did in the window; the counts are those of all processes."""
-        counts = self.processes.gather_object(self.state.counts.plain(0))
-        if counts is None:
-            return {}
-        waited = self.window.waited / self.window.seconds()
-        record = self.run_log.data.record(counts, waited)
-        if self.window.steps < self.state.step - self.first_step:  # not the first window, in which the workers start
-            self.run_log.data.explain(record, waited)
-        return record
-
-
-class _Window:
-    """Time between two logged steps: how long it was, and how much of it went into waiting for data."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.restart()
-
-    def restart(self) -> None:
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self.start)
-
-    def total_seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
