@@ -24,6 +24,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--image-size", type=int, default=default.image_size, help="pixels a side (default %(default)s)"
     )
+    parser.add_argument(
+        "--captions", type=int, default=default.captions, help="of each training scene (default %(default)s)"
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a picture of example scenes")
     parser.add_argument("--rows", type=int, default=2, help="rows of the sheet (default %(default)s)")
     parser.add_argument("--cols", type=int, default=5, help="columns of the sheet (default %(default)s)")
@@ -34,7 +37,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Run the program; return its exit code."""
     args = _parse(argv)
-    out = ensure_scenes(args.out, args.train, args.test, args.seed, args.image_size)
+    out = ensure_scenes(args.out, args.train, args.test, args.seed, args.image_size, args.captions)
     if args.sheet is not None:
         contact_sheet(out, args.sheet, args.rows, args.cols)
     manifest = json.loads((out / MANIFEST).read_text())

@@ -37,7 +37,10 @@ TRAIN_SHARD_SIZE = 1000
 TEST_SHARD_SIZE = 200  # several shards even of a small set, so that evaluation workers can share it
 CAPTIONS = 6  # the fewest facts of a scene, two things in opposite corners, is seven facts
 SPLITS = ("train", *(task.name for task in CLASSIFICATION_TASKS), RETRIEVAL_TASK)  # the order is part of the seeds
-LIMITS = {"train": (1, 10_000_000), "test": (1, 1_000_000), "seed": (0, 2**63 - 1), "image_size": (32, 512)}
+LIMITS = {
+    "train": (1, 10_000_000), "test": (1, 1_000_000), "seed": (0, 2**63 - 1), "image_size": (32, 512),
+    "captions": (1, CAPTIONS),
+}  # fmt: skip
 
 Members = dict[str, bytes]
 """A sample: bytes by extension."""
@@ -45,12 +48,20 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class ScenesArgs:
-    """What decides every byte that is written. `train` and `test` count scenes (test: of each evaluation set)."""
+    """What decides every byte that is written.
+
+    Attributes:
+        train, test: scenes to train on, and of each evaluation set.
+        seed: of all scenes.
+        image_size: pixels a side.
+        captions: of each training scene. Fewer are the first of more, of the same pictures.
+    """
 
     train: int = 12_000
     test: int = 800
     seed: int = 0
     image_size: int = 48
+    captions: int = CAPTIONS
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
@@ -67,13 +78,13 @@ class ScenesArgs:
         return {"version": VERSION, "arguments": asdict(self), "train": train, "tasks": tasks}
 
 
-def write_scenes(out: Path, train: int, test: int, seed: int, image_size: int) -> Path:
+def write_scenes(out: Path, train: int, test: int, seed: int, image_size: int, captions: int = CAPTIONS) -> Path:
     """Write the dataset to `out`, which must not exist or be empty, and return `out`.
 
     All is written to a hidden folder beside `out` that takes its name at the end, so `out` is never half-made.
     Raises UserError for an argument out of range and for an `out` that is taken or cannot be written.
     """
-    args = ScenesArgs(train, test, seed, image_size)
+    args = ScenesArgs(train, test, seed, image_size, captions)
     out = Path(out)
     _refuse_if_taken(out)
     target = out.resolve()  # a link to an empty folder is followed
@@ -95,18 +106,20 @@ def write_scenes(out: Path, train: int, test: int, seed: int, image_size: int) -
     return out
 
 
-def ensure_scenes(out: Path, train: int = 12_000, test: int = 800, seed: int = 0, image_size: int = 48) -> Path:
+def ensure_scenes(
+    out: Path, train: int = 12_000, test: int = 800, seed: int = 0, image_size: int = 48, captions: int = CAPTIONS
+) -> Path:
     """Write the dataset to `out` unless it is there already, and return `out`.
 
     Safe to call from several processes at once: the first to finish wins, the others find its files equal to theirs.
     Raises UserError where `out` holds something else, or scenes made with other arguments or another version.
     """
-    args = ScenesArgs(train, test, seed, image_size)
+    args = ScenesArgs(train, test, seed, image_size, captions)
     out = Path(out)
     if _holds(out, args):
         return out
     try:
-        return write_scenes(out, train, test, seed, image_size)
+        return write_scenes(out, train, test, seed, image_size, captions)
     except UserError:
         if _holds(out, args):  # another process was faster
             return out
@@ -119,7 +132,7 @@ def _holds(out: Path, args: ScenesArgs) -> bool:
         return False
     try:
         found = json.loads((out / MANIFEST).read_text())
-        version, arguments = found["version"], dict(found["arguments"])
+        version, arguments = found["version"], {"captions": CAPTIONS} | found["arguments"]  # older ones lack it
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"scenes: {out} is there but is no folder of scenes (no readable {MANIFEST} in it). "
@@ -196,7 +209,8 @@ def _train_sample(args: ScenesArgs, index: int) -> Members:
     scene = sample_scene(rng)
     captions, facts = mixed_captions(scene, CAPTIONS, rng)
     png = png_bytes(render(scene, rng, args.image_size))
-    return {"png": png, "json": _json_bytes(scene, captions, facts), "txt": captions[0].encode()}
+    known = slice(args.captions)
+    return {"png": png, "json": _json_bytes(scene, captions[known], facts[known]), "txt": captions[0].encode()}
 
 
 def _class_sample(args: ScenesArgs, task: ClassificationTask, index: int) -> Members:

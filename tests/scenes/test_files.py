@@ -44,7 +44,7 @@ def test_evaluation_layout(scenes):
         assert max(counts.values()) - min(counts.values()) <= 1
     assert len(KINDS) == 48
     manifest = json.loads((scenes / "scenes.json").read_text())
-    assert manifest["arguments"] == {"train": 150, "test": 96, "seed": 0, "image_size": SIZE}
+    assert manifest["arguments"] == {"train": 150, "test": 96, "seed": 0, "image_size": SIZE, "captions": 6}
     assert manifest["train"] == {"samples": 150, "shards": 1, "pattern": "train-{00000..00000}.tar"}
     assert manifest["tasks"]["scenes_top_left"] == {"samples": 96, "classes": 48}
 
@@ -55,6 +55,25 @@ def test_same_arguments_same_bytes(tmp_path, scenes):
     other = digests(write_scenes(tmp_path / "other", 150, 96, 1, SIZE))
     tars = [name for name in other if name.endswith(".tar")]
     assert all(other[name] != digests(scenes)[name] for name in tars)
+
+
+def test_fewer_captions_are_the_first_of_more_of_the_same_pictures(tmp_path, scenes):
+    few = read(write_scenes(tmp_path / "few", 150, 3, 0, SIZE, captions=2) / "train-00000.tar")
+    for key, sample in read(scenes / "train-00000.tar").items():
+        assert few[key]["png"] == sample["png"]
+        captions = json.loads(sample["json"])["captions"]
+        assert len(captions) == 6
+        assert json.loads(few[key]["json"])["captions"] == captions[:2]
+
+
+def test_scenes_made_before_captions_were_counted_are_those_of_six(tmp_path):
+    out = write_scenes(tmp_path / "scenes", 3, 2, 0, 32)
+    manifest = json.loads((out / "scenes.json").read_text())
+    del manifest["arguments"]["captions"]
+    (out / "scenes.json").write_text(json.dumps(manifest))
+    assert ensure_scenes(out, 3, 2, 0, 32) == out
+    with pytest.raises(UserError, match="captions=6, not 2"):
+        ensure_scenes(out, 3, 2, 0, 32, captions=2)
 
 
 def test_a_scene_does_not_depend_on_the_number_of_scenes(tmp_path, scenes):
