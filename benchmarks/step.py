@@ -20,8 +20,9 @@ from tqdm import tqdm
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
+from llip.extensions import find_extension
 from llip.open_clip.factory import create_model, model_spec
-from llip.open_clip.loss import sigmoid_loss, softmax_loss
+from llip.open_clip.matches import Matches
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.pooling import unit_norm
 from llip.training.step.optimizer import create_optimizer
@@ -40,7 +41,7 @@ class Stepper:
         if config.torchcompile:
             self.model.visual.compile()
             self.model.text.compile()
-        self.optimizer = create_optimizer(self.model, config)
+        self.optimizer, self.loss = create_optimizer(self.model, config), find_extension("loss", config.loss).loss
         size = (config.batch_size, 3, spec.image_size, spec.image_size)
         self.images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
         self.tokens = torch.randint(1, 1000, (config.batch_size, spec.context_length), device=device)
@@ -57,12 +58,7 @@ class Stepper:
             h = model.encode_image(model.normalise(self.images))
             t = torch.cat([model.encode_text(self.tokens), self.others])  # [T, D]
             scores = model.similarity(h, t.requires_grad_(), self.budget)
-        scale = model.logit_scale.exp()
-        if model.logit_bias is not None:
-            loss = sigmoid_loss(scores, 0, scale, model.logit_bias)
-        else:
-            loss = softmax_loss(scores, 0, scale)
-        loss.backward()
+        self.loss(scores, Matches(*scores.shape), model.logit_scale.exp(), model.logit_bias, None).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

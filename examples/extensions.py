@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.configs import Config
+from llip.open_clip.matches import Matches
 from llip.open_clip.objectives import CombineColumns, Objective
 from llip.open_clip.pooling import TextFreePooling, unit_norm
 from llip.run_configs.quickstart import llip_quickstart
@@ -43,10 +44,14 @@ class GatedTokens(TextFreePooling):
         return self.image_weights(h)[:, None, None].expand(-1, t.shape[0], -1, -1)
 
 
-def hinge(scores: Tensor, offset: int, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None) -> Tensor:
-    """Hinge over texts: the matching text should score higher than any other by 1 / scale (VSE++)."""
-    own = scores.diagonal(offset)[:, None]  # [B, 1]
-    losses = F.relu(1 + scale * (scores - own))  # [B, T]; the own pair gives 1, and no gradient
+def hinge(
+    scores: Tensor, matches: Matches, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
+) -> Tensor:
+    """Hinge over texts: the worst of an image's own should score higher than those of others by 1 / scale (VSE++)."""
+    own = matches.positives(scores).amin(dim=0)[:, None]  # [B, 1]
+    rows = matches.offset + torch.arange(matches.images, device=scores.device)
+    negative = rows[:, None] != matches.owners(scores.device)  # [B, T]
+    losses = F.relu(1 + scale * (scores - own)) * negative
     return losses.mean(dim=1).mean()
 
 

@@ -101,7 +101,8 @@ class Config:
 
     # Objective and optimisation
     loss: str = _field(
-        "sigmoid", "objective over all images x all texts of the global batch: sigmoid, softmax, or path/file.py:Name"
+        "sigmoid",
+        "objective over all images x all texts of the global batch: sigmoid, softmax, softmax_in, or path/file.py:Name",
     )
     batch_size: int = _field(256, "pairs per process and micro-batch", DERIVED, bounds=AT_LEAST_1)
     accum_freq: int = _field(

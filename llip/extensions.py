@@ -28,6 +28,7 @@ SHIPPED: dict[str, dict[str, str]] = {
     "loss": {
         "sigmoid": "llip.open_clip.objectives:SIGMOID",
         "softmax": "llip.open_clip.objectives:SOFTMAX",
+        "softmax_in": "llip.open_clip.objectives:SOFTMAX_IN",
     },
     "image_transform": {},
     "caption_transform": {},

@@ -1,12 +1,14 @@
 """What a config's `loss` may name: a function of the scores, and where the logit scale and bias start with it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from llip.open_clip.loss import sigmoid_loss, softmax_loss
+from llip.open_clip.matches import Matches
 
 CombineColumns = Callable[[Tensor], Tensor]
 """Turns the log-sum-exp of each column over this process's images [T] into that over all processes' images."""
@@ -16,13 +18,13 @@ class LossFunction(Protocol):
     """Scores of this process's images against all texts -> W times this process's share of the global loss."""
 
     def __call__(
-        self, scores: Tensor, offset: int, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
+        self, scores: Tensor, matches: Matches, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
     ) -> Tensor:
         """Return a scalar.
 
         Args:
             scores: cosines [B, T] in float32.
-            offset: the column of image 0's own text.
+            matches: which texts belong to which images.
             scale: a = exp(logit scale), a scalar.
             bias: b, a scalar; None where the objective has none.
             combine: None where there is one process.
@@ -34,8 +36,8 @@ class Objective:
     """A loss, and where its scale and bias start.
 
     Attributes:
-        loss: the function. It averages over the B images of the process, so that DDP's average of the gradients is the
-            gradient of the global loss.
+        loss: the function. It averages over the images or texts of one process, so that DDP's average of the gradients
+            is the gradient of the global loss.
         scale: a at the start.
         bias: b at the start; None: the objective has none (a parameter without gradient would stall DDP).
     """
@@ -45,16 +47,27 @@ class Objective:
     bias: float | None
 
 
-def _sigmoid(scores: Tensor, offset: int, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None) -> Tensor:
+def _sigmoid(
+    scores: Tensor, matches: Matches, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
+) -> Tensor:
     assert bias is not None, "the sigmoid loss has a bias"
-    return sigmoid_loss(scores, offset, scale, bias)
+    return sigmoid_loss(scores, matches, scale, bias)
 
 
-def _softmax(scores: Tensor, offset: int, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None) -> Tensor:
-    return softmax_loss(scores, offset, scale, combine)
+def _softmax(
+    scores: Tensor,
+    matches: Matches,
+    scale: Tensor,
+    bias: Tensor | None,
+    combine: CombineColumns | None,
+    inside: bool = False,
+) -> Tensor:
+    return softmax_loss(scores, matches, scale, combine, inside=inside)
 
 
 SIGMOID = Objective(_sigmoid, scale=10.0, bias=-10.0)
 """SigLIP's, the one that Llip is trained with."""
 SOFTMAX = Objective(_softmax, scale=1 / 0.07, bias=None)
 """CLIP's."""
+SOFTMAX_IN = Objective(functools.partial(_softmax, inside=True), scale=1 / 0.07, bias=None)
+"""CLIP's, with the texts of an image summed inside the logarithm."""

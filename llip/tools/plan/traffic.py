@@ -54,5 +54,5 @@ def step_traffic(config: Config, parameters: int) -> Traffic:
         passes = 3 if config.accum_freq == 1 else 4 * config.accum_freq
     gradients = round(passes * others * _FLOAT * parameters)
     texts = round(others * _FLOAT * config.global_batch * width)
-    normalisers = 2 * round(2 * others * _FLOAT * config.global_batch) if config.loss == "softmax" else 0
+    normalisers = 2 * round(2 * others * _FLOAT * config.global_batch) if config.loss.startswith("softmax") else 0
     return Traffic(gradients, texts, texts, normalisers, max(0, gradients - round(2 * others * _BUCKET)))

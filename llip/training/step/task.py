@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llip.extensions import find_extension
+from llip.open_clip.matches import Matches
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives import Objective
 from llip.open_clip.scores.plan import ScorePlan
@@ -96,12 +97,13 @@ class ContrastiveTask(nn.Module):
         self.seen = Features(*(part[:_MEASURED].detach().clone() for part in features))
         texts = gather_texts(features.t, self.processes)  # [T, D]
         scores = self.model.similarity(features.h, texts, self.memory_budget)  # [B, T]
-        offset = self.processes.rank * len(features.h)
+        images = len(features.h)
+        matches = Matches(images, len(texts), offset=self.processes.rank * images)
         scale = self.model.logit_scale.exp()
         report = {"logit_scale": scale.detach()}
         with torch.autocast(scores.device.type, enabled=False):
             combine = combine_logsumexp if self.processes.world_size > 1 else None
-            loss = self.objective.loss(scores, offset, scale, self.model.logit_bias, combine)
+            loss = self.objective.loss(scores, matches, scale, self.model.logit_bias, combine)
         if self.model.logit_bias is not None:
             report["logit_bias"] = self.model.logit_bias.detach()
         return loss, report
