@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llip.extensions import find_extension
+from llip.open_clip.inputs import check_features, check_images, check_tokens
 from llip.open_clip.objectives import Objective
 from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores.gram import full_precision
@@ -67,10 +68,12 @@ class Llip(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised)."""
-        return full_precision(self.visual(images))
+        check_images(images, None if self.visual.takes_any_size else self.visual.image_size)
+        return full_precision(self.visual(images.to(next(self.visual.parameters()).dtype)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Map token ids [T, context] to unit-norm text features [T, D] in float32."""
+        check_tokens(tokens, getattr(self.text, "context_length", None))
         return unit_norm(self.text(tokens))
 
     def similarity(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
@@ -81,15 +84,21 @@ class Llip(nn.Module):
             t: unit-norm text features [T, D], from `encode_text` or an average of them re-normalised.
             memory_budget: bytes that the tiles may take.
         """
+        self._check_features(h, t)
         return self.pooling.scores(h, t, memory_budget)
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the unit-norm image features conditioned on each text [B, T, D]: dense, for small B x T."""
+        self._check_features(h, t)
         return self.pooling.contextualize(h, t)
 
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the weights over mixture tokens [B, T, M, K] in float32 (M = 1 for text-free poolings)."""
+        self._check_features(h, t)
         return self.pooling.mixture_weights(h, t)
+
+    def _check_features(self, h: Tensor, t: Tensor) -> None:
+        check_features(h, t, self.visual.mixture_tokens, unit_norm=not self.training)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return the cosine of every image and text [B, T]."""

@@ -29,6 +29,7 @@ class PlainImageTower(MixtureTower):
     """The image side of an OpenCLIP model, of any kind: its feature is the one mixture token."""
 
     mixture_tokens = 1
+    takes_any_size = True  # some do
     source: Any  # OpenCLIP's CLIP, CustomTextCLIP or CoCa
 
     def __init__(self, source: Any) -> None:

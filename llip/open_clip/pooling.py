@@ -47,12 +47,13 @@ class Pooling(nn.Module):
 
     def global_feature(self, h: Tensor) -> Tensor:
         """Return one unit-norm feature per image [B, D] that no text conditions, of what `scores` takes as `h`."""
-        return unit_norm(h.mean(dim=1))
+        return unit_norm(full_precision(h).mean(dim=1))
 
     def global_scores(self, h: Tensor, t: Tensor) -> Tensor:
         """Return cosines [B, T] of the global features and unit-norm texts [T, D]."""
         with torch.autocast(h.device.type, enabled=False):
-            return self.global_feature(h) @ t.to(h.dtype).T
+            z = self.global_feature(h)
+            return z @ t.to(z.dtype).T
 
     def score_plan(
         self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
@@ -89,6 +90,7 @@ class TextFreePooling(Pooling):
 
     def forward(self, h: Tensor) -> Tensor:
         """Pool mixture tokens [B, K, D] to unit-norm features [B, D]."""
+        h = full_precision(h)
         return unit_norm(torch.einsum("k,bkd->bd", self.token_weights().to(h.dtype), h))
 
     def global_feature(self, h: Tensor) -> Tensor:
@@ -194,15 +196,16 @@ class TextConditionedPooling(Pooling):
 
     def keys(self, h: Tensor) -> Tensor:
         """Return keys [B, M, K, d] of mixture tokens [B, K, D]."""
-        return self._split(self.k_proj(unit_norm(h) * h.shape[-1] ** 0.5)).transpose(1, 2)
+        return self._split(_project(self.k_proj, unit_norm(h) * h.shape[-1] ** 0.5)).transpose(1, 2)
 
     def values(self, h: Tensor) -> Tensor:
         """Return values [B, M, K, d] of mixture tokens [B, K, D]."""
-        return self._split(self.v_proj(h)).transpose(1, 2)
+        return self._split(_project(self.v_proj, h)).transpose(1, 2)
 
     def queries(self, t: Tensor) -> Tensor:
         """Return queries [T, M, d] of unit-norm texts [T, D], divided by the temperature."""
         bias = None if self.q_proj.bias is None else self.q_proj.bias / self.temperature
+        t = t.to(self.q_proj.weight.dtype)
         return self._split(F.linear(t * self._query_gain(t), self.q_proj.weight, bias))
 
     def _query_gain(self, t: Tensor) -> float:
@@ -215,9 +218,10 @@ class TextConditionedPooling(Pooling):
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         weights = self.mixture_weights(h, t)
         mixed = torch.einsum("btmk,bmkd->btmd", weights, self.values(h).to(weights.dtype))
-        return unit_norm(self.out_proj(mixed.flatten(2)))
+        return unit_norm(_project(self.out_proj, mixed.flatten(2)))
 
     def scores(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
+        t = t.to(torch.promote_types(torch.float32, self.q_proj.weight.dtype))
         keys, values = self.keys(h).transpose(0, 1), self.values(h).transpose(0, 1)
         gain = self._query_gain(t)
         query: Tensor = self.q_proj.weight
@@ -236,6 +240,11 @@ class TextConditionedPooling(Pooling):
         return plan_scores(
             images, texts, mixture_tokens, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget
         )
+
+
+def _project(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a projection in the dtype of its weight (or that of autocast), whatever the dtype of its input."""
+    return linear(x.to(linear.weight.dtype))
 
 
 def create_pooling(kind: str, mixture_tokens: int, width: int, heads: int, temperature: float) -> Pooling:

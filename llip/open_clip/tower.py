@@ -44,6 +44,7 @@ class MixtureTower(nn.Module):
     mixture_tokens: int
     image_size: tuple[int, int]
     grid_size: tuple[int, int]
+    takes_any_size = False
     key_offset: Tensor | None
     pixel_scale: Tensor | None
     pixel_shift: Tensor | None
