@@ -36,7 +36,8 @@ class _Attentions(TorchFunctionMode):
             self.weights.append(_weights(*arguments[:2], *arguments[3:4], **options))
         elif function is F.multi_head_attention_forward:  # what torch's module calls; it can return them itself
             asked = {"need_weights": True, "average_attn_weights": False}
-            weights: Tensor = function(*arguments, **(options | asked))[1]
+            weights = function(*arguments, **(options | asked))[1]
+            assert weights is not None
             self.weights.append(weights.float())
         return function(*arguments, **options)
 
