@@ -21,11 +21,11 @@ from llip.open_clip.architecture import (
 from llip.open_clip.model import Llip
 from llip.open_clip.plain import find_plain_weights, is_plain_folder, open_plain
 from llip.open_clip.pooling import create_pooling
-from llip.open_clip.timm_vision import timm_tower
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
-from llip.open_clip.tower import MixtureTower
+from llip.open_clip.towers.base import MixtureTower
+from llip.open_clip.towers.timm_vit import timm_tower
+from llip.open_clip.towers.vit import MixtureTokenViT
 from llip.open_clip.transforms import RESIZE_MODES, image_transforms
-from llip.open_clip.vision import MixtureTokenViT
 from llip.open_clip.weights.files import (
     WeightSource,
     find_weights,

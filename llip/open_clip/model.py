@@ -15,7 +15,7 @@ from llip.open_clip.objectives import Objective
 from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores.gram import full_precision
 from llip.open_clip.tokenizer import Tokenizer
-from llip.open_clip.tower import MixtureTower
+from llip.open_clip.towers.base import MixtureTower
 from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD, ImageTransform
 from llip.open_clip.weights.report import LoadReport
 

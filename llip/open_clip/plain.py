@@ -15,7 +15,7 @@ from llip.open_clip.architecture import evaluation_resize_mode
 from llip.open_clip.model import Llip
 from llip.open_clip.pooling import FirstToken
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
-from llip.open_clip.tower import MixtureTower
+from llip.open_clip.towers.base import MixtureTower
 from llip.open_clip.transforms import ImageTransform
 from llip.open_clip.weights.files import LIBRARY, WeightSource, find_weights, read_json
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llip.errors import UserError
 from llip.open_clip.model import Llip
-from llip.open_clip.seeding import SEED_SPREAD
+from llip.open_clip.towers.seeding import SEED_SPREAD
 from llip.open_clip.weights.files import find_weights, read_checkpoint
 from llip.open_clip.weights.key_names import TOWERS, canonical_names, part
 from llip.open_clip.weights.published_head import PREFIX as PUBLISHED_HEAD

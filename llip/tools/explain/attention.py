@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from llip.errors import UserError
 from llip.open_clip.plain import PlainImageTower
-from llip.open_clip.tower import MixtureTower
+from llip.open_clip.towers.base import MixtureTower
 
 How = Literal["last", "rollout"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llip.open_clip.model import Llip
 from llip.open_clip.pooling import TextConditionedPooling
-from llip.open_clip.tower import OPTIONAL_BUFFERS
+from llip.open_clip.towers.base import OPTIONAL_BUFFERS
+from llip.open_clip.towers.vit import MixtureTokenViT
 from llip.open_clip.transforms import RESIZE_MODES
-from llip.open_clip.vision import MixtureTokenViT
 from llip.open_clip.weights.key_names import part
 from llip.tools.export.folder import save_weights, write_json
 

@@ -14,7 +14,7 @@ import llip
 from llip.errors import UserError
 from llip.open_clip.architecture import list_further_models, resolve_architecture
 from llip.open_clip.factory import ModelSpec, create_model
-from llip.open_clip.timm_vision import timm_tower
+from llip.open_clip.towers.timm_vit import timm_tower
 from llip.open_clip.weights.load import load_weights
 from llip.tools.export.__main__ import export
 from tests.helpers import TINY_MODEL

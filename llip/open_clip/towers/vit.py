@@ -7,8 +7,8 @@ import torch
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
-from llip.open_clip.seeding import copy_rows, fit_positions
-from llip.open_clip.tower import MixtureTower, copies_offset
+from llip.open_clip.towers.base import MixtureTower, copies_offset
+from llip.open_clip.towers.seeding import copy_rows, fit_positions
 
 
 class MixtureTokenViT(MixtureTower):

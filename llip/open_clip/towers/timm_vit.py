@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llip.errors import UserError
-from llip.open_clip.seeding import SEED_SPREAD, copy_rows, fit_positions
-from llip.open_clip.tower import MixtureTower, copies_offset
+from llip.open_clip.towers.base import MixtureTower, copies_offset
+from llip.open_clip.towers.seeding import SEED_SPREAD, copy_rows, fit_positions
 
 
 def timm_refusal(tower: TimmModel) -> str | None:
@@ -88,7 +88,7 @@ class _TimmTower(MixtureTower):
 class TimmTokenViT(_TimmTower):
     """Pooled by a class token: the class token, then the registers, then copies of the class token are the K tokens.
 
-    Copies of the class token count as one under the softmax (see `tower`); registers are no copies and count fully.
+    Copies of the class token count as one under the softmax (`towers.base`); registers are no copies and count fully.
     Without registers step 0 equals the source. With R of them it does for pooling=first alone: the registers' outputs,
     which the source threw away, are mixture tokens here.
     """
