@@ -201,18 +201,19 @@ def test_damaged_header_ends_the_shard_only(tmp_path):
     assert damage(found) == [reading.BAD_HEADER]
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", reading.ZERO_BYTES),
-        (b"<html>not found</html>", reading.NOT_A_TAR),
-        (b"<html>" * 1000, reading.NOT_A_TAR),
-        (os.urandom(4096), reading.NOT_A_TAR),
-        (gzip.compress(os.urandom(100)), reading.NOT_A_TAR),
-        (gzip.compress(os.urandom(20_000))[:9000], reading.NOT_A_TAR),
-        (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 500, reading.UNREADABLE),
-    ],
-)
+NOISE = random.Random(0).randbytes(20_000)
+NO_TARS = {
+    "empty": (b"", reading.ZERO_BYTES),
+    "short page": (b"<html>not found</html>", reading.NOT_A_TAR),
+    "long page": (b"<html>" * 1000, reading.NOT_A_TAR),
+    "noise": (NOISE[:4096], reading.NOT_A_TAR),
+    "gzip": (gzip.compress(NOISE[:100]), reading.NOT_A_TAR),
+    "cut gzip": (gzip.compress(NOISE)[:9000], reading.NOT_A_TAR),
+    "damaged gzip": (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 500, reading.UNREADABLE),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), NO_TARS.values(), ids=NO_TARS)
 @pytest.mark.parametrize("prefix", ["", "pipe:cat "])
 def test_what_is_no_tar(tmp_path, content, reason, prefix):
     path = tmp_path / "a.tar"
