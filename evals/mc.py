@@ -9,8 +9,8 @@ from pathlib import Path
 
 from evals.chart import bar_chart
 from evals.devices import ProcessKilledError, launch
-from evals.models import find_weights_file, load_model, model_precision, model_title
-from evals.results import CheckpointIdentity, ModelIdentity, ResultsFile, StoredResults, locked_output, read_results
+from evals.models import find_weights_file, identify_model, load_model, model_precision
+from evals.results import ResultsFile, StoredResults, locked_output, read_results
 from evals.tables import format_results, notes
 from llip.clipeval.catalog.catalog import Entry, load_catalog
 from llip.clipeval.eval_config import EvalConfig
@@ -79,12 +79,7 @@ def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel
     precision = model_precision(config, devices[0])
     weights = find_weights_file(config)
     entries = load_catalog(config.catalog_name).select(config.tasks)
-    model = ModelIdentity(
-        config=model_title(config),
-        checkpoint=CheckpointIdentity.of(weights),
-        prompt_ensemble=config.prompt_ensemble,
-        precision=precision,
-    )
+    model = identify_model(config, weights, precision)
     earlier = tuple(read_results(path) for path in config.compare_with)
     folder = config.output_folder
     with locked_output(folder):
@@ -211,7 +206,7 @@ def draw(
     rules = [len(classified), len(classified) + 1] if classified else []
     labels += [f"{one.task} ({value})" for one, value in retrieved]
     chart = results.folder / "results.png"
-    bar_chart(chart, f"Zero-shot results of {results.model.config}", labels, sides, references, rules)
+    bar_chart(chart, f"Zero-shot results of {results.model.title}", labels, sides, references, rules)
     return chart
 
 

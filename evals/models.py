@@ -3,19 +3,34 @@
 from pathlib import Path
 
 import llip
+from evals.results import CheckpointIdentity, ModelIdentity
 from llip.clipeval.eval_config import EvalConfig
 from llip.config_search import search_config
 from llip.errors import UserError
+from llip.extensions import FOLDER
 from llip.open_clip.factory import check_model_matches, find_model_weights
 from llip.open_clip.model import Llip
 from llip.open_clip.weights.files import weights_in_folder
 from llip.system.paths import expand_path, expand_variables, unset_variables
 
 
-def model_title(config: EvalConfig) -> str:
-    """Return what results call the model."""
-    name = " ".join(filter(None, (config.model, config.pretrained))) or str(config.mc_config_name)
-    return name + (" (averaged weights)" if config.ema else "")
+_BESIDE = (
+    "config.json", "open_clip_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
+    f"{FOLDER}/*.py", f"../{FOLDER}/*.py",
+)  # fmt: skip
+"""Files beside the weights of a checkpoint or folder that decide what the model computes: config, tokenizer, pooling."""
+
+
+def identify_model(config: EvalConfig, weights: Path, precision: str) -> ModelIdentity:
+    """Return what results are of, given the file of weights: its content counts, not where it lies."""
+    pretrained = None if config.pretrained is None else Path(expand_variables(config.pretrained))
+    name, beside = config.mc_config_name, _BESIDE
+    if pretrained is not None:  # an OpenCLIP model by name
+        is_tag = not pretrained.exists()
+        name, beside = f"{config.model} {pretrained}" if is_tag else config.model, () if is_tag else _BESIDE
+    files = sorted(path for pattern in beside for path in weights.parent.glob(pattern) if path.is_file())
+    checkpoint = CheckpointIdentity.of(weights, files)
+    return ModelIdentity(name, checkpoint, config.prompt_ensemble, precision, config.ema)
 
 
 def model_precision(config: EvalConfig, device: str) -> str:

@@ -10,8 +10,9 @@ Values are fractions in [0, 1] in the json and percentages in the tables. `mean`
 import hashlib
 import itertools
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,28 +35,51 @@ LOCK_PATIENCE = 3.0
 
 @dataclass(frozen=True)
 class CheckpointIdentity:
-    """Which weights the results are of: the same content is the same checkpoint, wherever it lies."""
+    """The weights, and the files beside them that describe the model: the same content is the same, wherever it lies.
+
+    Attributes:
+        path: of the weights. bytes: their size.
+        sha256: of the weights, or, with files beside them, of the names and hashes of all.
+    """
 
     path: str = field(compare=False)
     bytes: int
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> "CheckpointIdentity":
-        """Read the whole file: a copy that keeps size and time (`cp -p`, `rsync -t`) has other weights."""
-        real = path.resolve()
-        with real.open("rb") as file:
-            return cls(str(real), real.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    def of(cls, weights: Path, beside: Sequence[Path] = ()) -> "CheckpointIdentity":
+        """Read all files whole: a copy of other weights may keep size and time (`cp -p`, `rsync -t`)."""
+        sha256 = _hash_file(weights)
+        if beside:
+            parts = [sha256, *([os.path.relpath(path, weights.parent), _hash_file(path)] for path in beside)]
+            sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return cls(str(weights.resolve()), weights.stat().st_size, sha256)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What must be the same for results to belong together."""
+    """What must be the same for results to belong together.
 
-    config: str
+    Attributes:
+        config: the run config, or the OpenCLIP model with its tag; None for a model that its files describe.
+        ema: the moving average of the weights.
+    """
+
+    config: str | None
     checkpoint: CheckpointIdentity
     prompt_ensemble: str
     precision: str
+    ema: bool = False
+
+    @property
+    def title(self) -> str:
+        """What tables and charts call the model."""
+        return (self.config or self.checkpoint.path) + (" (averaged weights)" if self.ema else "")
 
     def describes(self, stored: Any) -> bool:
         """Return whether a stored object is of the same model; one without the hash of its weights is not."""
@@ -192,10 +216,10 @@ class ResultsFile:
             samples.replace(old)
 
     def _markdown(self, results: list[TaskResult]) -> str:
-        checkpoint = self.model.checkpoint
+        model = self.model
         about = (
-            f"Zero-shot results of `{checkpoint.path}` ({self.model.config}), in percent; prompts averaged by "
-            f"{self.model.prompt_ensemble}, {self.model.precision}."
+            f"Zero-shot results of {model.title}, weights `{model.checkpoint.path}`, in percent; prompts averaged by "
+            f"{model.prompt_ensemble}, {model.precision}."
         )
         lines = [*(f"{one.task} failed: {one.error}" for one in results if one.error), *notes(results)]
         notes_text = "".join(f"\n- {line}" for line in lines)
