@@ -13,12 +13,11 @@ from llip.open_clip.model import Llip
 from llip.open_clip.weights.files import weights_in_folder
 from llip.system.paths import expand_path, expand_variables, unset_variables
 
-
 _BESIDE = (
     "config.json", "open_clip_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
     f"{FOLDER}/*.py", f"../{FOLDER}/*.py",
 )  # fmt: skip
-"""Files beside the weights of a checkpoint or folder that decide what the model computes: config, tokenizer, pooling."""
+"""Files beside the weights that decide what the model computes: its config, tokenizer and pooling."""
 
 
 def identify_model(config: EvalConfig, weights: Path, precision: str) -> ModelIdentity:

@@ -36,6 +36,7 @@ class Entry:
         data: the dataset, an instance of its type.
         classnames, prompts: where class names and templates come from (classification only).
         class_keys: the dataset's own names of `classnames`, where it may have fewer classes; see `resolve_labels`.
+        label_names: the dataset's own class names in the order of its labels, where its files have none.
         num_classes, num_images: what the dataset is expected to have; None: not checked.
         source, download: where the dataset comes from, in words, and a command that fetches it; for people only.
         fingerprint: hash of the entry, its paths and its texts; another one means another task.
@@ -48,6 +49,7 @@ class Entry:
     classnames: TextSource
     prompts: TextSource
     class_keys: TextSource | None
+    label_names: tuple[str, ...] | None
     num_classes: int | None
     num_images: int | None
     source: str | None
@@ -158,6 +160,7 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
         classnames=classnames,
         prompts=prompts,
         class_keys=class_keys,
+        label_names=tuple(raw["label_names"]) if "label_names" in raw else None,
         num_classes=raw.get("num_classes"),
         num_images=raw.get("num_images"),
         source=raw.get("source"),
@@ -198,7 +201,7 @@ def entry_schema(spec: type[DatasetSpec]) -> dict[str, Any]:
     """Return the JSON Schema of entries of one dataset type: the common fields and those of the dataclass `spec`."""
     schema = json.loads(Path(__file__).with_name("catalog.schema.json").read_text(encoding="utf-8"))
     if spec.kind != CLASSIFICATION:
-        for name in ("classnames", "prompts", "class_keys", "num_classes"):
+        for name in ("classnames", "prompts", "class_keys", "label_names", "num_classes"):
             del schema["properties"][name]
     for field in dataclasses.fields(spec):
         schema["properties"][field.name] = {"type": _JSON_TYPES[_plain_type(field.type)]}

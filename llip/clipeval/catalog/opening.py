@@ -48,8 +48,8 @@ def how_to_get(entry: Entry) -> str:
 
 def labels_of(entry: Entry, source: ImageSource) -> Labels:
     """Read the class names and prompts of an entry and hold them against the dataset's; see `resolve_labels`."""
-    own = source.classnames, source.templates
-    return resolve_labels(entry.classnames, entry.prompts, *own, entry.num_classes, entry.class_keys)
+    own = entry.label_names or source.classnames
+    return resolve_labels(entry.classnames, entry.prompts, own, source.templates, entry.num_classes, entry.class_keys)
 
 
 def check_targets(source: ImageSource, labels: Labels) -> None:

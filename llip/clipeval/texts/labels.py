@@ -61,7 +61,8 @@ def resolve_labels(
 
     Args:
         class_keys: the dataset's own name of each of `classnames`, in the same order; so a dataset may have fewer
-            classes than there are names. None: `classnames` are in the order of the dataset's labels.
+            classes than there are names. None: `classnames` are the dataset's own, in any order, or others in the
+            order of its labels.
 
     Raises:
         UserError: no such source; another number or order of classes than the dataset's; a template without {c}.
@@ -72,7 +73,7 @@ def resolve_labels(
     if isinstance(names, Mapping):
         names = _rename(names, own_classnames, classnames)
     elif own_classnames is not None:
-        _check_order([name if isinstance(name, str) else name[0] for name in names], own_classnames)
+        names = _in_label_order(names, own_classnames)
     if num_classes is not None and len(names) != num_classes:
         raise UserError(f"{len(names)} class names, but the entry expects num_classes = {num_classes}")
     if len(names) < 2:
@@ -101,15 +102,30 @@ def _rename(names: Mapping[str, str | Sequence[str]], own: Sequence[str] | None,
     return [folded[name.replace("_", " ")] for name in own]
 
 
-def _check_order(names: Sequence[str], own: Sequence[str]) -> None:
-    """Refuse another count, and the dataset's own names in another order (the labels would be shuffled)."""
-    folded, expected = ([name.lower().replace("_", " ") for name in part] for part in (names, own))
-    first = next((i for i, pair in enumerate(zip(folded, expected, strict=False)) if pair[0] != pair[1]), None)
-    if first is None:
-        first = min(len(folded), len(expected))
-    described = [repr(part[first]) if first < len(part) else "nothing" for part in (names, own)]
-    where = f"the first difference is class {first}: {described[0]}, in the dataset {described[1]}"
-    if len(names) != len(own):
-        raise UserError(f"{len(names)} class names for a dataset of {len(own)} classes; {where}")
-    if folded != expected and sorted(folded) == sorted(expected):
-        raise UserError(f"the class names are in another order than the dataset's labels; {where}")
+def _in_label_order(names: Sequence[str | Sequence[str]], own: Sequence[str]) -> Sequence[str | Sequence[str]]:
+    """Return names in the order of the labels: by name if they are the dataset's own, else as they are.
+
+    Of a class with synonyms the first name counts.
+
+    Raises:
+        UserError: another number of names, or names that are partly the dataset's and stand at other classes.
+    """
+    firsts = [name if isinstance(name, str) else name[0] for name in names]
+    given, expected = ([name.lower().replace("_", " ") for name in part] for part in (firsts, own))
+    if len(given) != len(expected):
+        first = next((i for i, pair in enumerate(zip(given, expected, strict=False)) if pair[0] != pair[1]), None)
+        first = min(len(given), len(expected)) if first is None else first
+        here, there = (repr(part[first]) if first < len(part) else "nothing" for part in (firsts, own))
+        raise UserError(
+            f"{len(given)} class names for a dataset of {len(expected)} classes; the first difference is class "
+            f"{first}: {here}, in the dataset {there}"
+        )
+    if sorted(given) == sorted(expected):
+        return [names[given.index(name)] for name in expected]
+    for label, name in enumerate(given):
+        if name != expected[label] and expected.count(name) == 1:
+            raise UserError(
+                f"class {label} is called {firsts[label]!r}, the dataset's name of class {expected.index(name)}; give "
+                "class_keys, the dataset's own name of each of classnames"
+            )
+    return names

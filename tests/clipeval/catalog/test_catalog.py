@@ -1,10 +1,14 @@
 """The catalog: what it accepts, what it says about mistakes, and the one that is shipped."""
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from llip.clipeval.catalog.catalog import CATALOG_FOLDER, load_catalog
+from llip.clipeval.catalog.opening import labels_of
+from llip.clipeval.dataset_types.folders import ImageFiles
 from llip.clipeval.texts.labels import resolve_labels
 from llip.clipeval.texts.sources import TextSource
 from llip.errors import UserError
@@ -163,6 +167,8 @@ def test_shipped_texts_fit_their_entries() -> None:
             continue
         used |= {source.value for source in (entry.classnames, entry.prompts) if source.kind == "file"}
         own = [f"class {i}" for i in range(entry.num_classes)]
+        if entry.label_names is not None:
+            own = list(entry.label_names)
         if entry.class_keys is not None:
             own = list(entry.class_keys.read(None, "class_keys"))[: entry.num_classes]
         labels = resolve_labels(entry.classnames, entry.prompts, own, None, entry.num_classes, entry.class_keys)
@@ -172,12 +178,41 @@ def test_shipped_texts_fit_their_entries() -> None:
     assert files <= used, "a file of prompts that no entry uses"
 
 
-def test_names_of_faces_follow_the_labels_of_fer2013() -> None:
-    """clip-benchmark has the same names in the order of folders, which is not that of the labels in fer2013.csv."""
-    names = load_catalog()["fer2013"].classnames.read(None, "classnames")
-    assert names == ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")
-    pytest.importorskip("clip_benchmark")
-    assert sorted(names) == sorted(TextSource("package", "clip_benchmark:fer2013").read(None, "classnames"))
+SLIP_LABELS = {  # of its labels.json, whose order is that of its own copies of the sets
+    "clevr_counts": ["10", "3", "4", "5", "6", "7", "8", "9"],
+    "kitti": [
+        "a photo i took with a car in the distance.",
+        "a photo i took with a car nearby.",
+        "a photo i took of a car on my left or right side.",
+        "a photo i took with no car.",
+    ],
+    "fer2013": [
+        ["angry"], ["disgusted"], ["fearful"], ["happy", "smiling"], ["neutral", "bored"], ["sad", "depressed"],
+        ["surprised", "shocked", "spooked"],
+    ],
+}  # fmt: skip
+LABELS = {  # what the readers of the shipped entries return as class 0, 1, ...
+    "clevr_counts": [str(count) for count in range(3, 11)],
+    "kitti": [SLIP_LABELS["kitti"][place] for place in (2, 1, 0, 3)],  # the closest car: up to 8 m, 20 m, further, none
+    "fer2013": ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"],
+}
+
+
+@pytest.mark.parametrize("task", sorted(LABELS))
+def test_names_in_another_order_drop_in(task: str, tmp_path: Path) -> None:
+    """These readers have no class names; the entry's label_names do: clip-benchmark and SLIP have other orders."""
+    raw = json.loads((CATALOG_FOLDER / "dataset_catalog.json").read_text())[task]
+    (tmp_path / "labels.json").write_text(json.dumps(SLIP_LABELS))
+    raw |= {"classnames": f"labels.json#{task}", "prompts": ["{c}"]}
+    entry = load_catalog(write_catalog(tmp_path / "catalog.json", {task: raw}))[task]
+    source = ImageFiles([], [])
+    given = [name if isinstance(name, str) else name[0] for name in labels_of(entry, source).classnames]
+    assert given == LABELS[task]
+    assert list(load_catalog()[task].label_names) == LABELS[task]
+    if importlib.util.find_spec("clip_benchmark"):
+        shipped = labels_of(load_catalog()[task], source).classnames
+        numbers = ["three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        assert list(shipped) == (numbers if task == "clevr_counts" else LABELS[task])
 
 
 def test_what_people_read_is_no_part_of_the_task(tmp_path: Path) -> None:

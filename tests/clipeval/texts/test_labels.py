@@ -47,7 +47,7 @@ def test_files(tmp_path: Path) -> None:
     [
         (("cat", "dog"), ["cat", "cow", "dog"], None, "2 class names for a dataset of 3.*class 1: 'dog'.*'cow'"),
         (("cat", "dog", "cow"), ["cat", "dog"], None, "class 2: 'cow', in the dataset nothing"),
-        (("dog", "cat"), ["cat", "dog"], None, "another order.*class 0: 'dog'"),
+        (("dog", "cat", "a cow"), ["cat", "dog", "cow"], None, "class 0 is called .dog., .*name of class 1"),
         (("cat", "dog"), None, 3, "num_classes = 3"),
         (("cat",), None, None, "at least 2"),
     ],
@@ -59,6 +59,20 @@ def test_names_that_do_not_fit(given: tuple, own: list | None, count: int | None
 
 def test_better_names_in_the_datasets_order_are_fine() -> None:
     assert resolve_labels(names("a cat", "a dog"), PROMPTS, ["n01", "n02"], None, 2).classnames == ("a cat", "a dog")
+
+
+def test_the_datasets_own_names_are_matched_by_name(tmp_path: Path) -> None:
+    """In any order, with synonyms, spelled with other cases or underscores."""
+    own = ["cat", "hot dog", "cow"]
+    assert resolve_labels(names("cow", "Hot_dog", "cat"), PROMPTS, own, None, 3).classnames == ("cat", "Hot_dog", "cow")
+    (tmp_path / "labels.json").write_text(json.dumps({"x": [["cow", "ox"], ["cat"], "hot dog"]}))
+    labels = resolve_labels(TextSource.parse("labels.json#x", tmp_path), PROMPTS, own, None, 3)
+    assert labels.classnames == (("cat",), "hot dog", ("cow", "ox"))
+
+
+def test_a_name_that_two_classes_share_stays_where_it_is() -> None:
+    own = ["crane", "missile", "crane"]
+    assert resolve_labels(names("crane", "rocket", "crane"), PROMPTS, own, None, 3).classnames[1] == "rocket"
 
 
 def test_prompt_without_a_place_for_the_class() -> None:
