@@ -4,15 +4,20 @@ import json
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import open_clip
 import safetensors
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 
 from llip.errors import UserError
 
 LIBRARY = "llip"
 """What exported files name as their library."""
+
+_HUB_SECONDS = 5
 
 _IN_FOLDER = (  # the first that is there; ours, then OpenCLIP's and the hub's
     "model.safetensors",
@@ -83,6 +88,19 @@ def weights_in_folder(folder: Path) -> Path:
     raise UserError(f"folder {str(folder)!r} holds no weights; expected one of {', '.join(_IN_FOLDER)}")
 
 
+def _download(described: dict[str, Any]) -> Path:
+    """Return the file of an OpenCLIP tag from the hub or its cache. The hub's client retries for up to a minute where
+    there is no network; one short request finds that out first, and then only the cache is asked.
+    """
+    offline = False
+    try:
+        get_session().head(hub.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception:  # whatever the client raises
+        offline = True
+    with patch.object(hub, "HF_HUB_OFFLINE", offline):
+        return Path(open_clip.download_pretrained(described))
+
+
 def find_weights(pretrained: str, model_name: str) -> WeightSource:
     """Return the weights that `pretrained` names.
 
@@ -107,7 +125,7 @@ def find_weights(pretrained: str, model_name: str) -> WeightSource:
         raise UserError(f"pretrained = {pretrained!r} is neither a file nor a tag, nor a folder; {known}")
     described = open_clip.get_pretrained_cfg(model_name, pretrained)
     try:
-        return WeightSource(Path(open_clip.download_pretrained(described)), _statistics(described))
+        return WeightSource(_download(described), _statistics(described))
     except Exception as error:  # any network or hub failure: the user needs the fix, not the stack
         raise UserError(
             f"the weights of tag {pretrained!r} could not be downloaded ({type(error).__name__}: {error}); "

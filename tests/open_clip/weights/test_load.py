@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import open_clip
 import pytest
@@ -235,6 +236,24 @@ def test_pixel_statistics_of_a_source_are_folded_into_the_tower(tmp_path):
     torch.save({"model": model.config, "state_dict": model.state_dict()}, tmp_path / "c.pt")
     again = llip.load_pretrained(tmp_path / "c.pt")
     torch.testing.assert_close(again.encode_image(preprocess(picture)[None])[:, 0].detach(), found)
+
+
+def test_without_network_a_tag_comes_from_the_cache_or_fails_within_seconds(tmp_path, monkeypatch):
+    repository = "timm/vit_base_patch16_clip_224.openai"
+    assert open_clip.get_pretrained_cfg("ViT-B-16", "openai")["hf_hub"] == repository + "/"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="tag 'openai' could not be downloaded.*give its path"):
+        find_weights("openai", "ViT-B-16")
+    assert time.monotonic() - start < 10
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    cached = folder / "snapshots" / ("0" * 40) / "open_clip_pytorch_model.bin"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0" * 40)
+    assert find_weights("openai", "ViT-B-16").path == cached
 
 
 def test_statistics_of_a_bare_file_are_those_that_all_tags_of_its_model_name(tmp_path):
