@@ -36,8 +36,15 @@ def _timm_refusal(vision: dict[str, Any]) -> str | None:
     return None
 
 
+def is_image_text(architecture: dict[str, Any]) -> bool:
+    """Return whether a config of OpenCLIP's describes an image and a text tower; its audio models have no image."""
+    return {"vision_cfg", "text_cfg"} <= architecture.keys()
+
+
 def _refusal(architecture: dict[str, Any]) -> str | None:
-    """Say why mixture tokens cannot go into this architecture, or None where they can."""
+    """Return why mixture tokens cannot go into this architecture, None where they can."""
+    if not is_image_text(architecture):
+        return "it is not a model of images and texts"
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     if "multimodal_cfg" in architecture:
         return "it is a captioning model (CoCa)"
@@ -74,11 +81,9 @@ def list_further_models() -> tuple[str, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    architecture = read_json(path, "model config")
-    return architecture.get("model_cfg", architecture)
-
-
-def _check_keys(architecture: dict[str, Any], source: str) -> None:
+    """Read a model's json, in OpenCLIP's format."""
+    described = read_json(path, "model config")
+    architecture, source = described.get("model_cfg", described), repr(str(path))
     allowed = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "multimodal_cfg"}
     allowed |= {"init_logit_scale", "init_logit_bias"}  # our objectives bring their own
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
@@ -93,6 +98,7 @@ def _check_keys(architecture: dict[str, Any], source: str) -> None:
         for key in values:
             if key not in names:
                 raise UserError(f"model {source}: unknown key {prefix + key!r}.{did_you_mean(key, names)}")
+    return architecture
 
 
 def _find(model: str) -> dict[str, Any]:
@@ -153,7 +159,6 @@ def resolve_architecture(
             into, with the reason, or one whose tokenizer is not on this machine.
     """
     architecture = _find(model)
-    _check_keys(architecture, repr(model))
     reason = _refusal(architecture)
     if reason is not None:
         raise UserError(f"model {model!r} cannot carry mixture tokens: {reason}.{did_you_mean(model, list_models())}")

@@ -11,7 +11,7 @@ import open_clip
 from torch import Tensor, nn
 
 from llip.errors import UserError
-from llip.open_clip.architecture import evaluation_resize_mode
+from llip.open_clip.architecture import evaluation_resize_mode, is_image_text
 from llip.open_clip.model import Llip
 from llip.open_clip.pooling import FirstToken
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
@@ -85,10 +85,10 @@ def open_plain(name: str, pretrained: str | None, tokenizer: str | None = None) 
         if pretrained is not None:
             raise UserError(f"pretrained = {pretrained!r}: {name} brings its own weights; leave it out")
     else:
-        source = find_plain_weights(name, pretrained)
-        if pretrained not in open_clip.list_pretrained_tags_by_model(
-            name
-        ):  # a bare file does not describe its preprocessing
+        if not is_image_text(open_clip.get_model_config(name)):
+            raise UserError(f"OpenCLIP model {name!r} is not a model of images and texts")
+        source, tags = find_plain_weights(name, pretrained), open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags:  # a bare file does not describe its preprocessing
             pretrained = str(source.path)
             preprocessing["image_resize_mode"] = evaluation_resize_mode(name)
             if source.pixels is not None:

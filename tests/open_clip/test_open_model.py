@@ -163,3 +163,18 @@ def test_mistakes_are_one_message(ours, plain_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             llip.open_model(*arguments, **options)
+
+
+def test_models_without_images_are_no_choice(monkeypatch):
+    audio = {"embed_dim": 16, "audio_cfg": {"layers": 2}, "text_cfg": {"width": 16}}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Audio-B-16", audio)
+    for names in (llip.list_models, llip.list_further_models):
+        names.cache_clear()
+        assert "Audio-B-16" not in names()
+        names.cache_clear()
+    with pytest.raises(UserError, match="unknown model 'Audio-B-61'"):
+        llip.get_tokenizer("Audio-B-61")
+    with pytest.raises(UserError, match="not a model of images and texts"):
+        llip.get_tokenizer("Audio-B-16")
+    with pytest.raises(UserError, match="not a model of images and texts"):
+        llip.open_model("Audio-B-16", "openai")

@@ -244,7 +244,7 @@ def test_without_network_a_tag_comes_from_the_cache_or_fails_within_seconds(tmp_
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    with pytest.raises(UserError, match="tag 'openai' could not be downloaded.*give its path"):
+    with pytest.raises(UserError, match=r"tag 'openai' could not be downloaded.*give its path"):
         find_weights("openai", "ViT-B-16")
     assert time.monotonic() - start < 10
     folder = tmp_path / f"models--{repository.replace('/', '--')}"
