@@ -38,16 +38,11 @@ class _SliceEnd(NamedTuple):
     samples: int
 
 
-class _Lost(NamedTuple):
-    shard: LostShard
-    reason: str
-
-
 class _EpochEnd(NamedTuple):
     data_epoch: int
 
 
-_Item = _EpochStart | _Refill | _SliceEnd | _Lost | _EpochEnd | Damage | RawSample
+_Item = _EpochStart | _Refill | _SliceEnd | LostShard | _EpochEnd | Damage | RawSample
 
 
 class DatasetStream:
@@ -121,8 +116,8 @@ class DatasetStream:
             elif isinstance(item, _SliceEnd):
                 self.counts.append(item.samples)
                 self.stats.finish_shard(self.dataset)
-            elif isinstance(item, _Lost):
-                self.stats.lose_shard(item.shard, item.reason)
+            elif isinstance(item, LostShard):
+                self.stats.lose_shard(item)
             elif isinstance(item, Damage):
                 self.stats.drop(item.reason, item.url)
             elif isinstance(item, _Refill):
@@ -185,8 +180,9 @@ class DatasetStream:
         )
         for number, item in items:
             if isinstance(item, Damage):
-                lost = LostShard(self.dataset, url, part.first, part.stride if part.listed is None else 0, done)
-                yield _Lost(lost, item.reason) if item.reason in LOSES_SHARD else item
+                stride = part.stride if part.listed is None else 0
+                lost = LostShard(self.dataset, url, item.reason, item.detail, part.first, stride, done)
+                yield lost if item.reason in LOSES_SHARD else item
             elif part.listed is not None or number % part.stride == 0:
                 yield item
                 done += 1

@@ -17,10 +17,12 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class LostShard(NamedTuple):
-    """A shard that was not read to its end: of its samples `first`, `first + stride`, ... came `read`."""
+    """A shard that was not read to its end, and why: of its samples `first`, `first + stride`, ... came `read`."""
 
     dataset: int
     url: str
+    reason: str
+    detail: str
     first: int
     stride: int  # 0: single samples, which count as dropped
     read: int
@@ -64,6 +66,7 @@ class WorkerStats:
         self.lost: list[LostShard] = []  # since the last report
         self.used = [0] * datasets
         self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the worker's life
+        self.details: dict[str, str] = {}  # reason -> what happened to the last shard lost for it
         self.members: Counter[str] = Counter()  # member names of samples that cannot be used
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage, since the last report
         self._reported: Counter[tuple[str, str]] = Counter()
@@ -96,14 +99,15 @@ class WorkerStats:
         """Count a shard slice that was read, lost or not."""
         self.shards[dataset] += 1
 
-    def lose_shard(self, lost: LostShard, reason: str) -> None:
+    def lose_shard(self, lost: LostShard) -> None:
         """Count a shard that was lost. The training process decides when too many are: it sees those of all workers.
 
         Raises:
             UserError: nothing usable has come for too long.
         """
         self.lost.append(lost)
-        self.dropped[lost.url, reason] += 1
+        self.dropped[lost.url, lost.reason] += 1
+        self.details[lost.reason] = lost.detail
         self.check_start(self.dropped)
 
     def check_start(self, bad: Counter[tuple[str, str]], sample: Iterable[str] = ()) -> None:
@@ -151,7 +155,8 @@ class WorkerStats:
         for (shard, reason), count in dropped.items():
             reasons[reason] += count
             shards[shard] += count
-        by_reason = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common(8))
+        details = {reason: f" ({detail})" for reason, detail in self.details.items() if detail}
+        by_reason = ", ".join(f"{reason}{details.get(reason, '')}: {count}" for reason, count in reasons.most_common(8))
         by_shard = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(3))
         members = ", ".join(sorted(self.members)[:12]) or "none"
         return f"dropped {by_reason or 'none'}; worst shards: {by_shard or 'none'}; member names seen: {members}"

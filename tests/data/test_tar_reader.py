@@ -1,15 +1,11 @@
 """One shard to raw samples: what is read, against tarfile and webdataset, and how each kind of damage is named."""
 
-import functools
 import gzip
-import http.server
 import io
 import os
 import random
-import shutil
 import tarfile
 import tempfile
-import threading
 import time
 
 import pytest
@@ -276,25 +272,6 @@ def test_leaving_a_command_ends_it_and_its_children(tmp_path):
     assert time.monotonic() - started < 0.9
     time.sleep(1.5)
     assert not mark.exists()
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches URLs with curl")
-def test_shards_over_http(tmp_path):
-    path = write_members(tmp_path / "a.tar", pairs(20))
-    handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        found = list(read_samples(f"{url}/a.tar"))
-        missing = list(read_samples(f"{url}/b.tar"))
-        server.shutdown()
-    assert [{**item, "__url__": path} for item in found] == list(read_samples(path))
-    assert missing == [Damage(f"{url}/b.tar", reading.COMMAND_FAILED, "exit code 22")]  # curl's for a 404
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
 
 
 KEYS = st.text("abé_-0 ", min_size=1, max_size=60).map(lambda text: f"k{text}")

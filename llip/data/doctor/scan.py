@@ -19,8 +19,9 @@ from llip.data.captions import BadSample, CaptionSource, parse_caption_keys
 from llip.data.images import EMPTY, MAX_PIXELS, NOT_AN_IMAGE, TOO_LARGE, decode_image
 from llip.data.index import ShardEntry, describe_shard
 from llip.data.prefetch import READ_DEADLINE, ReadWatch, read_ahead
+from llip.data.shard_file import COMMAND_FAILED, DOWNLOAD_FAILED, MISSING, STALLED, UNREADABLE
 from llip.data.sources import IMAGE_KEYS
-from llip.data.tar_reader import COMMAND_FAILED, MISSING, STALLED, UNREADABLE, Damage, read_samples
+from llip.data.tar_reader import Damage, read_samples
 from llip.errors import UserError
 
 NO_IMAGE = "no image"
@@ -28,7 +29,7 @@ NO_CAPTION = "no caption"
 NO_SAMPLES = "shard holds no samples"
 
 _CAPTION_FIELD = re.compile(r"caption|^(alt|alt_text|description|prompt|texts?|title)$", re.IGNORECASE)
-_PASSING = {COMMAND_FAILED, MISSING, STALLED, UNREADABLE}  # the next time there may be more samples
+_PASSING = {COMMAND_FAILED, DOWNLOAD_FAILED, MISSING, STALLED, UNREADABLE}  # the next time there may be more samples
 _FIELDS_LISTED = 100  # json fields of one shard: where names are data, listing them all says nothing
 _CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for ever
 _CHARACTERS = 10_000  # of a caption that are tokenised

@@ -124,11 +124,12 @@ class DataReport:
         """Count what came with batch number `batch`; a new kind of damage is logged, up to a few."""
         for dataset, count in enumerate(report.used):
             self.counts.used[dataset] += count
+        details = {lost.url: lost.detail for lost in report.lost}
         for shard, reason, count in report.dropped:
             self.counts.dropped[shard, reason] += count
             if (shard, reason) not in self._logged:
                 self._logged.add((shard, reason))
-                self._warn(shard, reason)
+                self._warn(shard, _with_detail(reason, details.get(shard, "")))
         for dataset, count in enumerate(report.shards):
             self.counts.shards[dataset] += count
         for lost in report.lost:
@@ -138,7 +139,7 @@ class DataReport:
 
     def _add_lost(self, lost: LostShard) -> None:
         self.counts.lost[lost.dataset] += 1
-        self.counts.last_lost = [*self.counts.last_lost, lost.url][-_LAST_LOST:]
+        self.counts.last_lost = [*self.counts.last_lost, _with_detail(lost.url, lost.detail)][-_LAST_LOST:]
         if lost.stride and lost.url in self.known:
             self.counts.lost_samples += max(0, len(range(lost.first, self.known[lost.url], lost.stride)) - lost.read)
 
@@ -245,3 +246,7 @@ class DataReport:
             f"{lost:,}",
             "\n".join([f"{'count':>10}  {'reason':30}  shard", *rows[:_TABLE_ROWS], *more]),
         )
+
+
+def _with_detail(what: str, detail: str) -> str:
+    return f"{what} ({detail})" if detail else what

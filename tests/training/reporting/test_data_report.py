@@ -91,9 +91,9 @@ def test_plain_counts_are_bounded_and_lose_no_sample():
     assert again.by_reason() == counts.by_reason()
 
 
-def lose(url, dataset=0, read=0, stride=1):
+def lose(url, dataset=0, read=0, stride=1, reason="shard is not there", detail=""):
     return WorkerReport(
-        [(url, "shard is not there", 1)], [1, 1], {}, 0, [1, 1], [LostShard(dataset, url, 0, stride, read)]
+        [(url, reason, 1)], [1, 1], {}, 0, [1, 1], [LostShard(dataset, url, reason, detail, 0, stride, read)]
     )
 
 
@@ -114,6 +114,14 @@ def test_lost_shards_end_the_run_beyond_the_limit_of_their_dataset():
     with pytest.raises(UserError, match="'a': 7 of 30 shards"):
         judged(7, 23, 0.2)
     assert judged(6, 24, 0.2)["lost_shards"] == 6
+
+
+def test_the_log_and_the_error_give_the_detail_of_a_lost_shard(said):
+    one = DataReport(["a", "b"], DataCounts([0, 0]), 0, [1, 1], 0.2)
+    one.add(lose("http://x/0.tar", reason="shard download failed", detail="HTTP status 500"), 0)
+    assert "dropping from http://x/0.tar: shard download failed (HTTP status 500)" in said.text
+    with pytest.raises(UserError, match=r"shard download failed: 1; the last ones: http://x/0.tar \(HTTP status 500\)"):
+        one.record([one.counts.plain(0)], 0.0)
 
 
 def test_shards_lost_after_many_good_epochs_count_by_their_own_epoch():
