@@ -34,9 +34,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from llip.configs import Config
-from llip.data.captions import choose_caption, parse_caption_keys
+from llip.data.captions import choose_captions, parse_caption_keys
 from llip.data.images import RandomCrops, decode_image
-from llip.data.loader import make_loader
+from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
 from llip.errors import UserError
@@ -83,7 +83,8 @@ def own_batches(setup: Setup) -> Iterator[int]:
     tokenizer = get_tokenizer(context_length=CONTEXT_LENGTH)
     position = DataPosition(setup.workers)
     data = parse_train_data(setup.train_data)
-    for batch in make_loader(config, data, tokenizer, setup.image_size, 0, 1, position, torch.cuda.is_available()):
+    dataset = CaptionedImages(config, data, tokenizer, setup.image_size, position)
+    for batch in make_loader(dataset, torch.cuda.is_available()):
         if batch.error:
             raise UserError(batch.error)
         yield len(batch.images)
@@ -148,7 +149,9 @@ def image_bytes(sample: dict[str, bytes]) -> bytes:
 
 def caption(sample: dict[str, bytes]) -> str:
     """Return the caption that the loader would take, '' where there is none."""
-    return choose_caption(sample, parse_caption_keys("txt"), random.Random(0)) if sample.get("txt", b"").strip() else ""
+    if not sample.get("txt", b"").strip():
+        return ""
+    return choose_captions(sample, parse_caption_keys("txt"), 1, random.Random(0))[0]
 
 
 def seconds_each(work: Callable[[], Any], count: int, least: float) -> float:

@@ -60,6 +60,14 @@ class Config:
     )
     train_num_samples: int = _field(0, "pairs per epoch of the schedule", bounds=FROM_0)
     caption_keys: str = _field("txt", "caption sources: txt, json.FIELD; weighted as in json.captions:0.7,txt:0.3")
+    captions_per_image: int = _field(
+        1,
+        "N: captions per image and step, distinct while an image has enough",
+        bounds=Bounds("at least 1", 1, 256),
+    )
+    caption_fill: Literal["repeat", "mask"] = _field(
+        "repeat", "an image with fewer captions: repeat draws them again, mask trains on each once"
+    )
     image_transform: str | None = _field(
         None, "path/file.py:Name: maps a decoded image (uint8 [H, W, 3]) and a seed to an image, before the random crop"
     )
@@ -104,7 +112,12 @@ class Config:
         "sigmoid",
         "objective over all images x all texts of the global batch: sigmoid, softmax, softmax_in, or path/file.py:Name",
     )
-    batch_size: int = _field(256, "pairs per process and micro-batch", DERIVED, bounds=AT_LEAST_1)
+    global_loss_weight: float = _field(
+        0.0,
+        "weight of the same objective on text-free image features; that of text-conditioned scores is the rest to 1",
+        bounds=FROM_0_TO_1,
+    )
+    batch_size: int = _field(256, "images per process and micro-batch", DERIVED, bounds=AT_LEAST_1)
     accum_freq: int = _field(
         1,
         "micro-batches per step; the contrastive batch grows with it, the memory does not",
@@ -196,8 +209,13 @@ class Config:
 
     @property
     def global_batch(self) -> int:
-        """Pairs per optimizer step over all processes and accumulation slices."""
+        """Images per optimizer step over all processes and micro-batches."""
         return self.batch_size * self.processes * self.accum_freq
+
+    @property
+    def global_texts(self) -> int:
+        """T: captions per optimizer step."""
+        return self.global_batch * self.captions_per_image
 
     @property
     def steps_per_epoch(self) -> int:
@@ -277,6 +295,7 @@ REFUSED_NAMES = {
 _PATHS = ("logs", "resume", "model", "pretrained", "tokenizer", "evals")
 """Fields in which `~` and variables are expanded; `train_data` expands its own."""
 LOGGERS = ("tensorboard", "wandb")
+TEXT_FREE_POOLINGS = ("first", "mean", "learned")
 
 
 def _check_names(config: Config) -> None:
@@ -291,6 +310,11 @@ def _check_names(config: Config) -> None:
         parse_window(config.profile_steps)
     for field in SHIPPED:
         check_extension(field, getattr(config, field))
+    if config.global_loss_weight and config.pooling in TEXT_FREE_POOLINGS:
+        raise UserError(
+            f"config field global_loss_weight = {config.global_loss_weight}: {config.pooling!r} pooling is text-free "
+            "already; set global_loss_weight=0, or pooling=text"
+        )
     for logger in config.report_to:
         if logger not in LOGGERS:
             raise UserError(f"config field report_to = {shown(logger)}: expected {', '.join(LOGGERS)}, or none")

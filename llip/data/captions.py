@@ -1,10 +1,11 @@
-"""Which caption of a sample is used: weighted sources (`caption_keys`), several captions per image."""
+"""Which captions of a sample are used: weighted sources (`caption_keys`), each with one caption or several."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from llip.errors import UserError
 
@@ -91,18 +92,40 @@ def parse_caption_keys(text: str) -> tuple[CaptionSource, ...]:
     return tuple(sources)
 
 
-def choose_caption(sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], rng: random.Random) -> str:
-    """Draw one caption: a source by weight, a missing one falling to the next, then one of its captions.
+def choose_captions(
+    sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], count: int, rng: random.Random
+) -> list[str]:
+    """Draw captions of a sample: different ones first, and again from all of them where it has fewer.
 
     Raises:
         BadSample: no source has a caption.
     """
-    rest = list(sources)
+    captions = list(itertools.islice(_draws(sample, sources, rng), count))
+    while captions and len(captions) < count:
+        captions += itertools.islice(_draws(sample, sources, rng), count - len(captions))
+    if not captions:
+        raise BadSample("no caption")
+    return captions
+
+
+def _draws(sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], rng: random.Random) -> Iterator[str]:
+    """Draw a sample's captions one by one, none twice: a source by weight, then one of its captions.
+
+    A source that has none left is out. One of weight 0 is drawn from only if the others have none at all.
+    """
+    rest, drawn = list(sources), set[str]()
+    left: dict[CaptionSource, list[str]] = {}
     while rest:
         weights = [source.weight for source in rest]
-        source = rng.choices(rest, weights)[0] if sum(weights) > 0 else rest[0]
-        captions = source.captions(sample)
-        if captions:
-            return rng.choice(captions)
-        rest.remove(source)
-    raise BadSample("no caption")
+        if drawn and not any(weights):
+            return
+        source = rng.choices(rest, weights)[0] if any(weights) else rest[0]
+        if source not in left:
+            left[source] = source.captions(sample)
+        left[source] = [caption for caption in left[source] if caption not in drawn]
+        if not left[source]:
+            rest.remove(source)
+            continue
+        caption = rng.choice(left[source])
+        drawn.add(caption)
+        yield caption

@@ -1,9 +1,9 @@
 """Batches of images and token ids from webdataset shards: deterministic, resumable, and never silently empty.
 
-Shapes: B pairs of a batch, S image size, C context length.
+Shapes: B images of a batch, N captions per image, S image size, C context length.
 
 Each data worker reads its share of the shards. It streams raw samples (`stream`), decodes them and puts
-whole batches together. What is drawn for a sample (caption, crop) depends on the seed, the epoch, the shard's name and
+whole batches together. What is drawn for a sample (captions, crop) depends on the seed, the epoch, the shard's name and
 the sample's key alone. A batch carries its worker's cursor; a restart resumes there without decoding.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llip.configs import Config
-from llip.data.captions import BadSample, choose_caption, parse_caption_keys
+from llip.data.captions import BadSample, choose_captions, parse_caption_keys
 from llip.data.images import RandomCrops
 from llip.data.order import WorkerSlot
 from llip.data.position import Cursor, DataPosition, Layout, SlotPosition, StreamPosition
@@ -41,21 +41,39 @@ STAGES = ("read", "decode", "tokenize", "idle")
 _CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for ever
 
 
+class MicroBatch(NamedTuple):
+    """What a process runs its towers on at once."""
+
+    images: Tensor  # [B, 3, S, S] uint8
+    tokens: Tensor  # [B, N, C] int64
+    mask: Tensor  # [B, N] bool, False where a caption comes again because its image has fewer than N
+
+
 class Batch(NamedTuple):
     """What a data worker hands over."""
 
     images: Tensor  # [B, 3, S, S] uint8, channels last
-    tokens: Tensor  # [B, C] int64
+    tokens: Tensor  # [B, N, C] int64
+    mask: Tensor  # [B, N] bool, see `MicroBatch`
     cursor: Cursor  # the worker's position after it
-    passes: int  # data epochs that this worker has finished
-    report: WorkerReport  # since its last batch
+    data_epoch: int  # of the last sample
+    report: WorkerReport  # since the worker's last batch
     ids: list[str]  # `shard/key` of each sample
     error: str  # not empty: the worker gives up, with this message
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (images, tokens) on `device`, the images in the layout [B, 3, S, S]."""
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return what to compute with on `device`, the images in the layout [B, 3, S, S]."""
         images = self.images.to(device, non_blocking=True).contiguous()  # cheaper there than in a worker
-        return images, self.tokens.to(device, non_blocking=True)
+        tokens, mask = (part.to(device, non_blocking=True) for part in (self.tokens, self.mask))
+        return MicroBatch(images, tokens, mask)
+
+
+class Sample(NamedTuple):
+    """An image and its captions."""
+
+    image: Tensor  # [3, S, S] uint8
+    captions: list[str]  # N
+    mask: list[bool]  # N, False where a caption comes again
 
 
 class CaptionedImages(IterableDataset):
@@ -67,18 +85,32 @@ class CaptionedImages(IterableDataset):
         data: DataSpec,
         tokenizer: Any,
         image_size: int,
-        rank: int,
-        processes: int,
         position: DataPosition,
-        deadline: float,
+        rank: int = 0,
+        processes: int = 1,
+        deadline: float = READ_DEADLINE,
     ) -> None:
+        """Read `data` from `position` on.
+
+        Args:
+            config: the run.
+            data: its `train_data`, parsed.
+            tokenizer: of the model's texts.
+            image_size: pixels a side.
+            position: where to start; not changed by reading.
+            rank: of this process.
+            processes: of the run.
+            deadline: seconds without a byte after which a shard counts as stalled.
+
+        Raises:
+            UserError: `caption_keys` cannot be read, or a transform is not found.
+        """
         super().__init__()
-        self.sources = data.sources
+        self.config, self.sources = config, data.sources
         self.layout = Layout(config.seed, config.shuffle_buffer, data.shard_counts)
         self.caption_sources = parse_caption_keys(config.caption_keys)
         self.image_transform = transform_function("image_transform", config.image_transform)
         self.caption_transform = transform_function("caption_transform", config.caption_transform)
-        self.batch_size, self.max_bad_fraction = config.batch_size, config.max_bad_fraction
         self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
         self.rank, self.processes, self.position = rank, processes, position
 
@@ -92,7 +124,7 @@ class CaptionedImages(IterableDataset):
             source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
         )
         wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({captions})"
-        stats = WorkerStats(self.max_bad_fraction, len(self.sources), wanted)
+        stats = WorkerStats(self.config.max_bad_fraction, len(self.sources), wanted)
         maker = _BatchMaker(self, stats, self._mixture(slot, self._start(logical), stats))
         if info:  # torch has given each worker one thread
             serve_parent([stream.watch.interrupt for stream in maker.mixture.streams])
@@ -101,7 +133,7 @@ class CaptionedImages(IterableDataset):
         except UserError as error:
             # An exception would reach the trainer wrapped in a traceback; a user's mistake is one message.
             nothing = torch.empty(0)
-            yield Batch(nothing, nothing, Cursor(0, []), 0, stats.report(), [], str(error))
+            yield Batch(nothing, nothing, nothing, Cursor(0, []), 0, stats.report(), [], str(error))
 
     def _start(self, logical: int) -> SlotPosition:
         if self.position.slots:
@@ -116,8 +148,8 @@ class CaptionedImages(IterableDataset):
         ]
         return Mixture(streams, [source.weight for source in self.sources], self.layout.seed, position)
 
-    def decode(self, sample: RawSample, data_epoch: int, crops: RandomCrops) -> tuple[Tensor, str]:
-        """Return an augmented image [3, S, S] uint8 and one caption.
+    def decode(self, sample: RawSample, data_epoch: int, crops: RandomCrops) -> Sample:
+        """Return an augmented image and its captions.
 
         Raises:
             BadSample: one of them cannot be used. UserError: a user's transform fails; names the sample.
@@ -129,16 +161,22 @@ class CaptionedImages(IterableDataset):
         except UserError as error:
             raise UserError(f"{error} (sample {name})") from error
 
-    def _draw(self, sample: RawSample, draw: int, crops: RandomCrops) -> tuple[Tensor, str]:
-        caption = choose_caption(sample, self.caption_sources, random.Random(draw))
+    def _draw(self, sample: RawSample, draw: int, crops: RandomCrops) -> Sample:
+        count = self.config.captions_per_image
+        captions = choose_captions(sample, self.caption_sources, count, random.Random(draw))
+        mask = [caption not in captions[:place] for place, caption in enumerate(captions)]
         if self.caption_transform is not None:
-            caption = transform_caption(self.caption_transform, caption, draw)
+            seeds = [zlib.crc32(f"{draw}/{place}".encode()) if place else draw for place in range(count)]
+            captions = [
+                transform_caption(self.caption_transform, caption, seed)
+                for caption, seed in zip(captions, seeds, strict=True)
+            ]
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
             raise BadSample("no image")
         transform = self.image_transform and functools.partial(transform_image, self.image_transform, seed=draw)
         # separate draws: crops do not depend on what captions take
-        return crops.read(sample[key], random.Random(draw + 2**32), transform), caption
+        return Sample(crops.read(sample[key], random.Random(draw + 2**32), transform), captions, mask)
 
 
 class _Check:
@@ -159,13 +197,6 @@ class _Check:
         return True
 
 
-class _Filled(NamedTuple):
-    images: Tensor  # [B, 3, S, S]
-    captions: list[str]
-    ids: list[str]
-    passes: int  # of the last sample
-
-
 class _BatchMaker:
     """Fills batches from a worker's samples."""
 
@@ -177,25 +208,27 @@ class _BatchMaker:
     def batches(self) -> Iterator[Batch]:
         samples = self.mixture.samples()
         while True:
-            images, captions, ids, passes = self._fill(samples)
+            images, captions, mask, ids, data_epoch = self._fill(samples)
             start = time.perf_counter()
-            tokens = self._tokenize(captions)
+            tokens = self._tokenize(captions).unflatten(0, mask.shape)
             self.stats.seconds["tokenize"] += time.perf_counter() - start
             cursor, report = self.mixture.cursor(), self.stats.report()
             start = time.perf_counter()
-            yield Batch(images, tokens, cursor, passes, report, ids, "")
+            yield Batch(images, tokens, mask, cursor, data_epoch, report, ids, "")
             self.stats.seconds["idle"] += time.perf_counter() - start
 
     def _fill(
         self, samples: Iterator[tuple[DatasetStream, RawSample | None]]
-    ) -> tuple[Tensor, list[str], list[str], int]:
-        count, size = self.dataset.batch_size, self.dataset.image_size
-        images = torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as the crops lie
+    ) -> tuple[Tensor, list[str], Tensor, list[str], int]:
+        """Return images, captions (B N), mask, ids, and the data epoch of the last sample."""
+        config, size = self.dataset.config, self.dataset.image_size
+        images = torch.empty(config.batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as crops lie
+        mask = torch.empty(config.batch_size, config.captions_per_image, dtype=torch.bool)
         captions: list[str] = []
         ids: list[str] = []
         clock, seconds = time.perf_counter, self.stats.seconds
         self.stats.batch_began = time.monotonic()
-        while True:
+        while len(ids) < config.batch_size:
             start = clock()
             stream, sample = next(samples)
             read = clock()
@@ -203,17 +236,16 @@ class _BatchMaker:
             if sample is None:  # counted where it was missed
                 continue
             try:
-                image, caption = self.dataset.decode(sample, stream.data_epoch, self.crops)
+                decoded = self.dataset.decode(sample, stream.data_epoch, self.crops)
             except BadSample as error:
                 self.stats.drop(error.reason, sample["__url__"], sample)
                 continue
-            images[len(captions)] = image
-            captions.append(caption)
+            images[len(ids)], mask[len(ids)] = decoded.image, torch.tensor(decoded.mask)
+            captions += decoded.captions
             self.stats.use(stream.dataset)
             ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
             seconds["decode"] += clock() - read
-            if len(captions) == count:
-                return _Filled(images, captions, ids, stream.data_epoch)
+        return images, captions, mask, ids, stream.data_epoch
 
     def _tokenize(self, captions: list[str]) -> Tensor:
         tokenizer = self.dataset.tokenizer
@@ -223,45 +255,24 @@ class _BatchMaker:
         return tokens
 
 
-def make_loader(
-    config: Config,
-    data: DataSpec,
-    tokenizer: Any,
-    image_size: int,
-    rank: int,
-    processes: int,
-    position: DataPosition,
-    pin: bool,
-    deadline: float = READ_DEADLINE,
-) -> DataLoader:
-    """Return a loader of this process's `Batch`es from `position` on.
+def make_loader(dataset: CaptionedImages, pin: bool) -> DataLoader:
+    """Return a loader of a process's `Batch`es, with the workers of its config.
 
     With `workers=0` batches are made in the training process, whose random state is left as it was.
 
     Args:
-        config: the run.
-        data: its `train_data`, parsed.
-        tokenizer: of the model's texts.
-        image_size: pixels a side.
-        rank: of this process.
-        processes: of the run.
-        position: where to start; not changed by reading.
+        dataset: what to load.
         pin: hand over pinned memory, for CUDA.
-        deadline: seconds without a byte after which a shard counts as stalled.
-
-    Raises:
-        UserError: `caption_keys` cannot be read.
     """
-    dataset = CaptionedImages(config, data, tokenizer, image_size, rank, processes, position, deadline)
-    own = torch.Generator()  # the loader draws a seed when it starts: not from the run's random state
-    if config.workers == 0:
-        return DataLoader(dataset, batch_size=None, pin_memory=pin, generator=own)
+    seeds = torch.Generator()  # the loader draws a seed when it starts: not from the run's random state
+    if dataset.config.workers == 0:
+        return DataLoader(dataset, batch_size=None, pin_memory=pin, generator=seeds)
     return DataLoader(
         dataset,
         batch_size=None,  # workers make whole batches
-        num_workers=config.workers,
+        num_workers=dataset.config.workers,
         pin_memory=pin,
-        generator=own,
+        generator=seeds,
         prefetch_factor=2,
         timeout=BATCH_DEADLINE,
         multiprocessing_context="fork",  # the parent has imported everything a worker needs

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from llip.configs import Config
 from llip.data import check
 from llip.data.index import load_index
-from llip.data.loader import make_loader
+from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition, Layout, shards_digest
 from llip.data.sources import SCENES_SCHEME, DataSpec, parse_train_data, shard_name
 from llip.errors import CollectiveUserError, UserError
@@ -150,12 +150,12 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
         ):
             log.info("changed since the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
-    pin = processes.device.type == "cuda"
-    loader = make_loader(
-        config, data, tokenizer, spec.image_size, processes.rank, processes.world_size, state.position, pin
+    dataset = CaptionedImages(
+        config, data, tokenizer, spec.image_size, state.position, processes.rank, processes.world_size
     )
+    loader = make_loader(dataset, pin=processes.device.type == "cuda")
     run_log = _open_log(config, processes, state, data)
-    task = ContrastiveTask(model, config.loss, processes, config.score_memory)
+    task = ContrastiveTask(model, config, processes)
     return Run(task, state, loader, run_log, provenance)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llip.configs import Config
-from llip.data.loader import Batch
+from llip.data.loader import Batch, MicroBatch
 from llip.errors import RunError, UserError
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.scores.plan import ScorePlan
@@ -25,7 +25,7 @@ from llip.training.distributed.watchdog import Watchdog
 from llip.training.reporting.profiling import StepProfiler
 from llip.training.reporting.run_log import RunLog, log
 from llip.training.reporting.step_log import StepLog, StepResult
-from llip.training.step.accumulation import MicroBatch, backward_step, random_state
+from llip.training.step.accumulation import backward_step, random_state
 from llip.training.step.optimizer import learning_rate, set_learning_rate
 from llip.training.step.task import ContrastiveTask
 

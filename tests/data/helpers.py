@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 
 from llip.configs import Config
-from llip.data.loader import make_loader
+from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import parse_train_data, shard_name
 from llip.open_clip.factory import get_tokenizer
@@ -14,16 +14,8 @@ TOKENIZER = get_tokenizer(context_length=12)
 
 
 def loader(config, rank=0, processes=1, position=None):
-    return make_loader(
-        config,
-        parse_train_data(config.train_data),
-        TOKENIZER,
-        32,
-        rank,
-        processes,
-        position or DataPosition(config.workers),
-        pin=False,
-    )
+    data, position = parse_train_data(config.train_data), position or DataPosition(config.workers)
+    return make_loader(CaptionedImages(config, data, TOKENIZER, 32, position, rank, processes), pin=False)
 
 
 def config(pattern, **changes):
@@ -36,7 +28,7 @@ def take(count, *arguments, **keywords):
 
 def captions(batches):
     """The numbers in the captions `picture number <i> of all`, which name the samples."""
-    text = (TOKENIZER.decode([t for t in row.tolist() if t]) for batch in batches for row in batch.tokens)
+    text = (TOKENIZER.decode([t for t in row.tolist() if t]) for batch in batches for row in batch.tokens.flatten(0, 1))
     return [int(line.split("number")[1].split("of")[0].replace(" ", "")) for line in text]
 
 

@@ -1,17 +1,22 @@
 """Captions by weight, and caption_keys."""
 
+import itertools
 import json
 import random
 
 import pytest
 
-from llip.data.captions import BadSample, choose_caption, parse_caption_keys
+from llip.data.captions import BadSample, choose_captions, parse_caption_keys
 from llip.errors import UserError
 
 
 def draw(sample, keys, count=1):
     sources = parse_caption_keys(keys)
-    return [choose_caption(sample, sources, random.Random(i)) for i in range(count)]
+    return [choose_captions(sample, sources, 1, random.Random(i))[0] for i in range(count)]
+
+
+def draw_several(sample, keys, captions, seed=0):
+    return choose_captions(sample, parse_caption_keys(keys), captions, random.Random(seed))
 
 
 def test_captions_by_weight_and_fallback():
@@ -28,6 +33,32 @@ def test_captions_by_weight_and_fallback():
         draw({"json": b"{"}, "json.captions")
     with pytest.raises(BadSample, match="no caption"):
         draw({"txt": b" "}, "txt")
+
+
+SEVERAL = {"txt": b"t", "json": json.dumps({"c": ["a", "b", "a", "t"], "d": "e"}).encode()}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_several_captions_differ_while_there_are_enough(seed):
+    drawn = [draw_several(SEVERAL, "json.c:3,txt:1,json.d:0", count, seed) for count in (1, 2, 3, 7)]
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in itertools.pairwise(drawn))
+    assert drawn[0] == [choose_as_ever(SEVERAL, "json.c:3,txt:1,json.d:0", seed)]
+    assert set(drawn[3][:3]) == set(drawn[3][3:6]) == {"a", "b", "t"}  # the source of weight 0 is not needed
+    assert draw_several({"json": SEVERAL["json"]}, "txt:1,json.d:0", 3, seed) == ["e", "e", "e"]
+
+
+def choose_as_ever(sample, keys, seed):
+    """One caption: a source by weight, then one of its captions; equal ones count as often as they come."""
+    sources, rng = parse_caption_keys(keys), random.Random(seed)
+    source = rng.choices(list(sources), [source.weight for source in sources])[0]
+    return rng.choice(source.captions(sample))
+
+
+def test_the_first_of_several_is_drawn_by_weight():
+    first = [draw_several(SEVERAL, "json.c:0.7,json.d:0.3", 2, seed)[0] for seed in range(500)]
+    assert 0.22 < first.count("e") / 500 < 0.38
+    second = {tuple(draw_several(SEVERAL, "json.c:0.7,json.d:0.3", 2, seed)) for seed in range(500)}
+    assert second == {(a, b) for a in "abte" for b in "abte" if a != b}
 
 
 @pytest.mark.parametrize("keys", ["", "json", "txt.a", "json.captions:x", "txt:0", "json.a:-1", "txt:inf", "txt:nan"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llip.data.loader import make_loader
+from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import parse_train_data
 from tests.data.helpers import TOKENIZER, captions, config, dropped, good, loader, take
@@ -117,10 +117,8 @@ def test_a_silent_command_is_left_and_named(tmp_path, workers):
     write_pairs(tmp_path, 16, 8)
     command = f"pipe:cd {tmp_path}; N=0000{{0..2}}; test $N = 00002 && sleep 60; cat $N.tar"
     settings = config(command, workers=workers, max_bad_fraction=1.0)
-    batches = iter(
-        make_loader(settings, parse_train_data(command), TOKENIZER, 32, 0, 1, DataPosition(workers), False, 0.5)
-    )
-    batches = list(itertools.islice(batches, 5))
+    dataset = CaptionedImages(settings, parse_train_data(command), TOKENIZER, 32, DataPosition(workers), deadline=0.5)
+    batches = list(itertools.islice(make_loader(dataset, pin=False), 5))
     assert sorted(captions(batches[:4])) == list(range(16))
     assert {reason for _, reason in dropped(batches)} == {"shard stalled"}
     assert time.monotonic() - started < 30

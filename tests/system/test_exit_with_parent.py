@@ -14,12 +14,12 @@ PROGRAM = """
 import itertools, sys, time
 from llip.configs import Config
 from llip.open_clip.factory import get_tokenizer
-from llip.data.loader import make_loader
+from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import parse_train_data
 config = Config(train_data=sys.argv[1], workers=1, batch_size=4)
 data, tokenizer = parse_train_data(config.train_data), get_tokenizer(context_length=12)
-batches = iter(make_loader(config, data, tokenizer, 32, 0, 1, DataPosition(1), False))
+batches = iter(make_loader(CaptionedImages(config, data, tokenizer, 32, DataPosition(1)), pin=False))
 worker = batches._workers[0]
 print(worker.pid, flush=True)
 if sys.stdin.readline():

@@ -12,7 +12,7 @@ import yaml
 
 import llip
 from llip.configs import Config
-from llip.data.loader import make_loader
+from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import parse_train_data
 from llip.errors import UserError
@@ -62,20 +62,11 @@ def test_overfits_32_pairs(config, loss):
     config = config.replace(loss=loss, batch_size=32, epochs=250, lr=3e-3, wd=0.0, save_frequency=0)
     train(config, "cpu")
     model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt")
-    loader = make_loader(
-        config,
-        parse_train_data(config.train_data),
-        get_tokenizer(context_length=12),
-        32,
-        0,
-        1,
-        DataPosition(0),
-        pin=False,
-    )
-    batch = next(iter(loader))
+    data, tokenizer = parse_train_data(config.train_data), get_tokenizer(context_length=12)
+    batch = next(iter(make_loader(CaptionedImages(config, data, tokenizer, 32, DataPosition(0)), pin=False)))
 
     with torch.no_grad():
-        scores = model(model.normalise(batch.images), batch.tokens)
+        scores = model(model.normalise(batch.images), batch.tokens[:, 0])
     own = torch.arange(32)
     assert (scores.argmax(dim=1) == own).float().mean() > 0.95
     assert (scores.argmax(dim=0) == own).float().mean() > 0.95

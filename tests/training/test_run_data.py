@@ -63,7 +63,7 @@ def test_the_slow_stage_is_logged(config, monkeypatch):
     ],
 )
 def test_a_loader_that_fails_is_one_message(config, monkeypatch, said, told):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError(said)
         yield
 
@@ -76,8 +76,8 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(config, monkeypa
     """Its exit code is that of a run that failed, not of a mistake; the run then resumes where it ended."""
     make = setup.make_loader
 
-    def killed(*arguments):
-        yield from itertools.islice(make(*arguments), 3)
+    def killed(dataset, pin):
+        yield from itertools.islice(make(dataset, pin), 3)
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     with monkeypatch.context() as patch:

@@ -103,11 +103,11 @@ def text_head(images: int, texts: int, tokens: int, heads: int, width: int, plan
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step by part, per pair of the batch (an image and its text), forward and backward.
+    """FLOPs of one step by part, per image of the batch with its N texts, forward and backward.
 
     Attributes:
         image_tower: of the tower with one token, or those that a timm tower brings. extra_tokens: what
-            the others add to it. text_tower.
+            the others add to it. text_tower: of N texts.
         head: scores of the image against all texts of the global batch.
         recomputed: executed beyond these, by gradient checkpointing, accumulation and score tiles that are not kept.
     """
@@ -137,44 +137,46 @@ def score_plan_of(config: Config, spec: ModelSpec | None = None, on_cpu: bool = 
     budget = None if config.score_memory is None else int(config.score_memory * 2**30)
     width = spec.architecture["embed_dim"]
     return plan_scores(
-        config.batch_size * config.accum_freq, config.global_batch, spec.mixture_tokens, spec.pool_heads, width,
+        config.batch_size * config.accum_freq, config.global_texts, spec.mixture_tokens, spec.pool_heads, width,
         training=True, on_cpu=on_cpu, budget=budget,
     )  # fmt: skip
 
 
 def head_flops(config: Config, spec: ModelSpec, on_cpu: bool = False) -> Head:
     """Return the FLOPs of one process's scores in one step."""
-    images, texts, width = config.batch_size * config.accum_freq, config.global_batch, spec.architecture["embed_dim"]
-    plan = score_plan_of(config, spec, on_cpu)
+    images, texts, width = config.batch_size * config.accum_freq, config.global_texts, spec.architecture["embed_dim"]
+    plan, product = score_plan_of(config, spec, on_cpu), 2 * images * texts * width
     if plan is None:
-        forward = 2 * images * texts * width
-        return Head(forward, 2 * forward, 0)
-    return text_head(images, texts, spec.mixture_tokens, spec.pool_heads, width, plan)
+        return Head(product, 2 * product, 0)
+    head = text_head(images, texts, spec.mixture_tokens, spec.pool_heads, width, plan)
+    if config.global_loss_weight:
+        head = Head(head.forward + product, head.backward + 2 * product, head.again)
+    return head
 
 
 def step_flops(config: Config, on_cpu: bool = False) -> StepFlops:
-    """Return the FLOPs of one training step by part, per pair."""
+    """Return the FLOPs of one training step by part, per image."""
     spec = model_spec(config)
     image, text, head = image_tower(spec), text_tower(spec), head_flops(config, spec, on_cpu)
     plain = image_tower(spec, mixture_tokens=fewest_tokens(spec))
-    images = config.batch_size * config.accum_freq
+    images, captions = config.batch_size * config.accum_freq, config.captions_per_image
     recomputed = head.again / images
     if config.grad_checkpointing:
-        recomputed += image.layers * image.block + text.layers * text.block
+        recomputed += image.layers * image.block + captions * text.layers * text.block
     if config.accum_freq > 1:  # features first, without a graph
-        recomputed += image.forward + text.forward
+        recomputed += image.forward + captions * text.forward
     return StepFlops(
         image_tower=plain.forward + plain.backward,
         extra_tokens=image.forward + image.backward - plain.forward - plain.backward,
-        text_tower=text.forward + text.backward,
+        text_tower=captions * (text.forward + text.backward),
         head=(head.forward + head.backward) / images,
         recomputed=recomputed,
     )
 
 
-def flops_per_pair(config: Config) -> int:
-    """Return the model FLOPs of one pair in a training step, forward and backward, without recomputation.
+def flops_per_image(config: Config) -> int:
+    """Return the model FLOPs of one image with its texts in a training step, without recomputation.
 
-    Times pairs per second, over the peak of the GPUs (`gpus.peak_flops`), this is the MFU.
+    Times images per second, over the peak of the GPUs (`gpus.peak_flops`), this is the MFU.
     """
     return round(step_flops(config).model)

@@ -2,5 +2,5 @@
 
     llip plan llip_b16_k32 [field=value ...] [--gpu h100-80g] [--nodes N]
 
-`llip.open_clip.costs.flops.flops_per_pair` and `llip.system.gpus.peak_flops` serve the trainer's log as well.
+`llip.open_clip.costs.flops.flops_per_image` and `llip.system.gpus.peak_flops` serve the trainer's log as well.
 """

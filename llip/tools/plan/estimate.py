@@ -89,7 +89,7 @@ class Plan:
             "steps": config.total_steps,
             "peak_flops": self.peak,
             "parameters": dataclasses.asdict(self.parameters) | {"total": self.parameters.total},
-            "flops_per_pair": dataclasses.asdict(self.flops)
+            "flops_per_image": dataclasses.asdict(self.flops)
             | {"model": self.flops.model, "executed": self.flops.executed},
             "memory_bytes": dataclasses.asdict(self.memory) | {"total": self.memory.total},
             "scores": self.scores,

@@ -103,10 +103,14 @@ def activations(config: Config, spec: ModelSpec, checkpointing: bool, norm_is_ha
     """Return the bytes that the blocks of the image and the text tower keep for one slice."""
     quick_gelu = spec.architecture["quick_gelu"]
     image, text = (
-        config.batch_size * (tower_bytes(tower, widths, quick_gelu, checkpointing) + _ends_bytes(tower, widths))
-        for tower, widths in (
-            (image_tower(spec), tower_widths(config.precision, True, norm_is_half)),
-            (text_tower(spec), tower_widths(config.precision, False, norm_is_half)),
+        count * (tower_bytes(tower, widths, quick_gelu, checkpointing) + _ends_bytes(tower, widths))
+        for count, tower, widths in (
+            (config.batch_size, image_tower(spec), tower_widths(config.precision, True, norm_is_half)),
+            (
+                config.batch_size * config.captions_per_image,
+                text_tower(spec),
+                tower_widths(config.precision, False, norm_is_half),
+            ),
         )
     )
     return image, text
@@ -139,7 +143,8 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     checkpointing = config.grad_checkpointing if checkpointing is None else checkpointing
     product = FLOAT if config.precision == "fp32" else HALF
     held, trained = parameters_on_gpu(config, parameters)
-    width, images, texts = spec.architecture["embed_dim"], config.batch_size * config.accum_freq, config.global_batch
+    width, images, texts = spec.architecture["embed_dim"], config.batch_size * config.accum_freq, config.global_texts
+    captions = config.captions_per_image
     towers = activations(config, spec, checkpointing)
     plan = score_plan_of(config, spec)
     pixels = 3 * spec.image_size**2
@@ -148,16 +153,18 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     features = FLOAT * (8 * images * spec.mixture_tokens * width + 3 * texts * width)
     if plan is None:
         features = FLOAT * (images * (2 * spec.mixture_tokens + 2) * width + 3 * texts * width)
-    scores = FLOAT * (2 * images * texts + 2 * min(images * texts, _LOSS_NUMBERS))
+    matrices = 4 if config.global_loss_weight else 2  # each with its gradient
+    scores = FLOAT * (matrices * images * texts + 2 * min(images * texts, _LOSS_NUMBERS))
     tiles = plan.peak_bytes if plan else 0
     if config.accum_freq > 1:  # scores come when no slice's activations are there: the larger of the two counts
-        kept = FLOAT * 2 * images * (spec.mixture_tokens + 1) * width
+        kept = FLOAT * 2 * images * (spec.mixture_tokens + captions) * width
         if sum(towers) >= scores + tiles + features - kept:
             features, scores, tiles = kept, 0, 0
         else:
             towers = (0, 0)
     # the gradients of an MLP's hidden layer: of what goes in, what comes out, and one more while both are there
-    working = config.batch_size * product * 3 * max(image.tokens * image.hidden, text.tokens * text.hidden)
+    hidden = max(image.tokens * image.hidden, captions * text.tokens * text.hidden)
+    working = config.batch_size * product * 3 * hidden
     parts = {
         "weights": FLOAT * (held + (parameters.total if config.ema_decay is not None else 0)),
         "half_weights": HALF * parameters.in_products if product == HALF else 0,

@@ -49,7 +49,7 @@ def as_table(plan: Plan) -> str:
          for name in ("image_tower", "mixture_tokens", "text_tower", "pooling", "other", "total")],
     )  # fmt: skip
     lines += _section(
-        "FLOPs per pair, forward and backward",
+        "FLOPs per image with its captions, forward and backward",
         [(name.replace("_", " "), f"{_count(getattr(flops, name)):>9}  {_share(getattr(flops, name), flops.model)}")
          for name in ("image_tower", "extra_tokens", "text_tower", "head", "model", "recomputed", "executed")],
     )  # fmt: skip

@@ -53,6 +53,6 @@ def step_traffic(config: Config, parameters: int) -> Traffic:
     if config.distributed_engine == "fsdp":  # forward, backward, gradients; with accumulation one forward pass more
         passes = 3 if config.accum_freq == 1 else 4 * config.accum_freq
     gradients = round(passes * others * _FLOAT * parameters)
-    texts = round(others * _FLOAT * config.global_batch * width)
-    normalisers = 2 * round(2 * others * _FLOAT * config.global_batch) if config.loss.startswith("softmax") else 0
+    texts = round(others * _FLOAT * config.global_texts * width)
+    normalisers = 2 * round(2 * others * _FLOAT * config.global_texts) if config.loss.startswith("softmax") else 0
     return Traffic(gradients, texts, texts, normalisers, max(0, gradients - round(2 * others * _BUCKET)))

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from llip.configs import Config
+from llip.data.loader import MicroBatch
 from llip.open_clip.model import Llip
 from llip.system.processes import Processes
-from llip.training.step.accumulation import MicroBatch, RandomState
+from llip.training.step.accumulation import RandomState
 
 FORMAT = 1
 _SHOWN = 5  # parameters and samples that a message names
@@ -103,7 +104,7 @@ def write_nan_dump(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         own = {
-            "slices": [(images.cpu(), tokens.cpu()) for images, tokens in step.slices],
+            "slices": [tuple(part.cpu() for part in micro_batch) for micro_batch in step.slices],
             "rng": step.random_state[0],
             "cuda_rng": step.random_state[1],
         }

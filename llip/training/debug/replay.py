@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llip.configs import Config, config_fields
+from llip.data.loader import MicroBatch
 from llip.errors import UserError
 from llip.extensions import FOLDER, relocate
 from llip.open_clip.factory import create_model, model_spec
@@ -28,7 +29,7 @@ from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.processes import Processes
 from llip.system.program import program
 from llip.training.debug.nan_dump import FORMAT, norms, plain
-from llip.training.step.accumulation import MicroBatch, RandomState, backward_step
+from llip.training.step.accumulation import RandomState, backward_step
 from llip.training.step.task import ContrastiveTask
 
 _SHOWN = 8
@@ -74,10 +75,18 @@ def read_parts(folder: Path, processes: int, device: torch.device) -> tuple[list
     states: list[RandomState | None] = []
     for rank in range(processes):
         own = read_checkpoint(folder / f"process_{rank}.pt")
-        for index, (images, tokens) in enumerate(own["slices"]):
-            slices.append((images.to(device), tokens.to(device)))
+        for index, parts in enumerate(own["slices"]):
+            slices.append(_micro_batch(*(part.to(device) for part in parts)))
             states.append((own["rng"], own["cuda_rng"]) if index == 0 else None)  # the next ones follow from it
     return slices, states
+
+
+def _micro_batch(images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> MicroBatch:
+    """Return a micro-batch of a dump; until 0.1 it had one caption per image: tokens [B, C] and no mask."""
+    if mask is None:
+        tokens = tokens[:, None]
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return MicroBatch(images, tokens, mask)
 
 
 @contextmanager
@@ -120,9 +129,10 @@ def bad_samples(model: Llip, slices: list[MicroBatch], autocast: Any, keys: list
     """Look at each slice by itself: the first module in trouble, and the samples whose features are not finite."""
     modules: dict[str, int] = {}
     samples: list[str] = []
-    for (images, tokens), names in zip(slices, keys, strict=True):
+    for (images, tokens, _), names in zip(slices, keys, strict=True):
         with torch.no_grad(), autocast(), first_trouble(model) as trouble:
-            h, t = model.encode_image(model.normalise(images)), model.encode_text(tokens)
+            h = model.encode_image(model.normalise(images))
+            t = model.encode_text(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # [B, N, D]
         if trouble.module:
             modules[trouble.module] = modules.get(trouble.module, 0) + 1
         samples += [names[index] for index in sorted({*_bad(h).tolist(), *_bad(t).tolist()})]
@@ -150,7 +160,7 @@ def replay(folder: Path, device: torch.device) -> dict[str, Any]:
     dtype = autocast_dtype(config.precision)
     autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
     found = bad_samples(model, slices, autocast, keys)
-    task = ContrastiveTask(model, config.loss, Processes(0, 1, device), config.score_memory)
+    task = ContrastiveTask(model, config, Processes(0, 1, device))
     scale = float(record["loss_scale"])
     loss, _ = backward_step(task, slices, autocast, lambda value: value * scale, states)
     gradients = norms({name: None if p.grad is None else p.grad / scale for name, p in model.named_parameters()})

@@ -48,7 +48,7 @@ class StepLog:
         self.config, self.task, self.state, self.processes, self.run_log = config, task, state, processes, run_log
         self.speed = Speed(config, processes)
         self.first_step = state.step
-        self.data_epochs = 0  # finished, as far as this process's batches show
+        self.data_epoch = 0  # as far as this process's batches show
         self.alarms: set[str] = set()  # kinds that have been logged
         self.bar = tqdm(disable=True)
         self.began = time.perf_counter()
@@ -57,6 +57,7 @@ class StepLog:
     def restart_window(self) -> None:
         """Begin the time and the steps that the next record is about."""
         self.window_began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.repeated = 0.0  # captions of images that have fewer than N
 
     @contextmanager
     def progress_bar(self) -> Iterator[None]:
@@ -87,9 +88,10 @@ class StepLog:
     def batch(self, batch: Batch) -> None:
         """Record a batch of the step that is being computed, before the position moves past it."""
         self.run_log.batch(batch, self.state.position.batches, self.state.step + 1)
-        if batch.passes > self.data_epochs:
-            self.data_epochs = batch.passes
-            log.info("data: epoch %d of the data begins at step %d", batch.passes + 1, self.state.step)
+        self.repeated += batch.mask.logical_not().sum().item()
+        if batch.data_epoch > self.data_epoch:
+            self.data_epoch = batch.data_epoch
+            log.info("data: epoch %d of the data begins at step %d", batch.data_epoch + 1, self.state.step)
 
     def step(self, result: StepResult) -> None:
         """Record a step if it is to be logged, and report on the data at the end of an epoch."""
@@ -125,11 +127,23 @@ class StepLog:
             "logit_bias": report["logit_bias"].item() if "logit_bias" in report else None,
             "samples_per_second": rate,
             **self.speed.record(rate),
+            **self._caption_record(rate),
             "data_wait_fraction": waited,
             "seconds": time.perf_counter() - self.began,
             "skipped_steps": state.skipped_steps,
             **self._mixture_record(),
             **self._data_record(waited),
+        }
+
+    def _caption_record(self, rate: float) -> dict[str, float]:
+        """Return the captions per second, and the fraction of this process's that fill a place without a new one."""
+        config = self.config
+        if config.captions_per_image == 1:
+            return {}
+        captions = self.steps * config.batch_size * config.accum_freq * config.captions_per_image
+        return {
+            "captions_per_second": rate * config.captions_per_image,
+            "repeated_caption_fraction": self.repeated / captions,
         }
 
     def _mixture_record(self) -> dict[str, float]:

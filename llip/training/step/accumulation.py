@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from llip.data.loader import MicroBatch
 from llip.training.step.task import ContrastiveTask, Features
 
 RandomState = tuple[Tensor, Tensor | None]
 """Of the CPU's generator, and of the device's where that is CUDA."""
-MicroBatch = tuple[Tensor, Tensor]
-"""Images [B, 3, S, S] uint8 and token ids [B, C] of one micro-batch, on the device."""
 
 
 def random_state(device: torch.device) -> RandomState:
@@ -43,7 +42,7 @@ def backward_step(
 
     Args:
         wrapped: the task, wrapped by DDP where there are several processes.
-        slices: this process's part of the global batch, one item per accumulation slice.
+        slices: this process's part of the global batch, by micro-batch, on the device.
         autocast: gives the context that forward passes run in.
         scale_loss: applied to what is back-propagated (loss scaling for float16).
         given: the random state to go to before each slice, None to go on from the slice before; for a step that is
@@ -53,7 +52,7 @@ def backward_step(
         (this process's loss value, detached; the task's report)
     """
     task = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    device = slices[0][0].device
+    device = slices[0].images.device
     given = [None] * len(slices) if given is None else given
     if len(slices) == 1:
         if given[0] is not None:
@@ -66,28 +65,28 @@ def backward_step(
     no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
     states, cached = [], []
     with torch.no_grad(), autocast():
-        for (images, tokens), start in zip(slices, given, strict=True):
+        for batch, start in zip(slices, given, strict=True):
             if start is not None:
                 set_random_state(start, device)
             states.append(random_state(device))
-            cached.append(task.encode(images, tokens))
+            cached.append(task.encode(batch.images, batch.tokens))
     after = random_state(device)
     features = Features(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
     with no_sync():  # head, scale and bias: their gradients wait in .grad for the last slice's synchronisation
         with autocast():
-            loss, report = wrapped(features=features)
+            loss, report = wrapped(mask=torch.cat([batch.mask for batch in slices]), features=features)
         scale_loss(loss).backward()
 
     assert features.h.grad is not None
     assert features.t.grad is not None
-    sizes = [len(images) for images, _ in slices]
-    parts = zip(slices, states, features.h.grad.split(sizes), features.t.grad.split(sizes), strict=True)
-    for index, ((images, tokens), state, h_grad, t_grad) in enumerate(parts):
+    h_grads = features.h.grad.split([len(batch.images) for batch in slices])
+    t_grads = features.t.grad.split([batch.mask.numel() for batch in slices])
+    for index, (batch, state, h_grad, t_grad) in enumerate(zip(slices, states, h_grads, t_grads, strict=True)):
         set_random_state(state, device)
         last = index == len(slices) - 1
         with nullcontext() if last else no_sync():
             with autocast():
-                surrogate, _ = wrapped(images, tokens, feature_gradients=Features(h_grad, t_grad))
+                surrogate, _ = wrapped(*batch, feature_gradients=Features(h_grad, t_grad))
             surrogate.backward()  # the gradients carry the loss scale already
     set_random_state(after, device)
     return loss.detach(), report

@@ -1,6 +1,6 @@
 """The module that DDP wraps: model and objective in one forward, so that DDP sees every parameter.
 
-Shapes: B pairs of this process, K mixture tokens, D embedding width, T texts of the global batch.
+Shapes: B images of this process, N captions per image, T texts of the global batch, K mixture tokens, D width.
 """
 
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llip.configs import Config
 from llip.extensions import find_extension
 from llip.open_clip.matches import Matches
 from llip.open_clip.model import Llip
@@ -16,14 +17,14 @@ from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
 from llip.training.distributed.collectives import combine_logsumexp, gather_texts
 
-_MEASURED = 32  # pairs
+_MEASURED = 32  # images
 
 
 class Features(NamedTuple):
-    """What the two towers give for B pairs, or the gradient of the loss with respect to it."""
+    """What the two towers give for B images with N captions each, or the gradient of the loss with respect to it."""
 
     h: Tensor  # [B, K, D]
-    t: Tensor  # [B, D]
+    t: Tensor  # [B N, D]
 
 
 class ContrastiveTask(nn.Module):
@@ -32,27 +33,27 @@ class ContrastiveTask(nn.Module):
     The share is scaled so that DDP's *average* of the gradients is the gradient of the global loss (METHOD, Objective).
     """
 
-    def __init__(self, model: Llip, loss: str, processes: Processes, score_memory: float | None = None) -> None:
+    def __init__(self, model: Llip, config: Config, processes: Processes) -> None:
         """Join model and objective.
 
         Args:
-            model: with a logit bias if and only if the loss is the sigmoid one.
-            loss: name of the objective.
+            model: built for the config's loss.
+            config: the run.
             processes: this process's place.
-            score_memory: GiB that the scores of all pairs may take; None: the default of the device.
         """
         super().__init__()
-        self.objective: Objective = find_extension("loss", loss)
+        self.objective: Objective = find_extension("loss", config.loss)
         has_bias = model.logit_bias is not None
-        assert has_bias == (self.objective.bias is not None), f"the model was not built for the {loss} loss"
-        self.model, self.processes = model, processes
-        self.memory_budget = None if score_memory is None else int(score_memory * 2**30)
-        self.seen: Features | None = None  # the first of the last batch's features, to be measured now and then
+        assert has_bias == (self.objective.bias is not None), f"the model was not built for the {config.loss} loss"
+        self.model, self.config, self.processes = model, config, processes
+        self.memory_budget = None if config.score_memory is None else int(config.score_memory * 2**30)
+        self.seen: Features | None = None  # of the first images, with one caption each, to be measured now and then
 
     def score_plan(self, images: int) -> ScorePlan | None:
         """Return how the scores of `images` images of this process are computed; None without text conditioning."""
         return self.model.pooling.score_plan(
-            images, images * self.processes.world_size, self.model.config["mixture_tokens"],
+            images, images * self.processes.world_size * self.config.captions_per_image,
+            self.model.config["mixture_tokens"],
             on_cpu=self.processes.device.type == "cpu", memory_budget=self.memory_budget,
         )  # fmt: skip
 
@@ -60,19 +61,21 @@ class ContrastiveTask(nn.Module):
         self,
         images: Tensor | None = None,
         tokens: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         features: Features | None = None,
         feature_gradients: Features | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (what to back-propagate, report).
 
-        In one go: `task(images, tokens)`. With accumulation in two (`accumulation.py`): `task(features=...)` is the
-        loss of cached features, and `task(images, tokens, feature_gradients=...)` carries their gradients on into the
-        towers.
+        At once: `task(images, tokens, mask)`. With accumulation in two steps (`accumulation.py`): the loss of cached
+        features, `task(mask=..., features=...)`, and `task(images, tokens, mask, feature_gradients=...)`, which
+        propagates their gradients into the towers.
 
         Args:
             images: uint8 [B, 3, S, S] on the device.
-            tokens: token ids [B, C].
+            tokens: token ids [B, N, C].
+            mask: [B, N], False where a caption comes again.
             features: cached features of the whole process's batch.
             feature_gradients: of the loss, with respect to the features of these images and tokens.
         """
@@ -87,23 +90,39 @@ class ContrastiveTask(nn.Module):
                 p.sum() for name, p in self.model.named_parameters() if not name.startswith(("visual.", "text."))
             )
             return surrogate + 0.0 * unused, {}
-        return self._loss(features)
+        return self._loss(features, mask)
 
     def encode(self, images: Tensor, tokens: Tensor) -> Features:
         """Run both towers."""
-        return Features(self.model.encode_image(self.model.normalise(images)), self.model.encode_text(tokens))
+        h = self.model.encode_image(self.model.normalise(images))
+        return Features(h, self.model.encode_text(tokens.flatten(0, 1)))
 
-    def _loss(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
-        self.seen = Features(*(part[:_MEASURED].detach().clone() for part in features))
+    def _loss(self, features: Features, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        h, weight = features.h, self.config.global_loss_weight
+        first_captions = features.t.unflatten(0, (len(h), -1))[:, 0]
+        self.seen = Features(*(part[:_MEASURED].detach().clone() for part in (h, first_captions)))
         texts = gather_texts(features.t, self.processes)  # [T, D]
-        scores = self.model.similarity(features.h, texts, self.memory_budget)  # [B, T]
-        images = len(features.h)
-        matches = Matches(images, len(texts), offset=self.processes.rank * images)
-        scale = self.model.logit_scale.exp()
-        report = {"logit_scale": scale.detach()}
-        with torch.autocast(scores.device.type, enabled=False):
-            combine = combine_logsumexp if self.processes.world_size > 1 else None
-            loss = self.objective.loss(scores, matches, scale, self.model.logit_bias, combine)
+        matches = self._matches(len(h), len(texts), mask)
+        loss = self._objective(self.model.similarity(h, texts, self.memory_budget), matches)
+        if weight:
+            of_images = self._objective(self.model.pooling.global_scores(h, texts), matches)
+            loss = (1 - weight) * loss + weight * of_images
+        report = {"logit_scale": self.model.logit_scale.detach().exp()}
         if self.model.logit_bias is not None:
             report["logit_bias"] = self.model.logit_bias.detach()
         return loss, report
+
+    def _matches(self, images: int, texts: int, mask: Tensor | None) -> Matches:
+        captions = self.config.captions_per_image
+        if self.config.caption_fill == "mask" and captions > 1:
+            assert mask is not None
+            mask = gather_texts(mask.flatten(), self.processes)  # [T]
+        else:
+            mask = None  # every text counts
+        return Matches(images, texts, captions, self.processes.rank * images, mask)
+
+    def _objective(self, scores: Tensor, matches: Matches) -> Tensor:
+        """Return this process's share of the loss of scores [B, T]."""
+        combine = combine_logsumexp if self.processes.world_size > 1 else None
+        with torch.autocast(scores.device.type, enabled=False):
+            return self.objective.loss(scores, matches, self.model.logit_scale.exp(), self.model.logit_bias, combine)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.open_clip.costs import shapes
-from llip.open_clip.costs.flops import flops_per_pair, image_tower, step_flops, text_head, text_tower
+from llip.open_clip.costs.flops import flops_per_image, image_tower, step_flops, text_head, text_tower
 from llip.open_clip.costs.shapes import kept_patches
 from llip.open_clip.factory import ModelSpec, create_model, model_spec
 from llip.open_clip.pooling import create_pooling, unit_norm
@@ -134,7 +134,7 @@ def test_published_size_is_near_what_is_known():
     spec = model_spec(config)
     forward = image_tower(spec).forward + text_tower(spec).forward
     assert forward == pytest.approx(41.09e9, rel=0.03)
-    assert flops_per_pair(config) == pytest.approx(3 * forward, rel=0.01)
+    assert flops_per_image(config) == pytest.approx(3 * forward, rel=0.01)
 
 
 def test_kept_patches_as_open_clip_keeps_them():

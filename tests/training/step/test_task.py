@@ -5,41 +5,90 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from llip.configs import Config
+from llip.data.loader import MicroBatch
 from llip.open_clip.factory import ModelSpec, create_model, get_tokenizer
 from llip.system.processes import Processes
 from llip.training.step.accumulation import backward_step
-from llip.training.step.task import ContrastiveTask
+from llip.training.step.task import ContrastiveTask, Features
 from tests.helpers import TINY_MODEL
 
 BATCH = 8
+EMPTY = [1, 4, 5, 20]  # places of 8 x 3 captions that hold none of their own
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+THINGS = ["things", "people", "places"]
 
 
-def make_batch():
+def make_batch(captions=1):
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
-    return images, get_tokenizer(context_length=12)([f"{word} things" for word in words])
+    images = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    tokens = get_tokenizer(context_length=12)([f"{word} {thing}" for word in WORDS for thing in THINGS[:captions]])
+    mask = torch.ones(BATCH * captions, dtype=torch.bool)
+    if captions > 1:
+        mask[EMPTY] = False
+    return MicroBatch(images, tokens.unflatten(0, (BATCH, captions)), mask.unflatten(0, (BATCH, captions)))
 
 
-def loss_and_gradients(rank, count, loss, pooling, accum, patch_dropout=0.0):
-    """One backward pass of this process's share, through the DDP-wrapped task as the trainer does it."""
+def cut(batch, count):
+    return [MicroBatch(*parts) for parts in zip(*(part.chunk(count) for part in batch), strict=True)]
+
+
+def make_model(config, patch_dropout=0.0):
     torch.manual_seed(0)
     vision = {**TINY_MODEL["vision_cfg"], "image_size": 64, "patch_size": 16, "patch_dropout": patch_dropout}
-    spec = ModelSpec({**TINY_MODEL, "vision_cfg": vision}, 3, pooling, 4, 5.0, loss)
-    model = create_model(spec).double()  # float32 rounds differently from CPU to CPU, by more than the bound
+    spec = ModelSpec({**TINY_MODEL, "vision_cfg": vision}, 3, config.pooling, 4, 5.0, config.loss)
+    return create_model(spec).double()  # float32 rounds differently from CPU to CPU, by more than the bound
+
+
+def loss_and_gradients(rank, count, accum, patch_dropout=0.0, **fields):
+    """One backward pass of this process's share, through the DDP-wrapped task as the trainer does it."""
+    config = Config(**fields)
+    model = make_model(config, patch_dropout)
     processes = Processes(rank, count, torch.device("cpu"))
-    task = ContrastiveTask(model, loss, processes).train()
+    task = ContrastiveTask(model, config, processes).train()
     task.encode = partial(encode_double, model)
     wrapped = DistributedDataParallel(task, gradient_as_bucket_view=True) if count > 1 else task
-    images, tokens = (x.chunk(count)[rank] for x in make_batch())
-    images = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     torch.manual_seed(7)
-    slices = list(zip(images.chunk(accum), tokens.chunk(accum), strict=True))
+    slices = cut(cut(make_batch(config.captions_per_image), count)[rank], accum)
     value, _ = backward_step(wrapped, slices, nullcontext, lambda x: x)
-    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
     return processes.mean(value).item(), gradients
+
+
+def dense(**fields):
+    """The same in one process, all pairs at once, from the equations with the owner of each text written out."""
+    config = Config(**fields)
+    model = make_model(config).train()
+    captions = config.captions_per_image
+    images, tokens, mask = make_batch(captions)
+    h, t = encode_double(model, images, tokens)
+    kept = mask.flatten() if config.caption_fill == "mask" else torch.ones_like(mask.flatten())
+    owner = torch.tensor([image for image in range(BATCH) for _ in range(captions)])[kept]
+    own = owner == torch.arange(BATCH)[:, None]
+    mean = h.mean(dim=1)
+    features = mean / mean.norm(dim=-1, keepdim=True)
+    scores = [torch.einsum("btd,td->bt", model.contextualize(h, t), t), features @ t.T]
+    value = 0.0
+    for weight, logits in zip((1 - config.global_loss_weight, config.global_loss_weight), scores, strict=True):
+        logits = model.logit_scale.exp() * logits[:, kept]
+        if config.loss == "sigmoid":
+            y = torch.where(own, 1.0, -1.0)
+            part = -F.logsigmoid(y * (logits + model.logit_bias)).sum() / len(owner)
+        else:
+            log_p = logits.log_softmax(dim=1)
+            of_images = [
+                -row[mine].logsumexp(0) if config.loss == "softmax_in" else -row[mine].mean()
+                for row, mine in zip(log_p, own, strict=True)
+            ]
+            part = (F.cross_entropy(logits.T, owner) + torch.stack(of_images).mean()) / 2
+        value = value + weight * part
+    value.backward()
+    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
+    return value.item(), gradients
 
 
 def assert_equal(found, expected):
@@ -53,40 +102,54 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_equal_one_process(pool, loss, pooling, count):
-    expected = loss_and_gradients(0, 1, loss, pooling, 1)
-    for found in pool.run(loss_and_gradients, count, loss, pooling, 1):
+    fields = {"loss": loss, "pooling": pooling}
+    expected = loss_and_gradients(0, 1, 1, **fields)
+    for found in pool.run(partial(loss_and_gradients, **fields), count, 1):
         assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("accum", [2, 4])
 def test_accumulation_is_the_larger_batch(loss, accum):
-    assert_equal(loss_and_gradients(0, 1, loss, "text", accum), loss_and_gradients(0, 1, loss, "text", 1))
+    assert_equal(loss_and_gradients(0, 1, accum, loss=loss), loss_and_gradients(0, 1, 1, loss=loss))
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_accumulation_under_ddp_is_the_larger_batch(pool, loss):
-    expected = loss_and_gradients(0, 1, loss, "text", 1)
-    for found in pool.run(loss_and_gradients, 2, loss, "text", 2):
+    expected = loss_and_gradients(0, 1, 1, loss=loss)
+    for found in pool.run(partial(loss_and_gradients, loss=loss), 2, 2):
         assert_equal(found, expected)
+
+
+SEVERAL = [
+    {"loss": "sigmoid", "captions_per_image": 3},
+    {"loss": "sigmoid", "captions_per_image": 3, "caption_fill": "mask", "global_loss_weight": 0.3},
+    {"loss": "softmax", "captions_per_image": 3, "caption_fill": "mask"},
+    {"loss": "softmax_in", "captions_per_image": 3, "caption_fill": "mask", "global_loss_weight": 1.0},
+    {"loss": "sigmoid", "captions_per_image": 1, "caption_fill": "mask", "global_loss_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize(("count", "accum"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+def test_several_captions_are_the_equations(pool, count, accum):
+    for fields in SEVERAL:
+        expected = dense(**fields)
+        for found in pool.run(partial(loss_and_gradients, **fields), count, accum):
+            assert_equal(found, expected)
 
 
 def test_accumulation_replays_patch_dropout():
     """The second pass over a slice drops the patches that the first one dropped: gradients match finite differences."""
-    torch.manual_seed(0)
-    vision = {**TINY_MODEL["vision_cfg"], "image_size": 64, "patch_dropout": 0.5}
-    model = create_model(ModelSpec({**TINY_MODEL, "vision_cfg": vision}, 3, "text", 4, 5.0, "sigmoid")).double()
-    task = ContrastiveTask(model, "sigmoid", Processes(0, 1, torch.device("cpu"))).train()
-    images, tokens = make_batch()
-    images = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    slices = list(zip(images.chunk(2), tokens.chunk(2), strict=True))
+    model = make_model(Config(), patch_dropout=0.5)
+    task = ContrastiveTask(model, Config(), Processes(0, 1, torch.device("cpu"))).train()
+    slices = cut(make_batch(), 2)
 
     def value():
         torch.manual_seed(7)
         model.zero_grad()
         return backward_step(task, slices, nullcontext, lambda x: x)[0].item()
 
-    task.encode = lambda images, tokens: encode_double(model, images, tokens)
+    task.encode = partial(encode_double, model)
     value()
     parameter = model.visual.proj
     gradient = parameter.grad.clone()
@@ -100,6 +163,4 @@ def test_accumulation_replays_patch_dropout():
 
 
 def encode_double(model, images, tokens):
-    from llip.training.step.task import Features
-
-    return Features(model.encode_image(images.double() / 255), model.encode_text(tokens))
+    return Features(model.encode_image(images.double() / 255), model.encode_text(tokens.flatten(0, 1)))
