@@ -22,8 +22,8 @@ from llip.configs import Config
 from llip.errors import EXIT_USER, UserError
 from llip.extensions import find_extension
 from llip.open_clip.factory import create_model, model_spec
-from llip.open_clip.matches import Matches
 from llip.open_clip.model import Llip, autocast_dtype
+from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.pooling import unit_norm
 from llip.training.step.optimizer import create_optimizer
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.configs import Config
-from llip.open_clip.matches import Matches
-from llip.open_clip.objectives import CombineColumns, Objective
+from llip.open_clip.objectives.matches import Matches
+from llip.open_clip.objectives.objective import CombineColumns, Objective
 from llip.open_clip.pooling import TextFreePooling, unit_norm
 from llip.run_configs.quickstart import llip_quickstart
 

@@ -15,9 +15,9 @@ _EXPORTS = {
     "list_further_models": "llip.open_clip.factory",
     "load_pretrained": "llip.open_clip.factory",
     "open_model": "llip.open_clip.factory",
-    "Matches": "llip.open_clip.matches",
-    "sigmoid_loss": "llip.open_clip.loss",
-    "softmax_loss": "llip.open_clip.loss",
+    "Matches": "llip.open_clip.objectives.matches",
+    "sigmoid_loss": "llip.open_clip.objectives.losses",
+    "softmax_loss": "llip.open_clip.objectives.losses",
     "UserError": "llip.errors",
 }
 

@@ -26,9 +26,9 @@ SHIPPED: dict[str, dict[str, str]] = {
         "text": "llip.open_clip.pooling:TextConditionedPooling",
     },
     "loss": {
-        "sigmoid": "llip.open_clip.objectives:SIGMOID",
-        "softmax": "llip.open_clip.objectives:SOFTMAX",
-        "softmax_in": "llip.open_clip.objectives:SOFTMAX_IN",
+        "sigmoid": "llip.open_clip.objectives.objective:SIGMOID",
+        "softmax": "llip.open_clip.objectives.objective:SOFTMAX",
+        "softmax_in": "llip.open_clip.objectives.objective:SOFTMAX_IN",
     },
     "image_transform": {},
     "caption_transform": {},

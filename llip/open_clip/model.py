@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llip.extensions import find_extension
 from llip.open_clip.inputs import check_features, check_images, check_tokens
-from llip.open_clip.objectives import Objective
+from llip.open_clip.objectives.objective import Objective
 from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores.gram import full_precision
 from llip.open_clip.tokenizer import Tokenizer

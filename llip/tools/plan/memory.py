@@ -23,7 +23,7 @@ RESERVED = int(1.5 * 2**30)
 FRAGMENTATION = 0.05
 """Share of everything else that we assume to be lost between the allocator's blocks."""
 
-_LOSS_NUMBERS = 1 << 24  # of the scores in temporaries at once, see `llip.open_clip.loss`
+_LOSS_NUMBERS = 1 << 24  # of the scores in temporaries at once, see `llip.open_clip.objectives.losses`
 
 
 @dataclasses.dataclass(frozen=True)

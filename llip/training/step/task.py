@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from llip.configs import Config
 from llip.extensions import find_extension
-from llip.open_clip.matches import Matches
 from llip.open_clip.model import Llip
-from llip.open_clip.objectives import Objective
+from llip.open_clip.objectives.matches import Matches
+from llip.open_clip.objectives.objective import Objective
 from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
 from llip.training.distributed.collectives import combine_logsumexp, gather_texts

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llip.open_clip.matches import Matches
+from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.scores.plan import slices
 
 _NUMBERS_AT_ONCE = 1 << 24  # of [B, T] in temporaries: at the paper's batch one matrix of scores has 4 GiB

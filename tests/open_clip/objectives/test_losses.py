@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
-from llip.open_clip.loss import sigmoid_loss, softmax_loss
-from llip.open_clip.matches import Matches
+from llip.open_clip.objectives.losses import sigmoid_loss, softmax_loss
+from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.pooling import create_pooling, unit_norm
 
 
@@ -141,6 +141,6 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     matches = Matches(3, 6, 2, 0, mask)
     expected = torch.autograd.grad(softmax_loss(scores, matches, scale), scores)[0]
     value = sigmoid_loss(scores, matches, scale, bias)
-    monkeypatch.setattr("llip.open_clip.loss._NUMBERS_AT_ONCE", 6)
+    monkeypatch.setattr("llip.open_clip.objectives.losses._NUMBERS_AT_ONCE", 6)
     torch.testing.assert_close(torch.autograd.grad(softmax_loss(scores, matches, scale), scores)[0], expected)
     torch.testing.assert_close(sigmoid_loss(scores, matches, scale, bias), value)

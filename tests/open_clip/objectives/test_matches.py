@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llip.open_clip.matches import Matches
+from llip.open_clip.objectives.matches import Matches
 
 LAYOUTS = [(3, 1, 0, 1), (3, 2, 0, 1), (2, 3, 2, 3), (4, 1, 4, 3)]  # images, captions, offset, processes
 

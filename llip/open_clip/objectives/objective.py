@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llip.open_clip.loss import sigmoid_loss, softmax_loss
-from llip.open_clip.matches import Matches
+from llip.open_clip.objectives.losses import sigmoid_loss, softmax_loss
+from llip.open_clip.objectives.matches import Matches
 
 CombineColumns = Callable[[Tensor], Tensor]
 """Turns the log-sum-exp of each column over this process's images [T] into that over all processes' images."""

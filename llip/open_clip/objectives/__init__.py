@@ -1,0 +1,1 @@
+"""What a run minimises: which texts are whose, the losses, and how configs name them."""
