@@ -16,7 +16,7 @@ from llip.data import check
 from llip.data.index import load_index
 from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition, Layout, shards_digest
-from llip.data.sources import SCENES_SCHEME, DataSpec, parse_train_data, shard_name
+from llip.data.sources import SCENES_SCHEME, DataSpec, is_local, parse_train_data, shard_name
 from llip.errors import CollectiveUserError, UserError
 from llip.extensions import FOLDER, copy_extensions, extension_files
 from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
@@ -160,9 +160,10 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
 
 
 def _data_digest(data: DataSpec) -> int:
-    """Return a number that stands for the shards' names, and for the samples that an index counts in them."""
-    counts = load_index(data.urls)
-    return zlib.crc32(repr([(shard_name(url), counts.get(url)) for url in data.urls]).encode(errors="surrogateescape"))
+    """Return a number that stands for the shards' names and the sizes of local ones; counting them changes nothing."""
+    sizes = [os.path.getsize(url) if is_local(url) and os.path.isfile(url) else None for url in data.urls]
+    names = [shard_name(url) for url in data.urls]
+    return zlib.crc32(repr(list(zip(names, sizes, strict=True))).encode(errors="surrogateescape"))
 
 
 def _open_log(config: Config, processes: Processes, state: TrainState, data: DataSpec) -> RunLog:

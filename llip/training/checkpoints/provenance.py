@@ -20,7 +20,7 @@ def make_provenance(processes: Processes, data_digest: int) -> dict[str, Any]:
 
     Args:
         processes: of the run.
-        data_digest: hash of the shards' names and known sample counts.
+        data_digest: hash of the shards' names and sizes.
     """
     cuda = processes.device.type == "cuda"
     return {
