@@ -1,17 +1,24 @@
 """Before training: whether the shards are there, suffice for the workers, and how the schedule compares with them."""
 
 import contextlib
+import dataclasses
 import logging
-import os
-import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from llip.configs import Config
-from llip.data.index import load_index
-from llip.data.sources import IMAGE_KEYS, DataSpec, ShardSource, check_shards_exist, is_local
+from llip.data.index import ShardEntry, describe_shard, load_index, write_index
+from llip.data.prefetch import ReadWatch, read_ahead
+from llip.data.sources import DataSpec, ShardSource, check_shards_exist, is_local
+from llip.data.tar_reader import Damage, read_samples
 from llip.errors import UserError
 
-_COUNTED_BYTES = 2 << 30  # local shards up to this size are counted before the start
+_COUNT_SECONDS = 20.0  # longest that local shards are counted before the start
+_WORTH_AN_INDEX = 2.0  # seconds of counting after which the counts are written beside the shards
 
 log = logging.getLogger("llip")
 
@@ -38,14 +45,56 @@ def check_data(config: Config, data: DataSpec) -> None:
 def _known_counts(data: DataSpec) -> dict[str, int]:
     """Return the samples by URL, as far as an index has them or counting is quick."""
     counts = load_index(data.urls)
-    unknown = [url for url in data.urls if url not in counts]
     log.info("data: %d shards in %d datasets", len(data.urls), len(data.sources))
-    quick = all(is_local(url) and Path(url).is_file() for url in unknown)
-    if quick and sum(os.path.getsize(url) for url in unknown) <= _COUNTED_BYTES:
-        counts |= {url: _count_samples(url) for url in unknown}
-    elif unknown:
-        log.info("data: %d shards are not counted; run `llip doctor PATTERN --index` to count them", len(unknown))
+    began = time.monotonic()
+    entries = _count([url for url in data.urls if url not in counts and is_local(url) and Path(url).is_file()])
+    if time.monotonic() - began > _WORTH_AN_INDEX:
+        _keep({url: entry for url, entry in entries.items() if not entry.damaged})
+    counts |= {url: entry.samples for url, entry in entries.items()}
+    if missing := len(set(data.urls) - counts.keys()):
+        log.info("data: %d shards are not counted; run `llip doctor PATTERN --index` to count them", missing)
     return counts
+
+
+def _count(urls: list[str]) -> dict[str, ShardEntry]:
+    """Count the samples of local shards by their headers, up to the first damage, until the time is up.
+
+    Raises:
+        UserError: a file hangs.
+    """
+    entries: dict[str, ShardEntry] = {}
+    watch = ReadWatch()
+    end = time.monotonic() + _COUNT_SECONDS
+    with (
+        tqdm(total=len(urls), desc="count samples", unit=" shards", delay=1, leave=False, disable=None) as bar,
+        contextlib.closing(read_ahead(_entries(urls, watch), watch)) as counted,
+    ):
+        for url, entry in counted:
+            if entry is not None:
+                entries[url] = entry
+                bar.update()
+            if time.monotonic() > end:
+                break
+    return entries
+
+
+def _entries(urls: list[str], watch: ReadWatch) -> Iterator[tuple[str, ShardEntry | None]]:
+    """Yield (shard, None) at each of its samples, so that the reader of a large one can leave, and then its entry."""
+    for url in urls:
+        entry = describe_shard(url, 0, 0)  # before reading: a later change makes the entry stale
+        kinds = Counter[type]()
+        for item in read_samples(url, watch=watch, headers_only=True):
+            kinds[type(item)] += 1
+            yield url, None
+        yield url, dataclasses.replace(entry, samples=kinds[dict], damaged=kinds[Damage])
+
+
+def _keep(entries: dict[str, ShardEntry]) -> None:
+    try:
+        for path in write_index(entries):
+            log.info("data: the counts of %d shards are in %s", len(entries), path)
+    except UserError as error:
+        log.info("data: the shards will be counted again at the next start: %s", error)
 
 
 def _check_workers(config: Config, source: ShardSource, counts: dict[str, int]) -> None:
@@ -75,12 +124,3 @@ def _compare_schedule(config: Config, samples: int) -> None:
             f"{samples:,}",
             config.train_num_samples / samples,
         )
-
-
-def _count_samples(url: str) -> int:
-    """Count the images of a local shard by its headers, up to the first damage."""
-    count = 0
-    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(url) as tar:
-        for member in tar:
-            count += member.name.rsplit(".", 1)[-1].lower() in IMAGE_KEYS
-    return count

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from llip.errors import UserError
@@ -54,7 +54,7 @@ class ReadWatch:
 
 def read_ahead(
     items: Iterator[Item], watch: ReadWatch, deadline: float = READ_DEADLINE, first: float | None = None
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Yield `items`, which a thread takes a little ahead, and never wait longer than `deadline` for a silent shard.
 
     The order is that of `items`, and what they raise is raised here. A command that is silent for `deadline` seconds is

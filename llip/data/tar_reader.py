@@ -67,7 +67,9 @@ class _Archive(tarfile.TarFile):
         """Read nothing: `TarFile` itself takes a damaged header for the end of the archive."""
 
 
-def read_samples(url: str, skip: int = 0, watch: ReadWatch | None = None) -> Iterator[RawSample | Damage]:
+def read_samples(
+    url: str, skip: int = 0, watch: ReadWatch | None = None, headers_only: bool = False
+) -> Iterator[RawSample | Damage]:
     """Yield the samples of one shard in their order, and a `Damage` for each thing that is wrong with it.
 
     A shard that breaks off gives its whole samples before that; the one that is cut is not among them. Members that are
@@ -77,12 +79,13 @@ def read_samples(url: str, skip: int = 0, watch: ReadWatch | None = None) -> Ite
         url: a path, `pipe:COMMAND`, or a URL.
         skip: samples to skip; in a local file their bytes are not read. Damage among them is still reported.
         watch: notified of every read, for `read_ahead`.
+        headers_only: leave every member empty; in a local file its bytes are not read.
     """
     file = None
     try:
         file = ShardFile(url, watch or ReadWatch())
         try:
-            yield from _samples(file, url, skip)
+            yield from _samples(file, url, skip, headers_only)
         except (ShardError, OSError, EOFError, *CORRUPT):
             file.finish()  # a command that failed is the reason for what it left out
             raise
@@ -100,7 +103,7 @@ def read_samples(url: str, skip: int = 0, watch: ReadWatch | None = None) -> Ite
             file.close()
 
 
-def _samples(file: ShardFile, url: str, skip: int) -> Iterator[RawSample | Damage]:
+def _samples(file: ShardFile, url: str, skip: int, headers_only: bool) -> Iterator[RawSample | Damage]:
     """Yield the samples after the first `skip`, and a `Damage` for each with a member twice, which counts as none."""
     for key, members in itertools.groupby(_members(file), lambda member: member.key):
         sample: RawSample = {"__key__": key, "__url__": url}
@@ -108,7 +111,7 @@ def _samples(file: ShardFile, url: str, skip: int) -> Iterator[RawSample | Damag
         for member in members:
             if member.suffix in sample:
                 duplicate = member.name
-            sample[member.suffix] = b"" if skip > 0 else file.read(member.size)
+            sample[member.suffix] = b"" if skip > 0 or headers_only else file.read(member.size)
         if duplicate:
             yield Damage(url, DUPLICATE, duplicate)
         elif skip > 0:
