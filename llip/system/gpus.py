@@ -1,4 +1,4 @@
-"""Peak FLOP/s and memory of GPUs, from the vendors' data sheets; dense, without structured sparsity."""
+"""Peak FLOP/s, memory and its bandwidth of GPUs, from the vendors' data sheets; dense, without structured sparsity."""
 
 import dataclasses
 
@@ -14,6 +14,7 @@ class Gpu:
     Attributes:
         name: as `--gpu` takes it.
         memory: bytes.
+        bandwidth: of the memory, bytes per second.
         half: FLOP/s of bf16 or fp16 products summed in float32.
         single: FLOP/s in float32, without TF32.
         device_name: words that `torch.cuda.get_device_name()` must contain, in lower case.
@@ -21,31 +22,32 @@ class Gpu:
 
     name: str
     memory: int
+    bandwidth: float
     half: float
     single: float
     device_name: tuple[str, ...]
 
 
-def _gpu(name: str, gib: int, half: float, single: float, *device_name: str) -> Gpu:
-    return Gpu(name, gib * _GIB, half * _TERA, single * _TERA, device_name)
+def _gpu(name: str, gib: int, terabytes: float, half: float, single: float, *device_name: str) -> Gpu:
+    return Gpu(name, gib * _GIB, terabytes * _TERA, half * _TERA, single * _TERA, device_name)
 
 
 # Figures "with sparsity" are halved here. Where several entries match a device's name, the first one counts.
 _GPUS = (
-    _gpu("h100-nvl-94g", 94, 835.5, 60.0, "h100", "nvl"),  # NVIDIA H100 data sheet
-    _gpu("h100-pcie-80g", 80, 756.0, 51.0, "h100", "pcie"),
-    _gpu("h100-80g", 80, 989.4, 67.0, "h100"),  # SXM
-    _gpu("h200-141g", 141, 989.4, 67.0, "h200"),  # NVIDIA H200 data sheet
-    _gpu("b200-180g", 180, 2250.0, 75.0, "b200"),  # NVIDIA HGX B200 data sheet, one eighth
-    _gpu("a100-80g", 80, 312.0, 19.5, "a100", "80gb"),  # NVIDIA A100 data sheet
-    _gpu("a100-40g", 40, 312.0, 19.5, "a100"),
-    _gpu("l40s-48g", 48, 362.05, 91.6, "l40s"),  # NVIDIA L40S data sheet
-    _gpu("l4-24g", 24, 121.0, 30.3, "l4"),  # NVIDIA L4 data sheet
-    _gpu("a10-24g", 24, 125.0, 31.2, "a10"),  # NVIDIA A10 data sheet
-    _gpu("a6000-48g", 48, 154.8, 38.7, "rtx", "a6000"),  # NVIDIA RTX A6000 data sheet
-    _gpu("rtx4090-24g", 24, 165.2, 82.6, "rtx", "4090"),  # NVIDIA Ada architecture paper, FP32 accumulation
-    _gpu("rtx3090-24g", 24, 71.0, 35.6, "rtx", "3090"),  # NVIDIA Ampere GA102 architecture paper, FP32 accumulation
-    _gpu("mi300x-192g", 192, 1307.4, 163.4, "mi300x"),  # AMD Instinct MI300X data sheet
+    _gpu("h100-nvl-94g", 94, 3.9, 835.5, 60.0, "h100", "nvl"),  # NVIDIA H100 data sheet
+    _gpu("h100-pcie-80g", 80, 2.0, 756.0, 51.0, "h100", "pcie"),
+    _gpu("h100-80g", 80, 3.35, 989.4, 67.0, "h100"),  # SXM
+    _gpu("h200-141g", 141, 4.8, 989.4, 67.0, "h200"),  # NVIDIA H200 data sheet
+    _gpu("b200-180g", 180, 7.7, 2250.0, 75.0, "b200"),  # NVIDIA HGX B200 data sheet, one eighth
+    _gpu("a100-80g", 80, 2.039, 312.0, 19.5, "a100", "80gb"),  # NVIDIA A100 data sheet
+    _gpu("a100-40g", 40, 1.555, 312.0, 19.5, "a100"),
+    _gpu("l40s-48g", 48, 0.864, 362.05, 91.6, "l40s"),  # NVIDIA L40S data sheet
+    _gpu("l4-24g", 24, 0.3, 121.0, 30.3, "l4"),  # NVIDIA L4 data sheet
+    _gpu("a10-24g", 24, 0.6, 125.0, 31.2, "a10"),  # NVIDIA A10 data sheet
+    _gpu("a6000-48g", 48, 0.768, 154.8, 38.7, "rtx", "a6000"),  # NVIDIA RTX A6000 data sheet
+    _gpu("rtx4090-24g", 24, 1.008, 165.2, 82.6, "rtx", "4090"),  # NVIDIA Ada architecture paper, FP32 accumulation
+    _gpu("rtx3090-24g", 24, 0.936, 71.0, 35.6, "rtx", "3090"),  # NVIDIA Ampere GA102 paper, FP32 accumulation
+    _gpu("mi300x-192g", 192, 5.3, 1307.4, 163.4, "mi300x"),  # AMD Instinct MI300X data sheet
 )
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 """Every known GPU by the name that `--gpu` takes."""
