@@ -14,7 +14,7 @@ from llip.errors import UserError
 from llip.system.program import program
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     from llip.system.gpus import GPUS
 
@@ -27,11 +27,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the config")
     parser.add_argument("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--nodes", type=int, metavar="N", help="as many machines, at the config's global batch")
-    parser.add_argument("--mfu", type=float, default=0.35, help="assumed share of the GPU's peak [%(default)s]")
+    parser.add_argument(
+        "--mfu", type=mfu_range, metavar="X[-Y]", help="share of the GPU's peak [as published for models of this size]"
+    )
     parser.add_argument("--network", type=float, default=50.0, metavar="GB/S", help="from GPU to GPU [%(default)s]")
     parser.add_argument("--sample-kb", type=float, default=50.0, metavar="KB", help="of a sample [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one json document instead of tables")
     return parser.parse_intermixed_args(argv)
+
+
+def mfu_range(text: str) -> tuple[float, float]:
+    """Return (high, low) of `LOW-HIGH`, or of a single number."""
+    low, _, high = text.partition("-")
+    return float(high or low), float(low)
 
 
 def on_nodes(config: Config, nodes: int) -> Config:
@@ -48,11 +56,14 @@ def on_nodes(config: Config, nodes: int) -> Config:
             f"--nodes {nodes}: the global batch of {config.global_batch:,} cannot be shared out evenly over "
             f"{nodes * config.ngpus} GPUs; to change it, write nodes={nodes} without the dashes"
         )
-    slices = next(slices for slices in range(1, each + 1) if each % slices == 0 and each // slices <= config.batch_size)
-    return config.replace(nodes=nodes, batch_size=each // slices, accum_freq=slices)
+    steps = next(steps for steps in range(1, each + 1) if each % steps == 0 and each // steps <= config.batch_size)
+    return config.replace(nodes=nodes, batch_size=each // steps, accum_freq=steps)
 
 
-def _run(given: argparse.Namespace) -> int:
+@program
+def main(argv: Sequence[str]) -> int:
+    """Run the program; return its exit code."""
+    given = parse_arguments(argv)
     from llip.system.gpus import find_gpu
     from llip.tools.plan.estimate import Assumptions, make_plan
     from llip.tools.plan.table import as_table
@@ -64,12 +75,6 @@ def _run(given: argparse.Namespace) -> int:
     plan = make_plan(config, find_gpu(given.gpu), assumptions)
     print(json.dumps(plan.to_dict()) if given.json else as_table(plan))
     return 0 if plan.fits else 1
-
-
-@program
-def main(argv: Sequence[str]) -> int:
-    """Run the program; return its exit code."""
-    return _run(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -5,23 +5,28 @@ from typing import Any
 from llip.configs import Config
 from llip.open_clip.factory import model_spec
 from llip.system.gpus import Gpu
-from llip.tools.plan.memory import gpu_memory
+from llip.tools.plan.memory import Memory, gpu_memory
 from llip.tools.plan.parameters import Parameters, count_parameters
 
 _FIELDS = ("grad_checkpointing", "distributed_engine", "batch_size", "accum_freq", "score_memory")
+
+
+def fits(memory: Memory, gpu: Gpu) -> bool:
+    """Return whether a run fits into a GPU, the allowance for fragmentation aside."""
+    return memory.total - memory.fragmentation <= gpu.memory
 
 
 def _gib(value: int) -> str:
     return f"{value / 2**30:.1f} GiB"
 
 
-def _smaller_slices(config: Config, fits: int, parameters: Parameters) -> Config:
-    """Return the config with the largest batch per slice that fits, `accum_freq` keeping the global batch, or as is."""
-    whole = config.batch_size * config.accum_freq
-    for slices in range(config.accum_freq + 1, whole + 1):
-        if whole % slices == 0:
-            smaller = config.replace(batch_size=whole // slices, accum_freq=slices)
-            if gpu_memory(smaller, parameters=parameters).total <= fits:
+def _smaller_batch(config: Config, memory: int, parameters: Parameters) -> Config:
+    """Return the config with the largest `batch_size` that fits, `accum_freq` keeping the global batch; or as is."""
+    images = config.batch_size * config.accum_freq
+    for steps in range(config.accum_freq + 1, images + 1):
+        if images % steps == 0:
+            smaller = config.replace(batch_size=images // steps, accum_freq=steps)
+            if gpu_memory(smaller, parameters=parameters).total <= memory:
                 return smaller
     return config
 
@@ -39,7 +44,7 @@ def advise(config: Config, gpu: Gpu) -> list[str]:
     bases = [checkpointed, small_tiles]
     if config.processes > 1 and config.ema_decay is None and config.precision != "amp_fp16":
         bases += [base.replace(distributed_engine="fsdp") for base in (config, checkpointed)]
-    proposals = bases + [_smaller_slices(base, gpu.memory, parameters) for base in (config, *bases)]
+    proposals = bases + [_smaller_batch(base, gpu.memory, parameters) for base in (config, *bases)]
     lines: list[str] = []
     fitting: list[set[tuple[str, Any]]] = []
     for proposal in proposals:
@@ -58,4 +63,7 @@ def advise(config: Config, gpu: Gpu) -> list[str]:
             f"no batch size fits: weights, gradients and optimizer take {_gib(fixed)}, scores {_gib(memory.scores)}; "
             "take a GPU with more memory, more GPUs (nodes), or a smaller model"
         ]
-    return [f"does not fit: {_gib(memory.total)} of {_gib(gpu.memory)} on {gpu.name}", *lines]
+    verdict = f"{_gib(memory.total)} of {_gib(gpu.memory)} on {gpu.name}"
+    if fits(memory, gpu):
+        return [f"tight: {verdict}, with {_gib(memory.fragmentation)} assumed to be lost to fragmentation", *lines]
+    return [f"does not fit: {verdict}", *lines]

@@ -1,19 +1,40 @@
-"""The whole plan of a run: everything put together, with what was assumed beside it."""
+"""The plan of a run: every part of it, with what was assumed.
+
+Times are ranges from fast to slow: no run has been measured against them.
+"""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from llip.configs import Config
 from llip.errors import UserError
-from llip.open_clip.costs.flops import StepFlops, score_plan_of, step_flops
-from llip.open_clip.factory import model_spec
+from llip.open_clip.costs.flops import StepFlops, head_flops, image_tower, score_plan_of, step_flops
+from llip.open_clip.factory import ModelSpec, model_spec
 from llip.system.gpus import Gpu
-from llip.tools.plan.advice import advise
+from llip.tools.plan.advice import advise, fits
 from llip.tools.plan.memory import Memory, gpu_memory
 from llip.tools.plan.parameters import Parameters, count_parameters
+from llip.tools.plan.score_bytes import score_bytes
 from llip.tools.plan.traffic import Traffic, step_traffic
 
 BACKWARD_SHARE = 2 / 3  # of a step's FLOPs
+BANDWIDTH_SHARES = (1.0, 0.84)
+"""Shares of the data sheet's memory bandwidth that kernels reach, fast and slow: 3.35 and 2.8 TB/s on an H100."""
+
+_SMALL = 768  # width of an image tower
+_MFU_SMALL, _MFU_LARGE = (0.21, 0.12), (0.39, 0.15)
+
+
+def published_mfu(spec: ModelSpec) -> tuple[float, float]:
+    """Return the range (high, low) of the MFU of published CLIP runs with image towers of this size.
+
+    Samples per second and GPU, times 6 multiply-adds per sample and forward multiply-add, over the peak in bf16.
+    OpenCLIP's scaling runs on A100s (LAION-AI/scaling-laws-openclip, trained_models_info.csv), best run of each size:
+    B/32 12 %, B/16 16 %, L/14 30 % (most of them 12 to 18), H/14 15 %, g/14 17 %. NVIDIA's NeMo (user guide, CLIP
+    performance), g/14 on one node: 39 % on A100s, 21 % on H100s.
+    """
+    return _MFU_SMALL if image_tower(spec).width <= _SMALL else _MFU_LARGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,21 +42,37 @@ class Assumptions:
     """What cannot be known from the config.
 
     Attributes:
-        mfu: share of the GPU's peak that executed FLOPs reach, recomputation included.
+        mfu: range (high, low) of the share of the GPU's peak that the towers' FLOPs reach, recomputation included;
+            None: `published_mfu`.
         network: bytes per second that one GPU can send to others.
         sample: bytes of one sample in the shards.
     """
 
-    mfu: float = 0.35
+    mfu: tuple[float, float] | None = None
     network: float = 50e9
     sample: float = 50e3
 
     def __post_init__(self) -> None:
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"--mfu {self.mfu}: expected a share of the peak, more than 0 and at most 1")
+        high, low = self.mfu or (1.0, 1.0)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--mfu {low:g}-{high:g}: expected shares of the peak, more than 0 and at most 1")
         for name, value in (("--network", self.network), ("--sample-kb", self.sample)):
             if not value > 0:
                 raise UserError(f"{name}: expected more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, at one end of the range."""
+
+    towers: float
+    scores: float  # of all pairs, forward and backward
+    network: float  # what is not hidden behind the backward pass
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return self.towers + self.scores + self.network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +88,8 @@ class Plan:
     memory_other: Memory  # with checkpointing if the config goes without, and the other way round
     traffic: Traffic
     scores: str
-    compute_seconds: float
-    network_seconds: float
-    step_seconds: float
+    score_bytes: int
+    times: tuple[StepTime, StepTime]  # fast, slow
     advice: list[str]
 
     @property
@@ -64,17 +100,17 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the memory of one GPU is enough."""
-        return self.memory.total <= self.gpu.memory
+        return fits(self.memory, self.gpu)
 
     @property
-    def samples_per_second(self) -> float:
-        """Of the whole run, which storage and loaders must deliver."""
-        return self.config.global_batch / self.step_seconds
+    def samples_per_second(self) -> tuple[float, float]:
+        """Of the whole run, fast and slow, which storage and loaders must deliver."""
+        return _pair(self.config.global_batch / time.total for time in self.times)
 
     @property
-    def hours(self) -> float:
-        """Of the whole schedule."""
-        return self.config.total_steps * self.step_seconds / 3600
+    def hours(self) -> tuple[float, float]:
+        """Of the whole schedule, fast and slow."""
+        return _pair(self.config.total_steps * time.total / 3600 for time in self.times)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for json."""
@@ -96,18 +132,25 @@ class Plan:
             "fits": self.fits,
             "sent_bytes_per_step": dataclasses.asdict(self.traffic)
             | {"total": self.traffic.total, "exposed": self.traffic.exposed},
-            "compute_seconds_per_step": self.compute_seconds,
-            "network_seconds_per_step": self.network_seconds,
-            "seconds_per_step": self.step_seconds,
+            "score_bytes_per_step": self.score_bytes,
+            "towers_seconds_per_step": [time.towers for time in self.times],
+            "scores_seconds_per_step": [time.scores for time in self.times],
+            "network_seconds_per_step": [time.network for time in self.times],
+            "seconds_per_step": [time.total for time in self.times],
             "samples_per_second": self.samples_per_second,
-            "storage_bytes_per_second": self.samples_per_second * self.assumptions.sample,
+            "storage_bytes_per_second": [rate * self.assumptions.sample for rate in self.samples_per_second],
             "hours": self.hours,
-            "gpu_hours": self.hours * config.processes,
+            "gpu_hours": [hours * config.processes for hours in self.hours],
             "advice": self.advice,
         }
         other = "memory_bytes_without_checkpointing" if config.grad_checkpointing else "memory_bytes_with_checkpointing"
         record[other] = dataclasses.asdict(self.memory_other) | {"total": self.memory_other.total}
         return record
+
+
+def _pair(values: Iterable[float]) -> tuple[float, float]:
+    fast, slow = values
+    return fast, slow
 
 
 def _peak(config: Config, gpu: Gpu) -> float:
@@ -120,13 +163,23 @@ def make_plan(config: Config, gpu: Gpu, assumptions: Assumptions | None = None) 
     Raises:
         UserError: names of the config that do not resolve.
     """
+    spec = model_spec(config)
     assumptions = assumptions or Assumptions()
-    flops, parameters = step_flops(config), count_parameters(model_spec(config))
-    traffic, scores = step_traffic(config, parameters.total), score_plan_of(config)
-    compute = config.batch_size * config.accum_freq * flops.executed / (_peak(config, gpu) * assumptions.mfu)
-    hidden = BACKWARD_SHARE * compute / config.accum_freq  # seconds that gradients may travel in
-    late = max(0.0, traffic.overlapped / assumptions.network - hidden)
-    network = traffic.exposed / assumptions.network + late
+    assumptions = dataclasses.replace(assumptions, mfu=assumptions.mfu or published_mfu(spec))
+    flops, parameters = step_flops(config), count_parameters(spec)
+    traffic, plan = step_traffic(config, parameters.total), score_plan_of(config)
+    moved = score_bytes(config)
+
+    def step_time(mfu: float, bandwidth: float) -> StepTime:
+        rate, head = _peak(config, gpu) * mfu, head_flops(config, spec)
+        executed_head = head.forward + head.backward + head.again
+        towers = (config.batch_size * config.accum_freq * flops.executed - executed_head) / rate
+        scores = max(moved / (gpu.bandwidth * bandwidth), executed_head / rate)
+        hidden = BACKWARD_SHARE * (towers + scores) / config.accum_freq  # seconds that gradients may travel in
+        late = max(0.0, traffic.overlapped / assumptions.network - hidden)
+        return StepTime(towers, scores, traffic.exposed / assumptions.network + late)
+
+    fast, slow = (step_time(*shares) for shares in zip(assumptions.mfu or (), BANDWIDTH_SHARES, strict=True))
     return Plan(
         config=config,
         gpu=gpu,
@@ -136,9 +189,8 @@ def make_plan(config: Config, gpu: Gpu, assumptions: Assumptions | None = None) 
         memory=gpu_memory(config, parameters=parameters),
         memory_other=gpu_memory(config, not config.grad_checkpointing, parameters),
         traffic=traffic,
-        scores=str(scores) if scores else "one feature per image, one product with all texts",
-        compute_seconds=compute,
-        network_seconds=network,
-        step_seconds=compute + network,
+        scores=str(plan) if plan else "one feature per image, one product with all texts",
+        score_bytes=moved,
+        times=(fast, slow),
         advice=advise(config, gpu),
     )

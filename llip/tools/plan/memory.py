@@ -1,10 +1,10 @@
 """Memory of one GPU by part, from shapes alone.
 
-Shapes: B images of a process (B_s of one accumulation slice), T texts of the global batch, N tokens of a tower, W its
+Shapes: B images of a process, T texts of the global batch, N tokens of a tower, W its
 width, H width of the MLP, K mixture tokens, D embedding width.
 
 Activations are what autograd keeps of a block for the backward pass, counted tensor by tensor as tests measure them.
-torch.compile keeps less; the counts are those without it.
+A compiled tower keeps less: the partitioner of torch.compile keeps no copy of what it can compute from its neighbour.
 """
 
 import dataclasses
@@ -35,14 +35,15 @@ class Widths:
     norm: int  # of a LayerNorm's kept input
 
 
-def tower_widths(precision: str, residual_is_half: bool, norm_is_half: bool = False) -> Widths:
+def tower_widths(precision: str, residual_is_half: bool, norm_is_half: bool) -> Widths:
     """Return the bytes of a tower's numbers.
 
     Args:
         precision: of the config.
         residual_is_half: under autocast the image tower's stream is half wide (it starts with a product), the text
             tower's is not (it starts with an embedding).
-        norm_is_half: the device's autocast leaves LayerNorm in half precision, as the CPU's does and CUDA's does not.
+        norm_is_half: LayerNorm's input is kept as it is: by the CPU's autocast, and by a compiled tower. CUDA's
+            autocast keeps it in float32.
     """
     if precision == "fp32":
         return Widths(FLOAT, FLOAT, FLOAT)
@@ -90,8 +91,9 @@ class Memory:
     features: int  # mixture tokens, texts of the global batch, and their gradients
     scores: int  # the matrix of scores with its gradient
     score_tiles: int
-    working: int  # temporaries of one block's backward pass
+    working: int  # temporaries of one block's backward pass, beyond what the score tiles have left free
     reserved: int
+    fragmentation: int
 
     @property
     def total(self) -> int:
@@ -100,8 +102,9 @@ class Memory:
 
 
 def activations(config: Config, spec: ModelSpec, checkpointing: bool, norm_is_half: bool = False) -> tuple[int, int]:
-    """Return the bytes that the blocks of the image and the text tower keep for one slice."""
-    quick_gelu = spec.architecture["quick_gelu"]
+    """Return the bytes that the blocks of the image and the text tower keep for one micro-batch."""
+    quick_gelu = spec.architecture["quick_gelu"] and not config.torchcompile  # which keeps no product of the two
+    norm_is_half = norm_is_half or config.torchcompile
     image, text = (
         count * (tower_bytes(tower, widths, quick_gelu, checkpointing) + _ends_bytes(tower, widths))
         for count, tower, widths in (
@@ -156,7 +159,7 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     matrices = 4 if config.global_loss_weight else 2  # each with its gradient
     scores = FLOAT * (matrices * images * texts + 2 * min(images * texts, _LOSS_NUMBERS))
     tiles = plan.peak_bytes if plan else 0
-    if config.accum_freq > 1:  # scores come when no slice's activations are there: the larger of the two counts
+    if config.accum_freq > 1:  # scores come when no activations are there: the larger of the two counts
         kept = FLOAT * 2 * images * (spec.mixture_tokens + captions) * width
         if sum(towers) >= scores + tiles + features - kept:
             features, scores, tiles = kept, 0, 0
@@ -176,6 +179,6 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
         "features": features,
         "scores": scores,
         "score_tiles": tiles,
-        "working": working,
+        "working": max(0, working - tiles),
     }
-    return Memory(**parts, reserved=RESERVED + math.ceil(FRAGMENTATION * sum(parts.values())))
+    return Memory(**parts, reserved=RESERVED, fragmentation=math.ceil(FRAGMENTATION * sum(parts.values())))

@@ -1,4 +1,6 @@
-"""A plan for people."""
+"""A plan as text."""
+
+from collections.abc import Iterable
 
 from llip.tools.plan.estimate import Plan
 from llip.tools.plan.memory import Memory
@@ -24,6 +26,12 @@ def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def _range(values: Iterable[float], form: str = ",.3g") -> str:
+    """Return "fast - slow", or one number where the two read alike."""
+    fast, slow = (format(value, form) for value in values)
+    return fast if fast == slow else f"{fast} - {slow}"
+
+
 def _section(title: str, rows: list[tuple[str, str]]) -> list[str]:
     width = max(len(name) for name, _ in rows)
     return [title, *(f"  {name:{max(width, 30)}}  {value}" for name, value in rows), ""]
@@ -40,7 +48,7 @@ def as_table(plan: Plan) -> str:
     head = (
         f"{config.name}: {config.model}, K = {config.mixture_tokens}, {config.pooling} pooling, {config.precision}\n"
         f"{config.processes} x {plan.gpu.name} on {config.nodes} node(s), {config.batch_size} pairs x "
-        f"{config.accum_freq} slice(s) each: global batch {config.global_batch:,}\n"
+        f"{config.accum_freq} each: global batch {config.global_batch:,}\n"
     )
     lines = [head]
     lines += _section(
@@ -64,28 +72,31 @@ def as_table(plan: Plan) -> str:
         "sent by one GPU in a step",
         [
             ("gradients", f"{_bytes(traffic.gradients):>10}  {_share(traffic.overlapped, traffic.gradients)} of it "
-             "beside the backward pass"),
+             "during the backward pass"),
             ("texts", f"{_bytes(traffic.texts):>10}  waited for"),
             ("text gradients", f"{_bytes(traffic.text_gradients):>10}  waited for"),
             ("softmax normalisers", f"{_bytes(traffic.normalisers):>10}  waited for"),
         ],
     )  # fmt: skip
-    rate, sample = plan.samples_per_second, plan.assumptions.sample
+    (fast, slow), hours, assumed = plan.times, plan.hours, plan.assumptions
+    rates = plan.samples_per_second
     lines += _section(
-        "time",
+        "time: predicted, not measured (fast - slow)",
         [
-            ("a step", f"{plan.step_seconds:.3f} s: {plan.compute_seconds:.3f} computing, {plan.network_seconds:.3f} "
-             "waiting for the network"),
-            ("samples/s from storage", f"{rate:,.0f} ({rate / config.nodes:,.0f} per node, "
-             f"{_bytes(rate * sample)}/s in all)"),
+            ("towers, s a step", _range((fast.towers, slow.towers))),
+            ("scores", f"{_range((fast.scores, slow.scores))}, {_bytes(plan.score_bytes)} moved in memory"),
+            ("network", f"{_range((fast.network, slow.network))} waited for"),
+            ("a step", f"{_range((fast.total, slow.total))} s"),
+            ("samples/s from storage", f"{_range(rates, ',.0f')} ({_range((r / config.nodes for r in rates), ',.0f')} "
+             f"per node, {_bytes(rates[0] * assumed.sample)}/s in all)"),
             ("the schedule", f"{config.total_steps:,} steps, {config.total_steps * config.global_batch:,} pairs"),
-            ("hours", f"{plan.hours:,.1f}"),
-            ("GPU-hours", f"{plan.hours * config.processes:,.0f}"),
+            ("hours", _range(hours, ",.1f")),
+            ("GPU-hours", _range((h * config.processes for h in hours), ",.0f")),
         ],
     )  # fmt: skip
-    assumed = plan.assumptions
+    mfu = _range((100 * share for share in assumed.mfu or ()), "g")
     lines.append(
-        f"assumed: {100 * assumed.mfu:g} % of the peak of {_count(plan.peak)}FLOP/s, {assumed.network / 1e9:g} GB/s "
-        f"from GPU to GPU, {assumed.sample / 1e3:g} kB a sample, no wait for data"
+        f"assumed: {mfu} % of the peak of {_count(plan.peak)}FLOP/s (--mfu), {assumed.network / 1e9:g} GB/s from GPU "
+        f"to GPU, {assumed.sample / 1e3:g} kB a sample, no wait for data"
     )
     return "\n".join([*lines, *plan.advice] if plan.advice else [*lines, f"fits into {_bytes(plan.gpu.memory)}"])

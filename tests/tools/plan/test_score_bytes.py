@@ -1,0 +1,36 @@
+"""Bytes that the scores move, against counts by hand and against other counts of the published shapes."""
+
+import pytest
+import torch
+
+from llip.config_search import search_config
+from llip.tools.plan.score_bytes import ByteCounter, score_bytes
+
+
+def test_what_an_operation_moves():
+    x, y = torch.ones(8, 4), torch.ones(4)
+    with ByteCounter() as counter:
+        z = x.T.reshape(8, 4)  # a copy: 32 numbers in and out
+    assert counter.total == 2 * 32 * 4
+    with ByteCounter() as counter:
+        z.add_(y)  # in place: z and y in, z out
+        torch.empty_like(z)
+        z[:2].to(torch.bfloat16)  # 8 numbers in, as many out at half the width
+    assert counter.total == (32 + 4 + 32 + 0) * 4 + 8 * 4 + 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes"),
+    [("llip_b32_k64", 1162), ("llip_b16_k32", 563), ("llip_l14_k32", 567), ("llip_G14_k64", 595)],
+)
+def test_published_shapes(config, gigabytes):
+    assert score_bytes(search_config(config)) == pytest.approx(gigabytes * 1e9, rel=0.05)
+
+
+def test_more_images_move_more():
+    config = search_config("llip_b16_k32")
+    assert score_bytes(config.replace(nodes=1, accum_freq=16)) == pytest.approx(16 * score_bytes(config), rel=0.05)
+    assert score_bytes(config.replace(captions_per_image=4)) == pytest.approx(4 * score_bytes(config), rel=0.05)
+    assert score_bytes(config.replace(pooling="mean")) == 0
+    kept = config.replace(nodes=1, score_memory=8.0)  # tiles are not computed twice
+    assert score_bytes(kept) < 0.8 * score_bytes(kept.replace(score_memory=4.0))
