@@ -1,6 +1,6 @@
 """What the head costs: one training step of a config against the same encoder with pooling=first.
 
-    python -m benchmarks.step llip_b16_k32 [field=value ...] [--texts 32768] [--device cuda] [--json]
+    python -m benchmarks.step llip_b16_k32 [captions_per_image=4 ...] [--texts 32768] [--device cuda] [--json]
 
 One process stands for one GPU of the published run: `batch_size` images against `--texts` texts of the global batch,
 of which its own come from its text tower and the others, which would arrive from other GPUs, are drawn at random. The
@@ -44,9 +44,11 @@ class Stepper:
         self.optimizer, self.loss = create_optimizer(self.model, config), find_extension("loss", config.loss).loss
         size = (config.batch_size, 3, spec.image_size, spec.image_size)
         self.images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
-        self.tokens = torch.randint(1, 1000, (config.batch_size, spec.context_length), device=device)
+        own = config.batch_size * config.captions_per_image
+        self.tokens = torch.randint(1, 1000, (own, spec.context_length), device=device)
         width = spec.architecture["embed_dim"]
-        self.others = unit_norm(torch.randn(texts - config.batch_size, width, device=device))  # [T - B, D]
+        self.others = unit_norm(torch.randn(texts - own, width, device=device))  # [T - B N, D]
+        self.matches = Matches(config.batch_size, texts, config.captions_per_image)
         self.budget = None if config.score_memory is None else int(config.score_memory * 2**30)
         dtype = autocast_dtype(config.precision)
         self.autocast = contextlib.nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype=dtype)
@@ -58,7 +60,7 @@ class Stepper:
             h = model.encode_image(model.normalise(self.images))
             t = torch.cat([model.encode_text(self.tokens), self.others])  # [T, D]
             scores = model.similarity(h, t.requires_grad_(), self.budget)
-        self.loss(scores, Matches(*scores.shape), model.logit_scale.exp(), model.logit_bias, None).backward()
+        self.loss(scores, self.matches, model.logit_scale.exp(), model.logit_bias, None).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -91,8 +93,9 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     """
     if config.pooling != "text":
         raise UserError(f"config {config.name!r} has pooling = {config.pooling!r}: expected one with pooling=text")
-    if texts < config.batch_size:
-        raise UserError(f"--texts {texts}: expected at least batch_size = {config.batch_size}")
+    own = config.batch_size * config.captions_per_image
+    if texts < own or texts % config.captions_per_image:
+        raise UserError(f"--texts {texts}: expected at least batch_size x captions_per_image = {own}, in whole images")
     whole, first = Stepper(config, texts, device), Stepper(config.replace(pooling="first"), texts, device)
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in tqdm(range(steps + 2), unit="step pair", desc=config.name):
@@ -126,7 +129,7 @@ def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config's name, or path/to/file.py:function")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
-    parser.add_argument("--texts", type=int, help="texts of the global batch; the config's global batch by default")
+    parser.add_argument("--texts", type=int, help="texts of the global batch; as the config has them by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
@@ -134,7 +137,7 @@ def run(arguments: list[str]) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found; give --device cpu")
     config = search_config(options.config, options.overrides)
-    result = measure(config, options.texts or config.global_batch, torch.device(options.device), options.steps)
+    result = measure(config, options.texts or config.global_texts, torch.device(options.device), options.steps)
     if options.json:
         print(json.dumps(result))
     else:

@@ -69,6 +69,19 @@ def write_pairs(folder: Path, samples: int, per_shard: int = 16) -> str:
     return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
 
 
+def write_captioned(folder: Path, samples: int, per_shard: int = 16) -> str:
+    """Write shards whose sample i has 1 + i % 4 captions `picture number <i><j> of all`; return the brace pattern."""
+    shards = -(-samples // per_shard)
+    for shard in range(shards):
+        indices = range(shard * per_shard, min(samples, (shard + 1) * per_shard))
+        captions = {i: [f"picture number {i}{j} of all" for j in range(1 + i % 4)] for i in indices}
+        write_tar(
+            folder / f"{shard:05d}.tar",
+            [{"png": image_bytes(i), "json": json.dumps({"captions": captions[i]}).encode()} for i in indices],
+        )
+    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+
+
 def tiny_run(folder: Path, **changes: Any) -> Config:
     """Return a run of 6 steps over 32 pairs that takes a second on a CPU.
 

@@ -105,6 +105,9 @@ def test_overrides_are_read_as_the_declared_type():
         (["lr=1", "lr=2"], ["lr", "twice"]),
         (["local_loss=true"], ["local_loss", "Drop it"]),
         (["report_to=wandbb"], ["report_to", "wandbb"]),
+        (["captions_per_image=0"], ["captions_per_image", "at least 1"]),
+        (["caption_fill=empty"], ["caption_fill", "'repeat', 'mask'"]),
+        (["global_loss_weight=0.5", "pooling=mean"], ["global_loss_weight", "'mean' pooling", "pooling=text"]),
     ],
 )
 def test_bad_overrides(words, expected):

@@ -109,8 +109,8 @@ def leaves(value, seed):
 def batches(tmp_path, count: int = 2, workers: int = 0, **fields):
     (tmp_path / "t.py").write_text(TRANSFORMS)
     data = write_pairs(tmp_path / "pairs", 16, 8)
-    names = {field: f"{tmp_path}/t.py:{name}" for field, name in fields.items()}
-    config = Config(train_data=data, batch_size=8, workers=workers, **names)
+    names = {field: f"{tmp_path}/t.py:{name}" for field, name in fields.items() if field.endswith("_transform")}
+    config = Config(train_data=data, batch_size=8, workers=workers, **fields | names)
     texts: list[str] = []
 
     def tokenizer(captions):
@@ -133,6 +133,15 @@ def test_transforms_see_what_they_are_promised_and_repeat_by_the_seed(tmp_path):
         assert all(len(image.unique()) == 1 for image in one.images)  # the crop of a constant image
     assert len({int(value) for batch in first for value in batch.images[:, 0, 0, 0]}) > 8  # seeds differ
     assert len({int(value) for batch in first for value in batch.tokens.flatten()}) > 3
+
+
+def test_each_caption_of_an_image_has_its_seed(tmp_path):
+    (one,), (several,) = (
+        batches(tmp_path, 1, captions_per_image=count, caption_transform="caption") for count in (1, 5)
+    )
+    assert torch.equal(several.tokens[:, :1], one.tokens)
+    assert all(len(row.unique()) > 1 for row in several.tokens)  # five seeds each
+    assert not several.mask[:, 1:].any()  # the caption itself comes again
 
 
 def test_a_caption_without_text_drops_the_sample(tmp_path):

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
+from llip.data.position import DataPosition
 from tests.data.helpers import captions, config, good, ids, loader, take
-from tests.helpers import image_bytes, write_pairs, write_tar
+from tests.helpers import image_bytes, write_captioned, write_pairs, write_tar
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -71,6 +72,55 @@ def test_captions_depend_neither_on_workers_nor_on_shards_and_crops_not_on_capti
         assert all(torch.equal(other[key][1], drawn[0][key][1]) for key in other)
     for other in drawn[1:3]:
         assert all(other[key][0] == drawn[0][key][0] for key in other)
+
+
+def by_sample(batches):
+    """id -> (numbers in its captions, mask, image)."""
+    numbers = iter(captions(batches))
+    found = {}
+    for batch in batches:
+        for name, mask, image in zip(batch.ids, batch.mask.tolist(), batch.images, strict=True):
+            found[name] = ([next(numbers) for _ in mask], mask, image)
+    return found
+
+
+def test_several_captions_are_of_their_image_and_differ_while_it_has_enough(tmp_path):
+    pattern = write_captioned(tmp_path, 16, 4)
+    settings = config(pattern, caption_keys="json.captions", captions_per_image=3, log_sample_ids=True)
+    batches = take(4, settings)
+    assert batches[0].tokens.shape == (4, 3, 12)
+    for name, (numbers, mask, _) in by_sample(batches).items():
+        sample = int(name.split("/")[1][:5]) * 4 + int(name.split("_")[1])
+        own = {10 * sample + caption for caption in range(1 + sample % 4)}
+        assert set(numbers) <= own
+        assert len(set(numbers)) == min(3, len(own)) == sum(mask)
+        assert [number not in numbers[:place] for place, number in enumerate(numbers)] == mask
+
+
+def test_several_captions_depend_neither_on_workers_nor_on_shards_and_change_no_order(tmp_path):
+    settings = config(write_captioned(tmp_path, 16, 4), caption_keys="json.captions", captions_per_image=3)
+    drawn = by_sample(take(4, settings))
+    assert by_sample(take(4, settings.replace(workers=2))).keys() == drawn.keys()
+    for changes in ({"workers": 2}, {"shuffle_buffer": 2}, {"captions_per_image": 1}):
+        batches = take(4, settings.replace(**changes))
+        for name, (numbers, mask, image) in by_sample(batches).items():
+            assert numbers == drawn[name][0][: len(numbers)]
+            assert mask == drawn[name][1][: len(mask)]
+            assert torch.equal(image, drawn[name][2])
+    assert ids(take(8, settings)) == ids(take(8, settings.replace(captions_per_image=1)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restart_draws_the_same_captions(tmp_path, workers):
+    pattern = write_captioned(tmp_path, 30, 5)
+    settings = config(pattern, caption_keys="json.captions", captions_per_image=2, workers=workers)
+    straight, position = take(8, settings), DataPosition(workers)
+    for batch in straight[:3]:
+        position.advance(batch.cursor)
+    resumed = take(5, settings, position=position)
+    for ours, expected in zip(resumed, straight[3:], strict=True):
+        assert torch.equal(ours.tokens, expected.tokens)
+        assert torch.equal(ours.mask, expected.mask)
 
 
 def test_loading_here_leaves_the_random_state_alone(tmp_path):

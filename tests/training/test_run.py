@@ -22,6 +22,7 @@ from llip.open_clip.weights.load import read_checkpoint
 from llip.training.checkpoints.checkpoint import list_checkpoints, newest_good_checkpoint
 from llip.training.checkpoints.records import read_records
 from llip.training.checkpoints.run_folder import locked_folder
+from tests.helpers import tiny_run, write_captioned
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,25 @@ def test_overfits_32_pairs(config, loss):
     own = torch.arange(32)
     assert (scores.argmax(dim=1) == own).float().mean() > 0.95
     assert (scores.argmax(dim=0) == own).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("fill", ["repeat", "mask"])
+def test_several_captions_are_logged_and_resumed(tmp_path, fill):
+    data = write_captioned(tmp_path / "captioned", 32, 16)  # 1, 2, 3 or 4 captions: 1.5 of 4 places repeat on average
+    config = tiny_run(
+        tmp_path, train_data=data, caption_keys="json.captions", captions_per_image=4, caption_fill=fill,
+        batch_size=8, accum_freq=2, save_steps=2, global_loss_weight=0.5,
+    )  # fmt: skip
+    train(config, "cpu")
+    records = read_records(config.folder / "metrics.jsonl")
+    for record in records:
+        assert record["captions_per_second"] == pytest.approx(4 * record["samples_per_second"])
+    repeated = [record["repeated_caption_fraction"] for record in records]
+    assert sum(repeated) / len(repeated) == pytest.approx(1.5 / 4)  # whole epochs
+    resumed = config.replace(name="resumed", resume=str(config.folder / "checkpoints" / "step_4.pt"))
+    train(resumed, "cpu")
+    losses = [record["loss"] for record in records]
+    assert [record["loss"] for record in read_records(resumed.folder / "metrics.jsonl")] == losses[4:]
 
 
 def test_files_of_a_run(config):

@@ -109,6 +109,18 @@ def test_a_whole_step_adds_up(tiny_model):
     assert whole.get_total_flops() == pytest.approx(6 * step_flops(config, on_cpu=True).model, rel=1e-12)
 
 
+def test_a_step_with_several_captions_adds_up(tiny_model):
+    config = Config(
+        model=tiny_model, mixture_tokens=5, pool_heads=2, batch_size=6, captions_per_image=3, global_loss_weight=0.5,
+        precision="fp32",
+    )  # fmt: skip
+    model = create_model(model_spec(config)).train()
+    with counter() as whole:
+        h, t = model.encode_image(torch.randn(6, 3, 32, 32)), model.encode_text(torch.ones(18, 12).long())
+        (model.similarity(h, t).sum() + model.pooling.global_scores(h, t).sum()).backward()
+    assert whole.get_total_flops() == pytest.approx(6 * step_flops(config, on_cpu=True).model, rel=1e-12)
+
+
 def test_text_free_head_is_one_product(tiny_model):
     config = Config(model=tiny_model, mixture_tokens=1, pooling="first", batch_size=6, ngpus=2)
     assert step_flops(config).head == 3 * 2 * 12 * 16  # forward and twice backward, 12 texts of width 16

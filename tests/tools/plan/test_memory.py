@@ -128,6 +128,10 @@ def test_parts_follow_the_fields(tiny_model):
     assert gpu_memory(config, checkpointing=True).image_activations < plain.image_activations
     assert gpu_memory(config.replace(precision="fp32")).half_weights == 0
     assert gpu_memory(config.replace(pooling="mean")).score_tiles == 0
+    several = gpu_memory(config.replace(captions_per_image=3, global_loss_weight=0.5))
+    assert several.text_activations == 3 * plain.text_activations
+    assert several.image_activations == plain.image_activations
+    assert several.scores == 4 * (4 + 2) * 3 * BATCH**2  # two matrices with gradients, and the loss's temporaries
     b16 = search_config("llip_b16_k32")
     assert gpu_memory(b16.replace(score_memory=0.5)).score_tiles < gpu_memory(b16).score_tiles
     slices = gpu_memory(b16.replace(batch_size=64, accum_freq=4))

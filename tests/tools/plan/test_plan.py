@@ -32,6 +32,9 @@ def test_traffic_by_hand(tiny_model):
     assert sliced.gradients == 4 * traffic.gradients  # four passes of each of two slices, to two of an all-reduce
     softmax = step_traffic(config.replace(loss="softmax"), parameters=50 * 2**20)
     assert softmax.normalisers == 2 * 2 * 3 / 4 * 32 * 4
+    several = step_traffic(config.replace(captions_per_image=4), parameters=50 * 2**20)
+    assert several.texts == 4 * traffic.texts
+    assert several.gradients == traffic.gradients
     alone = step_traffic(config.replace(ngpus=1), parameters=50 * 2**20)
     assert alone.total == 0
 

@@ -108,7 +108,14 @@ def test_too_many_in_a_row_end_the_run_with_a_nan_dump(config, monkeypatch):
     assert next(iter(record["gradient_norms"].values())) == "inf"
 
 
-@pytest.mark.parametrize("changes", [{}, {"accum_freq": 2, "batch_size": 8, "patch_dropout": 0.5, "loss": "softmax"}])
+REPLAYED = [
+    {},
+    {"accum_freq": 2, "batch_size": 8, "patch_dropout": 0.5, "loss": "softmax"},
+    {"accum_freq": 2, "batch_size": 8, "captions_per_image": 3, "caption_fill": "mask", "global_loss_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("changes", REPLAYED)
 def test_a_replay_computes_the_step_again(config, changes, monkeypatch, capsys):
     config = config.replace(max_bad_steps=1, **changes)
     backward, seen = trainer.backward_step, {}
@@ -132,6 +139,30 @@ def test_a_replay_computes_the_step_again(config, changes, monkeypatch, capsys):
     assert result["loss"] == pytest.approx(seen["loss"], rel=1e-6)
     assert result["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5)
     assert not result["reproduced"]
+
+
+def test_a_dump_of_version_0_1_is_replayed(config, monkeypatch, capsys):
+    """It has pairs of images and token ids [B, C], and knows nothing of several captions."""
+    spoil(monkeypatch, {2})
+    with pytest.raises(RunError):
+        train(config.replace(max_bad_steps=1), "cpu")
+    monkeypatch.undo()
+    folder = config.folder / "nan_dumps" / "step_3"
+
+    def loss():
+        capsys.readouterr()
+        assert replay.main([str(folder), "--device", "cpu", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["loss"]
+
+    expected = loss()
+    part = read_checkpoint(folder / "process_0.pt")
+    part["slices"] = [(images, tokens[:, 0]) for images, tokens, _ in part["slices"]]
+    torch.save(part, folder / "process_0.pt")
+    record = json.loads((folder / "record.json").read_text())
+    for name in ("captions_per_image", "caption_fill", "global_loss_weight"):
+        del record["config"][name]
+    (folder / "record.json").write_text(json.dumps(record))
+    assert loss() == expected
 
 
 def test_a_replay_names_the_module_and_the_sample(config, monkeypatch, capsys):

@@ -78,7 +78,14 @@ def assert_same_training(found, expected, steps=6, rtol=1e-5):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("changes", [{}, {"accum_freq": 2, "batch_size": 4, "patch_dropout": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accum_freq": 2, "batch_size": 4, "patch_dropout": 0.5},
+        {"captions_per_image": 3, "caption_fill": "mask", "global_loss_weight": 0.5},
+    ],
+)
 def test_shares_train_as_whole_weights_do(pool, config, loss, changes):
     ddp, fsdp = both(config, loss=loss, **changes)
     assert pool.run(train_together, 2, [ddp, fsdp]) == [[None, None]] * 2
