@@ -100,7 +100,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def check_shards_exist(data: DataSpec) -> None:
-    """Raise a `UserError` that names the local shards that are missing or empty."""
+    """Raise a `UserError` that names the local shards that are missing, empty, or of a kind that is not read."""
     local = [url for url in data.urls if is_local(url)]
     missing = [url for url in local if not Path(url).exists()]
     if missing:
@@ -112,6 +112,9 @@ def check_shards_exist(data: DataSpec) -> None:
     if folder:
         pattern = folder.rstrip("/") + "/*.tar"
         raise UserError(f"train_data: {folder!r} is a folder; expected shards, for instance {pattern!r}")
+    packed = next((url for url in local if url.endswith((".zst", ".zstd"))), None)
+    if packed:
+        raise UserError(f"train_data: {packed!r} is compressed with zstd; use 'pipe:zstd -dc {packed}' (braces expand)")
     empty = [url for url in local if Path(url).is_file() and Path(url).stat().st_size == 0]
     if empty:
         raise UserError(f"train_data: {len(empty)} of {len(local)} shards are empty files, the first is {empty[0]!r}")

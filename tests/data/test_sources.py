@@ -37,6 +37,13 @@ def test_bad_train_data(train_data, message):
         check_shards_exist(parse_train_data(train_data))
 
 
+def test_zstd_is_answered_with_the_command(tmp_path):
+    path = tmp_path / "0.tar.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(UserError, match=r"0\.tar\.zst' is compressed with zstd; use 'pipe:zstd -dc .*0\.tar\.zst'"):
+        check_shards_exist(parse_train_data(str(tmp_path / "*.zst")))
+
+
 def test_empty_shards_are_named(tmp_path):
     (tmp_path / "0.tar").touch()
     with pytest.raises(UserError, match=r"1 of 1 shards are empty files.*0\.tar"):
