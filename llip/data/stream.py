@@ -6,10 +6,10 @@ reads again what the buffer held, and resumes in the middle of a shard without r
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from llip.data.order import BufferState, ShardSlice, WorkerSlot, locate
+from llip.data.order import BufferState, EpochOrder, ShardSlice, WorkerSlot, locate
 from llip.data.position import Cursor, Layout, Move, SlotPosition, StreamPosition
 from llip.data.prefetch import ReadWatch, read_ahead
 from llip.data.sources import ShardSource
@@ -30,7 +30,7 @@ class _EpochStart(NamedTuple):
 
 
 class _Refill(NamedTuple):
-    slot: int
+    slot: int  # of the buffer
     sample: RawSample
 
 
@@ -38,11 +38,114 @@ class _SliceEnd(NamedTuple):
     samples: int
 
 
-class _EpochEnd(NamedTuple):
-    data_epoch: int
+_Item = RawSample | Damage | LostShard | _EpochStart | _Refill | _SliceEnd
 
 
-_Item = _EpochStart | _Refill | _SliceEnd | LostShard | _EpochEnd | Damage | RawSample
+class ShardReader:
+    """Reads what one worker slot visits of one dataset, epoch after epoch: for a thread of its own."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        dataset: int,
+        slot: WorkerSlot,
+        layout: Layout,
+        position: StreamPosition,
+        watch: ReadWatch,
+    ) -> None:
+        """Prepare to read from `position` on; `watch` is notified of every read."""
+        self.urls, self.dataset, self.slot, self.layout = urls, dataset, slot, layout
+        self.start, self.watch = position, watch
+
+    def items(self) -> Iterator[_Item]:
+        """Yield, for each epoch: its start, the samples that the buffer held, and each slice's samples and end."""
+        emitted, counts = self.start.emitted, list(self.start.counts)
+        for data_epoch in itertools.count(self.start.data_epoch):
+            slices = self.layout.share(self.slot, self.dataset, data_epoch, self.start)
+            arrivals = sum(counts) if len(counts) == len(slices) else None
+            state = self.layout.order(self.slot, self.dataset, data_epoch).state(emitted, arrivals)
+            whole = emitted == 0 and data_epoch not in self.start.shares
+            yield _EpochStart(data_epoch, state, whole, len(slices) == len(self.urls))
+            yield from self._refill(slices, counts, state)
+            done = state.arrived - sum(counts)
+            for part in slices[len(counts) :]:
+                yield from self._read(part, done)
+                done = 0
+            emitted, counts = 0, []
+
+    def _refill(self, slices: list[ShardSlice], counts: list[int], state: BufferState) -> Iterator[_Item]:
+        """Read the buffered samples again. Damage on the way has been counted before the restart."""
+        shards: dict[int, dict[int, int]] = {}  # slice -> number of the sample in its shard -> buffer slot
+        for slot, (index, number) in zip(state.buffered, locate(list(state.buffered.values()), counts), strict=True):
+            shards.setdefault(index, {})[slices[index].sample(number)] = slot
+        for index, slots in sorted(shards.items()):
+            url = self.urls[slices[index].shard]
+            for number, item in self._pick(url, iter(sorted(slots))):
+                if not isinstance(item, Damage):
+                    yield _Refill(slots.pop(number), item)
+            yield from [Damage(url, CHANGED)] * len(slots)
+
+    def _read(self, part: ShardSlice, done: int) -> Iterator[_Item]:
+        """Yield the samples of a slice after the first `done`, what is damaged, and the end with the count of all."""
+        url = self.urls[part.shard]
+        listed = part.listed or []
+        numbers = itertools.count(part.sample(done), part.stride) if part.listed is None else iter(listed[done:])
+        for _, item in self._pick(url, numbers):
+            if not isinstance(item, Damage):
+                yield item
+                done += 1
+            elif item.reason in LOSES_SHARD:
+                stride = part.stride if part.listed is None else 0
+                yield LostShard(self.dataset, url, item.reason, item.detail, part.first, stride, done)
+            else:
+                yield item
+        yield from [Damage(url, CHANGED)] * len(listed[done:])
+        yield _SliceEnd(done)
+
+    def _pick(self, url: str, numbers: Iterator[int]) -> Iterator[tuple[int, RawSample | Damage]]:
+        """Yield (number, sample) of a shard for those of the ascending `numbers` that it has, and damage on the way."""
+        wanted = number = next(numbers, None)
+        if number is None:
+            return
+        for item in read_samples(url, number, self.watch):
+            if isinstance(item, Damage):
+                yield number, item
+                continue
+            if number == wanted:
+                yield number, item
+                wanted = next(numbers, None)
+                if wanted is None:
+                    return
+            number += 1
+
+
+class ShuffleBuffer:
+    """The undecoded samples that one worker slot holds in one epoch: each that arrives replaces one, which is emitted.
+
+    After a restart a sample is None until it has been read again, and stays None if it is gone.
+    """
+
+    def __init__(self, order: EpochOrder, arrived: int, emitted: int) -> None:
+        """Continue after `arrived` and `emitted` samples, without what is buffered."""
+        self.order, self.arrived, self.emitted = order, arrived, emitted
+        self.slots: list[RawSample | None] = [None] * min(arrived, order.size)
+
+    def push(self, sample: RawSample) -> Iterator[RawSample | None]:
+        """Take a sample; yield the one that it replaces, none while the buffer fills."""
+        slot = self.order.slot(self.arrived)
+        self.arrived += 1
+        if slot == len(self.slots):
+            self.slots.append(sample)
+            return
+        replaced, self.slots[slot] = self.slots[slot], sample
+        self.emitted += 1
+        yield replaced
+
+    def drain(self) -> Iterator[RawSample | None]:
+        """Yield the samples that are left at the end of the epoch."""
+        for slot in self.order.final_slots(self.arrived, self.emitted):
+            self.emitted += 1
+            yield self.slots[slot]
 
 
 class DatasetStream:
@@ -72,16 +175,18 @@ class DatasetStream:
             deadline: seconds without a byte after which a shard counts as stalled.
         """
         self.source, self.dataset, self.slot, self.layout = source, dataset, slot, layout
-        self.start, self.stats, self.check, self.deadline = position, stats, check, deadline
+        self.stats, self.check, self.deadline = stats, check, deadline
         self.watch = ReadWatch()
-        self.data_epoch, self.emitted, self.counts = position.data_epoch, position.emitted, list(position.counts)
+        self.reader = ShardReader(source.urls, dataset, slot, layout, position, self.watch)
+        self.data_epoch, self.counts = position.data_epoch, list(position.counts)
+        self.buffer = ShuffleBuffer(layout.order(slot, dataset, self.data_epoch), 0, position.emitted)
         self._reported = len(self.counts)
         self._empty_epochs = 0  # in a row
 
     def move(self) -> Move:
         """Return the position, with the counts that have not been reported yet."""
         new, self._reported = self.counts[self._reported :], len(self.counts)
-        return Move(self.data_epoch, self.emitted, new)
+        return Move(self.data_epoch, self.buffer.emitted, new)
 
     def samples(self) -> Iterator[RawSample | None]:
         """Yield raw samples; None for one that a restart did not find again.
@@ -89,141 +194,63 @@ class DatasetStream:
         Raises:
             UserError: a shard stalls, too much is damaged, or an epoch has no usable sample.
         """
-        items = read_ahead(self._items(), self.watch, self.deadline, min(self.deadline, FIRST_DEADLINE))
-        for start in items:
+        items = read_ahead(self.reader.items(), self.watch, self.deadline, min(self.deadline, FIRST_DEADLINE))
+        start = next(items)
+        while True:
             assert isinstance(start, _EpochStart), f"an epoch begins with {start!r}"
-            yield from self._epoch(start, items)
+            self._begin(start)
+            used = self.stats.used[self.dataset]
+            for item in items:
+                if isinstance(item, _EpochStart):
+                    break
+                yield from self._take(item)
+            yield from self.buffer.drain()
+            self._check_used(self.stats.used[self.dataset] - used, start)
+            start = item
 
-    def _epoch(self, start: _EpochStart, items: Iterator[_Item]) -> Iterator[RawSample | None]:
+    def _begin(self, start: _EpochStart) -> None:
         if start.data_epoch != self.data_epoch:
-            self.data_epoch, self.emitted, self.counts, self._reported = start.data_epoch, 0, [], 0
+            self.data_epoch, self.counts, self._reported = start.data_epoch, [], 0
+            self.buffer.emitted = 0
         order = self.layout.order(self.slot, self.dataset, self.data_epoch)
-        used, arrived = self.stats.used[self.dataset], start.state.arrived
-        slots: list[RawSample | None] = [None] * min(arrived, order.size)
-        for item in items:
-            if isinstance(item, dict):
+        self.buffer = ShuffleBuffer(order, start.state.arrived, self.buffer.emitted)
+
+    def _take(self, item: _Item) -> Iterator[RawSample | None]:
+        match item:
+            case dict():
                 self.stats.check_pace(item["__url__"])
-                if not self.stats.found_usable:
-                    self._check(item)
-                if arrived < order.size:
-                    slots.append(item)
-                else:
-                    slot = order.slot(arrived)
-                    sample, slots[slot] = slots[slot], item
-                    self.emitted += 1
-                    yield sample
-                arrived += 1
-            elif isinstance(item, _SliceEnd):
-                self.counts.append(item.samples)
+                if not self.stats.found_usable:  # what is wrong with all of them shows before the buffer is full
+                    self.stats.found_usable = self.check(item)
+                yield from self.buffer.push(item)
+            case _Refill(slot, sample):
+                self.buffer.slots[slot] = sample
+            case _SliceEnd(samples):
+                self.counts.append(samples)
                 self.stats.finish_shard(self.dataset)
-            elif isinstance(item, LostShard):
+            case LostShard():
                 self.stats.lose_shard(item)
-            elif isinstance(item, Damage):
+            case Damage():
                 self.stats.drop(item.reason, item.url)
-            elif isinstance(item, _Refill):
-                slots[item.slot] = item.sample
-            else:
-                assert item == _EpochEnd(self.data_epoch), f"{item!r} ends epoch {self.data_epoch}"
-                break
-        for slot in order.final_slots(arrived, self.emitted):
-            self.emitted += 1
-            yield slots[slot]
-        if self.stats.used[self.dataset] > used:
+
+    def _check_used(self, used: int, start: _EpochStart) -> None:
+        """Raise a `UserError` if an epoch, or several whose shards may all have been bad, had no usable sample."""
+        if used:
             self._empty_epochs = 0
-        elif start.whole:  # other shards may be good
-            self._empty_epochs += 1
-            if start.everything or self._empty_epochs == _EMPTY_EPOCHS:
-                self._explain_nothing(arrived)
-
-    def _check(self, sample: RawSample) -> None:
-        """Look at a sample as it comes: what is wrong with all of them shows before the buffer is full."""
-        self.stats.found_usable = self.check(sample)
-
-    def _explain_nothing(self, arrived: int) -> None:
+            return
+        self._empty_epochs += start.whole
+        if not (start.whole and (start.everything or self._empty_epochs == _EMPTY_EPOCHS)):
+            return
         share = f"worker slot {self.slot.index} of {self.slot.count}"
         pattern, stats = self.source.pattern, self.stats
-        if arrived == 0 and not stats.dropped:
+        if self.buffer.arrived == 0 and not stats.dropped:
             raise UserError(
                 f"data: {pattern!r} holds no sample for {share}: its {len(self.source.urls)} shards have fewer samples "
                 "than there are worker slots (processes x workers); use fewer workers"
             )
         raise UserError(
-            f"data: an epoch of {pattern!r} has no usable sample for {share} ({arrived} read); wanted {stats.wanted}; "
-            f"{stats.words()}"
+            f"data: an epoch of {pattern!r} has no usable sample for {share} ({self.buffer.arrived} read); "
+            f"wanted {stats.wanted}; {stats.words()}"
         )
-
-    # Below: in the reading thread.
-
-    def _items(self) -> Iterator[_Item]:
-        emitted, counts = self.start.emitted, list(self.start.counts)
-        for data_epoch in itertools.count(self.start.data_epoch):
-            slices = self.layout.share(self.slot, self.dataset, data_epoch, self.start)
-            arrivals = sum(counts) if len(counts) == len(slices) else None
-            state = self.layout.order(self.slot, self.dataset, data_epoch).state(emitted, arrivals)
-            whole = emitted == 0 and data_epoch not in self.start.shares
-            yield _EpochStart(data_epoch, state, whole, len(slices) == len(self.source.urls))
-            yield from self._refill(slices, counts, state)
-            done = state.arrived - sum(counts)
-            for part in slices[len(counts) :]:
-                yield from self._read(part, done)
-                done = 0
-            yield _EpochEnd(data_epoch)
-            emitted, counts = 0, []
-
-    def _read(self, part: ShardSlice, done: int) -> Iterator[_Item]:
-        """Yield the samples of a slice after the first `done`, damage, and the end with the count of all."""
-        url = self.source.urls[part.shard]
-        items = (
-            self._pick(url, part.listed[done:])
-            if part.listed is not None
-            else _numbered(read_samples(url, part.sample(done), self.watch), 0)
-        )
-        for number, item in items:
-            if isinstance(item, Damage):
-                stride = part.stride if part.listed is None else 0
-                lost = LostShard(self.dataset, url, item.reason, item.detail, part.first, stride, done)
-                yield lost if item.reason in LOSES_SHARD else item
-            elif part.listed is not None or number % part.stride == 0:
-                yield item
-                done += 1
-        yield _SliceEnd(done)
-
-    def _pick(self, url: str, listed: list[int]) -> Iterator[tuple[int, RawSample | Damage]]:
-        """Yield (number, sample) of the listed samples of a shard, damage, and one `Damage` for each that is gone."""
-        wanted = iter(listed)
-        number = next(wanted, None)
-        if number is None:
-            return
-        for index, item in _numbered(read_samples(url, number, self.watch), number):
-            if isinstance(item, Damage):
-                yield index, item
-            elif index == number:
-                yield number, item
-                number = next(wanted, None)
-                if number is None:
-                    return
-        for missing in itertools.chain([number], wanted):
-            yield missing, Damage(url, CHANGED, f"sample {missing}")
-
-    def _refill(self, slices: list[ShardSlice], counts: list[int], state: BufferState) -> Iterator[_Item]:
-        """Read the buffered samples again. Damage on the way has been counted before the restart."""
-        places: dict[int, dict[int, int]] = {}  # slice -> sample of the shard -> slot
-        for slot, (index, number) in zip(state.buffered, locate(list(state.buffered.values()), counts), strict=True):
-            places.setdefault(index, {})[slices[index].sample(number)] = slot
-        for index, slots in sorted(places.items()):
-            for number, item in self._pick(self.source.urls[slices[index].shard], sorted(slots)):
-                if not isinstance(item, Damage):
-                    yield _Refill(slots[number], item)
-                elif item.reason == CHANGED:
-                    yield item
-
-
-def _numbered(items: Iterator[RawSample | Damage], first: int) -> Iterator[tuple[int, RawSample | Damage]]:
-    """Yield (number of the sample in its shard, item); damage has the number of the sample after it."""
-    number = first
-    for item in items:
-        yield number, item
-        number += not isinstance(item, Damage)
 
 
 class Mixture:
