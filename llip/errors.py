@@ -24,10 +24,14 @@ class UserError(Exception):
     """A mistake in what the user asked for. The message stands on its own: no traceback is shown."""
 
     exit_code = EXIT_USER
+    on_all_ranks = False
+    """Whether every process of a run raises the same error: the main one alone prints it."""
 
 
 class CollectiveUserError(UserError):
-    """A mistake raised on every process of a run: the main one alone prints it."""
+    """A mistake raised on every process of a run."""
+
+    on_all_ranks = True
 
 
 class RunError(UserError):

@@ -83,7 +83,7 @@ def train(
     with (
         stop_on_signals() as stop,
         join_processes(config, device) as processes,
-        watched(config, processes) as watch,
+        watched(config, processes, stop) as watch,
         open_folder(config, processes),
     ):
         data = check_data(config, processes)

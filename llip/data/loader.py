@@ -12,7 +12,7 @@ import random
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from llip.data.sources import IMAGE_KEYS, DataSpec, shard_name
 from llip.data.stream import DatasetStream, Mixture
 from llip.data.tar_reader import RawSample
 from llip.data.transforms import transform_caption, transform_function, transform_image
+from llip.data.worker_failure import FailureNote
 from llip.data.worker_stats import WorkerReport, WorkerStats
 from llip.errors import UserError
 from llip.open_clip.transforms import CROP_SCALE
@@ -113,6 +114,8 @@ class CaptionedImages(IterableDataset):
         self.caption_transform = transform_function("caption_transform", config.caption_transform)
         self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
         self.rank, self.processes, self.position = rank, processes, position
+        self.failure = FailureNote()
+        self.on_wait: Callable[[], None] = lambda: None  # called now and then in a wait, where batches are made here
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -128,12 +131,23 @@ class CaptionedImages(IterableDataset):
         maker = _BatchMaker(self, stats, self._mixture(slot, self._start(logical), stats))
         if info:  # torch has given each worker one thread
             serve_parent([stream.watch.interrupt for stream in maker.mixture.streams])
+            self.failure.exit_on_lost_batch()
+        else:
+            for stream in maker.mixture.streams:
+                stream.watch.on_wait = self.on_wait
         try:
             yield from maker.batches()
         except UserError as error:
             # An exception would reach the trainer wrapped in a traceback; a user's mistake is one message.
             nothing = torch.empty(0)
             yield Batch(nothing, nothing, nothing, Cursor(0, []), 0, stats.report(), [], str(error))
+
+    def blank(self) -> Batch:
+        """Return a batch of black pictures with empty captions, for a step that is not to be learned from."""
+        mask = torch.ones(self.config.batch_size, self.config.captions_per_image, dtype=torch.bool)
+        images = torch.zeros(len(mask), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        tokens = self.tokenizer([""] * mask.numel()).unflatten(0, mask.shape)
+        return Batch(images, tokens, mask, Cursor(0, []), 0, WorkerReport([], [], {}, 0), [], "")
 
     def _start(self, logical: int) -> SlotPosition:
         if self.position.slots:

@@ -25,6 +25,7 @@ class ReadWatch:
         self.url = ""
         self.moved = time.monotonic()
         self.interrupted = False
+        self.on_wait: Callable[[], None] = lambda: None  # called in turns of a second at most, by the thread that waits
         self._stop: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
@@ -68,7 +69,7 @@ def read_ahead(
         first: seconds, as long as no item has come; None: `deadline`.
 
     Raises:
-        UserError: the deadline has passed and the shard cannot be left.
+        UserError: the deadline has passed and the shard cannot be left. What `watch.on_wait` raises ends the wait, too.
     """
     handover: queue.Queue[tuple[list[Item], BaseException | None, bool]] = queue.Queue(maxsize=2)
     stopped = threading.Event()
@@ -95,6 +96,7 @@ def _next_chunk(handover: queue.Queue, watch: ReadWatch, deadline: float) -> tup
         try:
             return handover.get(timeout=min(1.0, deadline / 4))
         except queue.Empty:
+            watch.on_wait()
             if watch.idle() <= deadline:
                 continue
         if ended is None and watch.interrupt(deadline):

@@ -2,20 +2,21 @@
 
 import enum
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from llip.configs import Config
-from llip.data.loader import Batch, MicroBatch
 from llip.errors import RunError, UserError
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
+from llip.training.batch_source import BatchSource
 from llip.training.checkpoints.saver import Saver
 from llip.training.checkpoints.train_state import TrainState
 from llip.training.debug.nan_dump import BadStep, summary, write_nan_dump
@@ -25,7 +26,7 @@ from llip.training.distributed.watchdog import Watchdog
 from llip.training.reporting.profiling import StepProfiler
 from llip.training.reporting.run_log import RunLog, log
 from llip.training.reporting.step_log import StepLog, StepResult
-from llip.training.step.accumulation import backward_step, random_state
+from llip.training.step.accumulation import backward_step, random_state, set_random_state
 from llip.training.step.optimizer import learning_rate, set_learning_rate
 from llip.training.step.task import ContrastiveTask
 
@@ -46,6 +47,7 @@ class Agreement(NamedTuple):
 
     bad_loss: bool  # not finite
     bad_norm: bool
+    no_data: bool  # on a process, which took part with blank batches: the step is void
     stop: bool  # requested
     save: bool  # due by the main process's clock
 
@@ -93,7 +95,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profile_steps, folder, processes.device)
         self.log = StepLog(config, task, state, processes, run_log)
 
-    def fit(self, loader: Iterable[Batch]) -> Outcome:
+    def fit(self, loader: DataLoader) -> Outcome:
         """Train to the end of the schedule, or until a process is asked to stop.
 
         Args:
@@ -109,34 +111,43 @@ class Trainer:
             self.task.train()
             if plan := self._score_plan():
                 log.info("scores of %d images per process: %s", config.batch_size * config.accum_freq, plan)
-            batches = iter(loader)
-            with self.log.progress_bar():
+            source = BatchSource(loader, config.accum_freq, self.processes.device, self.stop)
+            with source, self.log.progress_bar():
                 while outcome is None:
                     with self.profiler.step(state.step + 1):
-                        outcome = self._step(batches)
+                        outcome = self._step(source)
         if outcome is Outcome.STOPPED:
-            log.info("asked to stop: saved after step %d of %d", state.step, config.total_steps)
+            log.info("stopped as requested after step %d of %d", state.step, config.total_steps)
         return outcome
 
-    def _step(self, batches: Iterator[Batch]) -> Outcome | None:
+    def _step(self, source: BatchSource) -> Outcome | None:
         """Take one optimizer step, with what is due after it; return the outcome if it is the last one."""
         config, state, model, step = self.config, self.state, self.task.model, self.state.step + 1
         self.watch.enter("data", step)
         with self.log.data_wait():
-            parts = [self._next_micro_batch(batches, index) for index in range(config.accum_freq)]
-        micro_batches, ids = [part for part, _ in parts], [keys for _, keys in parts]
+            data = source.take()
+        if data.missing and self.processes.world_size == 1:
+            return self._end_without_data(data.failure)
 
         self.watch.enter("forward and backward", step)
         lr, before = learning_rate(state.step, config), random_state(self.processes.device)
         set_learning_rate(state.optimizer, lr)
         with self._explained_shortage():
-            loss, report = backward_step(self.wrapped, micro_batches, self.autocast, state.scaler.scale)
+            loss, report = backward_step(self.wrapped, data.micro_batches, self.autocast, state.scaler.scale)
         state.scaler.unscale_(state.optimizer)
         parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
         norm = state.engine.gradient_norm(parameters)
-        agreed = self._agree(loss, norm)
+        agreed = self._agree(loss, norm, data.missing)
+        if agreed.no_data:
+            state.optimizer.zero_grad(set_to_none=True)
+            set_random_state(before, self.processes.device)
+            return self._end_without_data(data.failure)
+        for batch in data.batches:
+            self.log.batch(batch)
+            state.position.advance(batch.cursor)
         if agreed.bad_loss or agreed.bad_norm:
-            self._skip(BadStep(step, micro_batches, ids, before, loss.item(), norm.item()), agreed.bad_loss)
+            ids = [batch.ids for batch in data.batches]
+            self._skip(BadStep(step, data.micro_batches, ids, before, loss.item(), norm.item()), agreed.bad_loss)
         else:
             state.skipped_in_a_row = 0
             if config.grad_clip is not None:
@@ -156,37 +167,35 @@ class Trainer:
             self.on_step(result)
         return outcome
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> Agreement:
+    def _agree(self, loss: Tensor, norm: Tensor, no_data: bool) -> Agreement:
         """Return what all processes know of the step: one all-reduce, and the host's only wait for the device."""
         save = self.processes.is_main and self.saver.is_due_by_time()
-        flags = torch.tensor([bool(self.stop), save], dtype=torch.float32)
+        flags = torch.tensor([no_data, bool(self.stop), save], dtype=torch.float32)
         flags = flags.to(loss.device, non_blocking=True)  # a blocking copy would wait for the device, too
         bad = torch.stack([loss.isfinite(), norm.isfinite()]).logical_not()
         return Agreement(*map(bool, self.processes.all_reduce_max(torch.cat([bad.float(), flags]))))
 
-    def _next_micro_batch(self, batches: Iterator[Batch], index: int) -> tuple[MicroBatch, list[str]]:
-        """Return micro-batch `index` of the step, and the keys of its samples."""
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            if "timed out" in str(error):
-                raise UserError(
-                    f"data: no batch came at step {self.state.step} within the deadline: {error}"
-                ) from error
-            if "worker" in str(error) and ("unexpectedly" in str(error) or "killed by signal" in str(error)):
-                if self.processes.world_size == 1 and index == 0 and self.state.step > self.saver.saved_step:
-                    self.saver.save()  # saving is collective: other processes would not take part; nor inside a step
-                raise RunError(
-                    f"data: a worker died at step {self.state.step}, often because memory ran out; the newest "
-                    f"checkpoint is of step {self.saver.saved_step}. Try fewer workers or a smaller shuffle_buffer: "
-                    f"{error}"
-                ) from error
-            raise
-        if batch.error:
-            raise UserError(batch.error)
-        self.log.batch(batch)
-        self.state.position.advance(batch.cursor)
-        return batch.to(self.processes.device), batch.ids
+    def _end_without_data(self, failure: UserError | None) -> Outcome:
+        """Save what is trained and end the run where a process has no data for the next step. Collective.
+
+        Args:
+            failure: of this process's data, None where a stop was requested or the data of another process failed.
+
+        Raises:
+            UserError: the failure of a process's data.
+        """
+        failures = [error for error in self.processes.all_gather_object(failure) if error is not None]
+        if self.state.step > self.saver.saved_step:
+            self.watch.enter("checkpoint", self.state.step, PATIENCE)
+            self.saver.save(last=not failures)
+        if not failures:
+            return Outcome.STOPPED
+        error, step = failures[0], self.saver.saved_step
+        if self.state.step:
+            newest = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+            error = type(error)(f"{error} (after step {self.state.step}; {newest})")
+        error.on_all_ranks = True
+        raise error
 
     def _skip(self, bad: BadStep, bad_loss: bool) -> None:
         """Count a step whose numbers are not finite; too many in a row end the run, on every process alike.

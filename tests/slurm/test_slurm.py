@@ -132,7 +132,7 @@ def test_a_job_stopped_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_happe
     ended = cluster.wait_ended(jobs[name].id)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     log = (jobs[name].run / "log.txt").read_text()
-    stopped = int(re.search(rf"saved after step (\d+) of {STEPS}", log)[1])
+    stopped = int(re.search(rf"stopped as requested after step (\d+) of {STEPS}", log)[1])
     assert STOP_AFTER <= stopped < 2 * EPOCH
     assert f"resumed at step {stopped} of {STEPS}" in log
     expected = losses(jobs["reference"].run)

@@ -1,14 +1,11 @@
 """Whole runs in this process: what they tell about the data they train on."""
 
-import itertools
-
 import pytest
 
 from llip.configs import Config
 from llip.data.index import ShardEntry, write_index
-from llip.errors import RunError, UserError
+from llip.errors import UserError
 from llip.main import train
-from llip.training import setup
 from llip.training.checkpoints.records import read_records
 from tests.helpers import image_bytes, write_pairs, write_tar
 
@@ -52,41 +49,6 @@ def test_the_slow_stage_is_logged(config, monkeypatch):
             record[f"data_{s}_seconds"] for s in ("read", "decode", "tokenize")
         )
     assert f"the slowest stage is {named[-1]}" in (config.folder / "log.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "a worker died at step 0.*fewer workers"),
-        ("DataLoader worker (pid(s) 7) exited unexpectedly", "a worker died at step 0.*fewer workers"),
-        ("DataLoader timed out after 300 seconds", "no batch came at step 0 within the deadline"),
-    ],
-)
-def test_a_loader_that_fails_is_one_message(config, monkeypatch, said, told):
-    def fail(*_, **__):
-        raise RuntimeError(said)
-        yield
-
-    monkeypatch.setattr("llip.training.setup.make_loader", fail)
-    with pytest.raises(UserError, match=told):
-        train(config, "cpu")
-
-
-def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(config, monkeypatch):
-    """Its exit code is that of a run that failed, not of a mistake; the run then resumes where it ended."""
-    make = setup.make_loader
-
-    def killed(dataset, pin):
-        yield from itertools.islice(make(dataset, pin), 3)
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_loader", killed)
-        with pytest.raises(RunError, match=r"a worker died at step 3.*newest checkpoint is of step 3") as raised:
-            train(config, "cpu")
-    assert raised.value.exit_code == 3
-    train(config, "cpu")
-    assert f"resumed at step 3 of {config.total_steps}" in (config.folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

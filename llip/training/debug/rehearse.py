@@ -36,8 +36,8 @@ _ENDING = 600.0  # seconds that a run may take from the signal to its end
 class Rehearsal:
     """What was measured, in seconds."""
 
-    step: float  # median
-    longest_step: float
+    step: float  # median, without the wait for data
+    longest_step: float  # likewise
     start: float  # from the command to the first step
     restart: float  # the same, for a run that resumes
     first_batch: float  # of the start: waiting for data
@@ -50,7 +50,8 @@ class Rehearsal:
 def margin(longest_step: float, write: float, stop: float) -> int:
     """Return the seconds before its end at which a job should be warned: twice what stopping took here, or could take.
 
-    The signal may come at the beginning of the longest step; another half minute is for a file system with more to do.
+    The signal may come at the beginning of the longest step, whose wait for data it would end; another half minute is for
+    a file system with more to do.
     """
     return math.ceil(2 * max(stop, longest_step + write)) + 30
 
@@ -72,7 +73,7 @@ class _Run:
         return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be in the writing
 
     def wait_for_steps(self, count: int, deadline: float) -> tuple[float, list[float]]:
-        """Return (seconds to the first step, seconds of each later one)."""
+        """Return (seconds to the first step, seconds of each later one without its wait for data)."""
         times: list[float] = []
         progress = tqdm(total=count, desc="steps", unit="step", leave=False)
         with progress:
@@ -86,8 +87,8 @@ class _Run:
                 if time.monotonic() - self.began > deadline:
                     self._fail(f"did not get to step {count} within {deadline:.0f} s (--deadline)")
                 time.sleep(0.02)
-        logged = [record["seconds"] for record in self._records()[self.known :]]
-        return times[0] - self.began, [after - before for before, after in pairwise(logged)]
+        logged = [(record["seconds"], record["data_wait_fraction"]) for record in self._records()[self.known :]]
+        return times[0] - self.began, [(end - begin) * (1 - wait) for (begin, _), (end, wait) in pairwise(logged)]
 
     def ask_to_stop(self) -> float:
         """Send SIGUSR2 and return the seconds until the run has ended."""
@@ -160,8 +161,8 @@ def rehearse(words: list[str], config: Config, steps: int, deadline: float, fold
 def table(result: Rehearsal) -> str:
     """Return the result for people."""
     rows = [
-        ("step, median", result.step),
-        ("step, longest", result.longest_step),
+        ("step without its wait for data, median", result.step),
+        ("step without its wait for data, longest", result.longest_step),
         ("start, to the first step", result.start),
         ("restart, to the first step", result.restart),
         ("first batch after the start", result.first_batch),

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llip.configs import Config
-from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, CollectiveUserError, UserError
+from llip.errors import EXIT_RUN, EXIT_STOPPED, EXIT_USER, UserError
 from llip.system.files import write_json
 from llip.system.processes import Processes
 from llip.training.distributed.exit_with_launcher import LAUNCHER
-from llip.training.distributed.signals import STOP_SIGNALS
+from llip.training.distributed.signals import STOP_SIGNALS, StopRequest
 from llip.training.distributed.slurm_environment import join_step
 from llip.training.distributed.watchdog import Watchdog, name_of_exit
 
@@ -246,7 +246,7 @@ def report_error(error: UserError) -> int:
     if folder:  # the launcher prints it
         report = {"rank": _rank(), "message": str(error), "code": error.exit_code}
         write_json(Path(folder) / f"{_rank():06}.json", report)
-    elif _rank() == 0 or not isinstance(error, CollectiveUserError):
+    elif _rank() == 0 or not error.on_all_ranks:
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -257,14 +257,14 @@ def _rank() -> int:
 
 
 @contextlib.contextmanager
-def watched(config: Config, processes: Processes) -> Iterator[Watchdog]:
+def watched(config: Config, processes: Processes, stop: StopRequest) -> Iterator[Watchdog]:
     """Run the block under a watchdog, which ends the process when a phase takes longer than `timeout_minutes`.
 
     Raises:
         RunError: another process died or does not answer; names it.
     """
     deadline = 60 * config.timeout_minutes
-    watchdog = Watchdog(processes.rank, processes.world_size, processes.store, deadline, report_error)
+    watchdog = Watchdog(processes.rank, processes.world_size, processes.store, deadline, stop, report_error)
     try:
         with watchdog.explained():
             yield watchdog

@@ -1,4 +1,4 @@
-"""Watchdog of a run: each process publishes heartbeats, and exits when it makes no progress.
+"""Watchdog of a run: each process publishes heartbeats and stop requests, and exits when it makes no progress.
 
 A collective waits for all processes and does not report which one is missing. A thread of each process publishes its
 step and phase in the store of the rendezvous, so that a process that gives up can name the missing one, and where and
@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from llip.errors import EXIT_RUN, RunError
+from llip.training.distributed.signals import StopRequest
 
 PUBLISH_EVERY = 1.0
 """Seconds between two heartbeats."""
 _CHECK_EVERY = 0.2  # seconds
+_STOP = "stop"  # key of the store: a process has been asked to stop
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
 
 
@@ -45,6 +47,7 @@ class Watchdog:
         world_size: int,
         store: dist.Store | None,
         deadline: float,
+        stop: StopRequest,
         report: Callable[[RunError], object],
     ) -> None:
         """Start watching.
@@ -54,9 +57,11 @@ class Watchdog:
             world_size: number of processes.
             store: shared by all processes; None for a single one.
             deadline: seconds in one phase after which the process ends the run.
+            stop: passed on to the other processes, and received from them.
             report: shows an error to the user before this process exits.
         """
-        self.rank, self.world_size, self.store, self.deadline, self.report = rank, world_size, store, deadline, report
+        self.rank, self.world_size, self.store, self.deadline = rank, world_size, store, deadline
+        self.stop_request, self.report = stop, report
         self.step, self.phase, self.since, self.patience = 0, "start", time.monotonic(), 1.0
         self._beat = 0
         self._stopped = threading.Event()
@@ -81,6 +86,7 @@ class Watchdog:
     def _watch(self) -> None:
         published = 0.0
         while not self._stopped.wait(_CHECK_EVERY):
+            self.stop_request.look()
             if time.monotonic() - published >= PUBLISH_EVERY:
                 published = time.monotonic()
                 self._publish()
@@ -96,6 +102,10 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):  # the store dies with process 0
             seconds = time.monotonic() - self.since
             self.store.set(f"heartbeat/{self.rank}", f"{self._beat} {self.step} {seconds:.0f} {self.phase}")
+            if self.stop_request:
+                self.store.set(_STOP, "")
+            elif self.store.check([_STOP]):
+                self.stop_request.requested = True
 
     def heartbeats(self) -> dict[int, Heartbeat] | None:
         """Return the newest heartbeat of each process that has published one; None where the store is gone."""

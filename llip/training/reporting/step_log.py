@@ -88,7 +88,7 @@ class StepLog:
     def batch(self, batch: Batch) -> None:
         """Record a batch of the step that is being computed, before the position moves past it."""
         self.run_log.batch(batch, self.state.position.batches, self.state.step + 1)
-        self.repeated += batch.mask.logical_not().sum().item()
+        self.repeated += int((~batch.mask.numpy()).sum())
         if batch.data_epoch > self.data_epoch:
             self.data_epoch = batch.data_epoch
             log.info("data: epoch %d of the data begins at step %d", batch.data_epoch + 1, self.state.step)

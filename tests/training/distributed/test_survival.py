@@ -116,7 +116,7 @@ def test_one_process_saves_at_ctrl_c_and_leaves_at_the_second(make_command, tmp_
     assert runs.end(launched, 20) == EXIT_STOPPED
     step = logged_steps(runs.folder)
     assert (runs.folder / "checkpoints" / f"step_{step}.pt").is_file(), "what was trained is saved"
-    assert f"saved after step {step} of 18" in runs.log.read_text()
+    assert f"stopped as requested after step {step} of 18" in runs.log.read_text()
     launched = runs.start(1)
     (tmp_path / "hold").touch()
     time.sleep(0.5)
