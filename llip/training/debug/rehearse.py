@@ -50,8 +50,8 @@ class Rehearsal:
 def margin(longest_step: float, write: float, stop: float) -> int:
     """Return the seconds before its end at which a job should be warned: twice what stopping took here, or could take.
 
-    The signal may come at the beginning of the longest step, whose wait for data it would end; another half minute is for
-    a file system with more to do.
+    The signal may come at the beginning of the longest step, after its wait for data; another half minute is for a file
+    system with more to do.
     """
     return math.ceil(2 * max(stop, longest_step + write)) + 30
 
