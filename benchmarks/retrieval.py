@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from benchmarks.similarity import HEADS, TEMPERATURE, Inputs, best_dense, dense
 from llip.clipeval.retrieval import RetrievalShare, join, recalls, score_share
+from llip.clipeval.scorer import Scorer
 from llip.clipeval.shortlist import Shortlist, text_free_features
-from llip.clipeval.zero_shot import Scorer
 from llip.open_clip.pooling import create_pooling, unit_norm
 
 TOKENS, WIDTH = 32, 512

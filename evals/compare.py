@@ -81,7 +81,7 @@ def compare(sides: Sequence[StoredResults], seed: int = 0) -> Comparison:
         raise UserError(f"{' and '.join(side.name for side in sides)} have no task in common (same name and metric)")
     rows, draws = [], []
     for task in common:
-        for name in good[0][task].values:
+        for name in [value for value in good[0][task].values if all(value in tasks[task].values for tasks in good)]:
             pairs = [_difference(sides[0], side, task, name, seed) for side in sides[1:]]
             rows.append(Row(task, name, good[0][task].values[name], tuple(pair[0] for pair in pairs)))
             if name == good[0][task].metric:

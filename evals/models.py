@@ -13,7 +13,7 @@ from llip.open_clip.model import Llip
 from llip.open_clip.weights.files import weights_in_folder
 from llip.system.paths import expand_path, expand_variables, unset_variables
 
-_BESIDE = (
+_BESIDE: tuple[str, ...] = (
     "config.json", "open_clip_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
     f"{FOLDER}/*.py", f"../{FOLDER}/*.py",
 )  # fmt: skip

@@ -32,6 +32,8 @@ def _classification(results: Sequence[TaskResult]) -> list[list[str]]:
     for one in some:
         value = "failed" if one.value is None else _percent(one.value)
         rows.append([one.task, one.metric, value, str(one.n), str(one.skipped), *_speed(one)])
+        others = [(metric, value) for metric, value in one.values.items() if metric != one.metric]
+        rows += [[one.task, metric, _percent(value), "", "", "", ""] for metric, value in others]
     if (mean := classification_mean(some)) is not None:
         failed = sum(one.value is None for one in some)
         over = f"of {len(some) - failed} classification tasks" + (f", {failed} failed" if failed else "")

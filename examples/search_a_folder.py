@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import llip
-from llip.clipeval.zero_shot import Scorer
+from llip.clipeval.scorer import Scorer
 from llip.open_clip.mixture_statistics import mixture_measures
 from llip.scenes.render import render
 from llip.scenes.world import sample_scene

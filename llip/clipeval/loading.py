@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llip.clipeval.datasets import ImageSource
+from llip.errors import UserError
 from llip.open_clip.pixels import to_rgb
 from llip.system.exit_with_parent import held_signals, serve_parent
 
@@ -28,8 +29,26 @@ class Unreadable:
     reason: str
 
 
+NAMED_UNREADABLE = 20
+"""Unreadable images that a result names; the count is always complete."""
+
+
+def describe_skipped(unreadable: Sequence[Unreadable], images: int) -> dict[str, Any]:
+    """Return the fields of a result for images that were left out, of all processes together.
+
+    Raises:
+        UserError: none of the dataset's images can be read.
+    """
+    ordered = sorted(unreadable, key=lambda item: item.index)
+    if len(ordered) == images:
+        first = ordered[0]
+        raise UserError(f"none of {images} images can be read; the first is {first.name}: {first.reason}")
+    named = tuple(f"{item.name}: {item.reason}" for item in ordered[:NAMED_UNREADABLE])
+    return {"skipped": len(ordered), "skipped_images": named}
+
+
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Images [B, 3, H, W], their targets and their indices in the dataset; and what could not be read."""
 
     images: Tensor
@@ -55,16 +74,16 @@ class _Decoded(Dataset):
         return index, self.preprocess(image), target
 
 
-def _collate(items: list[tuple[int, Tensor, Any] | Unreadable]) -> Batch:
+def _collate(items: list[tuple[int, Tensor, Any] | Unreadable]) -> ImageBatch:
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     good = [item for item in items if not isinstance(item, Unreadable)]
     images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0)
-    return Batch(images, [target for *_, target in good], [index for index, *_ in good], unreadable)
+    return ImageBatch(images, [target for *_, target in good], [index for index, *_ in good], unreadable)
 
 
 def image_batches(
     source: ImageSource, preprocess: Preprocess, indices: Sequence[int], batch_size: int, workers: int
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """Yield the images `indices` of `source` in that order.
 
     Args:

@@ -4,8 +4,9 @@ N images, C classes. A catalog entry names its metric; nothing here knows a data
 `recall_at`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Predictions:
-    """What zero-shot classification says of N images, ordered by image index.
+    """What zero-shot classification says of N images, on the CPU.
 
     Attributes:
-        labels: true classes [N], int64.
+        indices: of the images in the dataset [N], int64.
+        labels: true classes [N], int64; for an image of several classes the best-scored of them, or -1 without any.
         top: the min(5, C) best classes of each image, best first, int64.
         margin: score of class 1 minus score of class 0 [N], float32: the ranking that ROC AUC needs of two classes.
         classes: C.
@@ -34,12 +36,25 @@ class Predictions:
         truth: which classes an image is of [N, C], bool; None where it is of one class, its label.
     """
 
+    indices: Tensor
     labels: Tensor
     top: Tensor
     margin: Tensor
     classes: int
     scores: Tensor | None = None
     truth: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """Join the batches of all processes, in the order of the dataset; all keep the same fields."""
+        order = torch.cat([part.indices for part in parts]).argsort()
+        joined: dict[str, Any] = {"classes": parts[0].classes}
+        for field in fields(cls):
+            if isinstance(getattr(parts[0], field.name), Tensor):
+                joined[field.name] = torch.cat([getattr(part, field.name) for part in parts])[order]
+        predictions = cls(**joined)
+        assert bool((predictions.indices.diff() > 0).all()), "an image was scored twice"
+        return predictions
 
 
 Metric = Callable[[Predictions], float]
@@ -65,8 +80,6 @@ def top1(predictions: Predictions) -> float:
 @_metric
 def top5(predictions: Predictions) -> float:
     """Share of images whose true class is among the five best."""
-    if predictions.classes <= TOP:
-        raise UserError(f"metric 'top5' is 1 by definition with {predictions.classes} classes; use 'top1'")
     return (predictions.top == predictions.labels[:, None]).any(dim=1).double().mean().item()
 
 
@@ -89,8 +102,6 @@ def mean_top1_top5(predictions: Predictions) -> float:
 @_metric
 def roc_auc(predictions: Predictions) -> float:
     """Area under the ROC curve of class 1 against class 0: P(positive above negative), ties counting one half."""
-    if predictions.classes != 2:
-        raise UserError(f"metric 'roc_auc' is for 2 classes, not {predictions.classes}; use 'top1' or 'mean_per_class'")
     positive = predictions.labels == 1
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
@@ -123,6 +134,18 @@ def average_precision(scores: Tensor, hits: Tensor) -> float:
     right = torch.bincount(places, weights=hits.double(), minlength=len(values))
     found, seen = right.cumsum(0), torch.bincount(places, minlength=len(values)).cumsum(0)
     return (right * found / seen).sum().item() / found[-1].item()
+
+
+def check_metrics(metrics: Iterable[str], classes: int, multi_label: bool) -> None:
+    """Raise a `UserError` for the first metric that is not defined for so many classes, one or several per image."""
+    for metric in metrics:
+        if multi_label and metric not in MULTI_LABEL:
+            fitting = " or ".join(sorted(MULTI_LABEL))
+            raise UserError(f"metric {metric!r} is for one class per image, and here are several; use {fitting}")
+        if metric == "top5" and classes <= TOP:
+            raise UserError(f"metric 'top5' is 1 by definition with {classes} classes; use 'top1'")
+        if metric == "roc_auc" and classes != 2:
+            raise UserError(f"metric 'roc_auc' is for 2 classes, not {classes}; use 'top1' or 'mean_per_class'")
 
 
 def recall_at(first_hits: Tensor, k: int) -> float:

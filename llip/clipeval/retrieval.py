@@ -6,18 +6,98 @@ with N.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llip.clipeval.catalog.catalog import Entry
+from llip.clipeval.catalog.opening import open_source
+from llip.clipeval.loading import Unreadable, describe_skipped
 from llip.clipeval.metrics import RECALLS, recall_at
-from llip.clipeval.shortlist import Shortlist, candidate_scores
-from llip.clipeval.zero_shot import Scorer
+from llip.clipeval.outcomes import Outcomes, hash_samples
+from llip.clipeval.scorer import Scorer
+from llip.clipeval.shortlist import Shortlist, candidate_scores, text_free_features
+from llip.clipeval.task_run import TaskRun
+from llip.clipeval.texts.labels import hash_texts
 
 DEPTH = max(RECALLS)
 BLOCK = 256
 """Images scored at once: bounds the B x T scores. The model projects all texts again for each block."""
+
+
+def retrieve(entry: Entry, run: TaskRun) -> dict[str, Any]:
+    """Evaluate one retrieval task on every process and return the fields of its result.
+
+    Raises:
+        TaskError: it cannot be evaluated.
+    """
+    processes, scorer = run.processes, run.scorer
+    tokens: list[Tensor] = []
+    mine: list[int] = []
+    captions: list[tuple[int, str]] = []  # with the index of the image
+    unreadable: list[Unreadable] = []
+    with run.fail_together():
+        source = open_source(entry)
+    with run.fail_together():
+        for batch in run.batches(source, entry.name):
+            unreadable += batch.unreadable
+            if batch.indices:
+                tokens.append(run.encode(batch, source))
+                mine += batch.indices
+                captions += [(i, text) for i, texts in zip(batch.indices, batch.targets, strict=True) for text in texts]
+        features = scorer.encode_texts([text for _, text in captions]).cpu() if captions else None
+    shares = processes.all_gather_object((captions, features, unreadable))
+    with run.fail_together():
+        skipped = describe_skipped([item for *_, items in shares for item in items], len(source))
+    # captions in the order of their images, so that ties rank the same for any number of processes
+    pairs = [pair for share, *_ in shares for pair in share]
+    order = sorted(range(len(pairs)), key=lambda place: pairs[place][0])
+    owners, strings = torch.tensor([pairs[place][0] for place in order]), [pairs[place][1] for place in order]
+    texts = torch.cat([part for _, part, _ in shares if part is not None])[order].to(scorer.device)
+    h, images = torch.cat(tokens) if tokens else torch.empty(0), torch.tensor(mine, dtype=torch.int64)  # [N, K, D], [N]
+    shortlist = _shortlist(h, images, texts, len(source), run)
+    with run.fail_together():
+        share = score_share(scorer, h, images, texts, owners, shortlist, run.title(f"{entry.name}: scores"))
+    ranks = join(processes.all_gather_object(share), owners)
+    outcomes = _outcomes([source.name(index) for index in ranks.images.tolist()], ranks, owners, strings)
+    return {
+        "values": recalls(ranks),
+        "n": len(ranks.images),
+        "texts": len(owners),
+        "shortlist": run.shortlist,
+        "samples": outcomes.samples,
+        "outcomes": outcomes,
+        **skipped,
+        "prompts_hash": hash_texts(strings),
+    }
+
+
+def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: TaskRun) -> Shortlist | None:
+    """Gather the text-independent features of all `count` images and find the candidates; `h` [N, K, D]."""
+    if run.shortlist is None:
+        return None
+    with run.fail_together():
+        mine = text_free_features(run.scorer, h).cpu() if len(images) else torch.empty(0, texts.shape[1])
+    parts = run.processes.all_gather_object((images, mine))
+    everything = torch.zeros(count, texts.shape[1])
+    for indices, part in parts:
+        everything[indices] = part
+    scored = torch.cat([indices for indices, _ in parts]).sort().values
+    with run.fail_together():
+        return Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.shortlist)
+
+
+def _outcomes(names: list[str], ranks: "Ranks", owners: Tensor, captions: list[str]) -> Outcomes:
+    positions = torch.searchsorted(ranks.images, owners)
+    samples = hash_samples([*names, *captions], [*[None] * len(names), *positions.tolist()])
+    return Outcomes(
+        samples,
+        ranks.image_to_text.to(torch.uint8).numpy(),
+        text_ranks=ranks.text_to_image.to(torch.uint8).numpy(),
+        owners=positions.to(torch.int32).numpy(),
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llip.clipeval.zero_shot import Scorer
+from llip.clipeval.scorer import Scorer
 
 CAPTIONS, IMAGES = 1024, 64
 """Captions whose text-independent scores are in memory at once, and images whose values are."""

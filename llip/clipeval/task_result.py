@@ -12,8 +12,8 @@ class TaskResult:
     """The result of one task.
 
     Attributes:
-        task, metric: the entry's name and metric.
-        values: fractions in [0, 1]: {metric: value}, or six recalls in retrieval; empty after an error.
+        task, metric: the entry's name and its first metric.
+        values: fractions in [0, 1]: metric -> value, or six recalls in retrieval; empty after an error.
         n: images scored. texts: captions scored (retrieval).
         seconds: wall time of the slowest process; images_per_second: n over that, all processes together.
         skipped: images that could not be read; skipped_images: the first of them, by name and reason.
@@ -45,12 +45,17 @@ class TaskResult:
 
     @property
     def value(self) -> float | None:
-        """The metric's value, None for retrieval (see `values`) and after an error."""
+        """The first metric's value, None for retrieval (see `values`) and after an error."""
         return self.values.get(self.metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the task's object in results.json and evals.jsonl: metric, value (or the recalls), n, seconds, ..."""
-        values = {"value": self.value} if self.value is not None else self.values
+        """Return the task's object in results.json and evals.jsonl: metric, value (or the recalls), n, seconds, ...
+
+        With several metrics, `values` has all of them, and `metric` and `value` are the first.
+        """
+        values: dict[str, Any] = dict(self.values)
+        if self.value is not None:
+            values = {"value": self.value, **({"values": values} if len(values) > 1 else {})}
         shown = {"task", "metric", "values", "outcomes"}
         rest = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shown}
         return {"metric": self.metric, **values, **{key: value for key, value in rest.items() if value is not None}}
@@ -61,7 +66,7 @@ class TaskResult:
         stored = dict(stored)
         values = {key: stored.pop(key) for key in list(stored) if "_R@" in key}
         if "value" in stored:
-            values[stored["metric"]] = stored.pop("value")
+            values = {stored["metric"]: stored.pop("value"), **stored.pop("values", {})}
         stored["skipped_images"] = tuple(stored.get("skipped_images", ()))
         return cls(task=task, values=values, **stored)
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.online import evaluate_online, load_online_eval
+from llip.clipeval.scorer import Scorer
 from llip.clipeval.task_result import TaskResult, classification_mean
+from llip.clipeval.task_run import TaskRun
+from llip.clipeval.texts.classifier import build_classifier
 from llip.clipeval.texts.labels import Labels
-from llip.clipeval.zero_shot import Scorer, class_features, class_scores
 from llip.errors import UserError
 from tests.clipeval.fakes import (
     FakeModel,
@@ -60,6 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "top1": {"type": "webdataset", "path": "wds"},
             "top5": {"type": "webdataset", "path": "wds", "metric": "top5"},
+            "both": {"type": "webdataset", "path": "wds", "metrics": ["top5", "top1", "mean_per_class"]},
+            "both_wrong": {"type": "imagefolder", "path": "broken_image", "metrics": ["top1", "top5"], **prompts},
             "pairs": {"type": "retrieval", "path": "pairs"},
             "missing": {"type": "imagefolder", "path": "gone", **prompts},
             "empty": {"type": "imagefolder", "path": "empty", **prompts},
@@ -132,16 +136,44 @@ def test_classification_equals_a_plain_loop(folder: Path, ensemble: str) -> None
     assert 0 < top1.value < top5.value < 1  # else the comparison says little
 
 
+class Counting(FakeModel):
+    """Counts the images and texts it encodes."""
+
+    images = texts = 0
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        return super().encode_image(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        self.texts += len(tokens)
+        return super().encode_text(tokens)
+
+
+def test_several_metrics_from_one_pass(folder: Path) -> None:
+    model = Counting()
+    (both,) = evaluate(folder, "both", model=model)
+    assert (model.images, model.texts) == (len(LABELS), 2 * len(CLASSES))
+    top1, top5 = evaluate(folder, "top1", "top5")
+    assert list(both.values) == ["top5", "top1", "mean_per_class"]
+    assert (both.metric, both.value) == ("top5", top5.value)
+    assert both.values["top1"] == top1.value
+    assert both.outcomes.samples == top1.outcomes.samples
+    (wrong,) = evaluate(folder, "both_wrong", model=model)
+    assert "metric 'top5' is 1 by definition with 2 classes" in wrong.error
+    assert (model.images, model.texts) == (len(LABELS), 2 * len(CLASSES))  # found before anything is encoded
+
+
 @pytest.mark.parametrize("ensemble", ["feature", "score"])
 @torch.no_grad()
 def test_scores_equal_a_plain_loop(ensemble: str) -> None:
     model = FakeModel().eval()
     scorer = Scorer(model, preprocess, tokenize, torch.device("cpu"))
     labels = Labels(tuple(CLASSES), ("a photo of {c}", "the {c}"))
-    features = class_features(scorer, labels, range(7), ensemble)
+    classifier = build_classifier(TaskRun(scorer, prompt_ensemble=ensemble), labels)
     h = torch.cat(image_tokens(model, len(LABELS)))
     expected = torch.tensor(plain_loop(model, ensemble))
-    torch.testing.assert_close(class_scores(scorer, h, features), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(classifier.scores(scorer, h), expected, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from llip.clipeval.metrics import METRICS, Predictions, average_precision, metric_names, recall_at, roc_auc
+from llip.clipeval.metrics import (
+    METRICS,
+    Predictions,
+    average_precision,
+    check_metrics,
+    metric_names,
+    recall_at,
+    roc_auc,
+)
 from llip.clipeval.retrieval import DEPTH, best_of, first_hit
 from llip.errors import UserError
 
@@ -19,7 +27,7 @@ TOP = torch.tensor(
         [2, 1, 0, 3, 4],  # right
     ]
 )
-SIX = Predictions(LABELS, TOP, torch.zeros(6), classes=6)
+SIX = Predictions(torch.arange(6), LABELS, TOP, torch.zeros(6), classes=6)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +46,7 @@ def test_hand_worked(metric: str, expected: float) -> None:
 def two_classes(labels: list[int], margin: list[float]) -> Predictions:
     margins = torch.tensor(margin)
     top = torch.stack([(margins > 0).long(), (margins <= 0).long()], dim=1)
-    return Predictions(torch.tensor(labels), top, margins, classes=2)
+    return Predictions(torch.arange(len(labels)), torch.tensor(labels), top, margins, classes=2)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +76,12 @@ def test_metrics_refuse_what_they_cannot_measure() -> None:
     with pytest.raises(UserError, match="both classes"):
         roc_auc(two_classes([1, 1], [0.0, 1.0]))
     with pytest.raises(UserError, match="2 classes, not 6"):
-        roc_auc(SIX)
+        check_metrics(["top1", "roc_auc"], 6, multi_label=False)
     with pytest.raises(UserError, match="1 by definition with 2 classes"):
-        METRICS["top5"](two_classes([0, 1], [0.0, 1.0]))
+        check_metrics(["top1", "top5"], 2, multi_label=False)
+    with pytest.raises(UserError, match="'top1' is for one class per image, and here are several; use mAP"):
+        check_metrics(["mAP", "top1"], 6, multi_label=True)
+    check_metrics(["top1", "top5", "mAP", "mean_per_class", "mean_top1_top5"], 6, multi_label=False)
 
 
 def test_names_by_kind() -> None:
@@ -95,6 +106,7 @@ def test_equal_scores_rank_by_image_index() -> None:
 def ranked(scores: list[list[float]], labels: list[int] | None = None, truth: list[list[int]] | None = None):
     scores = torch.tensor(scores)
     return Predictions(
+        indices=torch.arange(len(scores)),
         labels=torch.tensor(labels if labels is not None else [0] * len(scores)),
         top=scores.argsort(dim=1, descending=True)[:, :5],
         margin=scores[:, 1] - scores[:, 0],

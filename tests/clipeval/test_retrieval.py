@@ -11,9 +11,9 @@ from llip.clipeval import retrieval
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.retrieval import join, recalls, score_share
+from llip.clipeval.scorer import Scorer
 from llip.clipeval.shortlist import Shortlist, candidate_scores, text_free_features
 from llip.clipeval.task_result import TaskResult
-from llip.clipeval.zero_shot import Scorer
 from llip.errors import UserError
 from llip.open_clip.pooling import create_pooling
 from tests.clipeval.fakes import (

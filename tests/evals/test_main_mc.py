@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from evals import main_mc, mc, results
+from evals import compare, main_mc, mc, results
 from evals.devices import choose_devices, launch
 from llip.clipeval.eval_config import EvalConfig
 from llip.errors import EXIT_USER, RunError, UserError
@@ -89,6 +89,32 @@ def test_results(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
     recalls = [f"{100 * pairs[f'{way}_R@{k}']:.1f}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
     assert f"| pairs | all | {' | '.join(recalls)} | 6 | 12 | 0 |" in text
     assert f"| mean | of 1 classification tasks | {percent} |" in text
+
+
+def test_several_metrics_in_one_entry(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    """A row for each in the tables; `value` and the mean are the first; compare holds each against its like."""
+    entry = {"type": "webdataset", "path": "wds"}
+    write_catalog(Path(config.catalog_name), {"wds": entry | {"metrics": ["mean_per_class", "top1"]}})
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    results = results_of(config)
+    wds = results["tasks"]["wds"]
+    assert (wds["metric"], list(wds["values"])) == ("mean_per_class", ["mean_per_class", "top1"])
+    assert results["mean"] == wds["value"] == wds["values"]["mean_per_class"]
+    text = Path(config.output_dir, "results.md").read_text()
+    assert f"| wds | mean_per_class | {100 * wds['value']:.1f} | 30 | 0 |" in text
+    assert f"| wds | top1 | {100 * wds['values']['top1']:.1f} |  |  |  |  |" in text
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert "1 of 1 tasks are done already" in capsys.readouterr().out
+    assert results_of(config) == results
+    other = replace(config, output_dir=config.output_dir + "2")
+    write_catalog(Path(config.catalog_name), {"wds": entry | {"metric": "mean_per_class"}})
+    assert mc.run(other, ["cpu"], load_fake) == 0
+    capsys.readouterr()
+    assert compare.main([config.output_dir, config.output_dir, "--json"]) == 0
+    assert [row["metric"] for row in json.loads(capsys.readouterr().out)["rows"][:2]] == ["mean_per_class", "top1"]
+    assert compare.main([config.output_dir, other.output_dir, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["task"], row["metric"]) for row in rows if row["task"] == "wds"] == [("wds", "mean_per_class")]
 
 
 def test_unreadable_images_are_told_and_failed_tasks_do_not_enter_the_mean_silently(

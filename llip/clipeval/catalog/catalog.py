@@ -33,6 +33,7 @@ class Entry:
     """One task of a catalog.
 
     Attributes:
+        metrics: from one pass over the images; the first one enters means over tasks.
         data: the dataset, an instance of its type.
         classnames, prompts: where class names and templates come from (classification only).
         class_keys: the dataset's own names of `classnames`, where it may have fewer classes; see `resolve_labels`.
@@ -44,7 +45,7 @@ class Entry:
 
     name: str
     type: str
-    metric: str
+    metrics: tuple[str, ...]
     data: DatasetSpec
     classnames: TextSource
     prompts: TextSource
@@ -55,6 +56,11 @@ class Entry:
     source: str | None
     download: str | None
     fingerprint: str
+
+    @property
+    def metric(self) -> str:
+        """The first metric."""
+        return self.metrics[0]
 
     @property
     def kind(self) -> str:
@@ -137,13 +143,7 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
         raise UserError(f"{where}: type = {kind!r}; the known types are {', '.join(sorted(DATASET_TYPES))}.{hint}")
     spec = DATASET_TYPES[kind]
     _check_schema(where, entry_schema(spec), raw)
-    base, metrics = path.parent, metric_names(spec.kind)
-    metric = raw.get("metric", metrics[0])
-    if metric not in metrics:
-        expected = f"a {spec.kind} task has one of {', '.join(metrics)}"
-        close = nearest(metric, metrics)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{where}: metric = {metric!r}; {expected}{hint}")
+    base = path.parent
     fields = {field.name: field for field in dataclasses.fields(spec)}
     data = spec(**{key: _typed(fields[key].type, value, base) for key, value in raw.items() if key in fields})
     classnames = TextSource.parse(raw.get("classnames", "dataset"), base)
@@ -155,7 +155,7 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
     return Entry(
         name=task,
         type=kind,
-        metric=metric,
+        metrics=_metrics(where, spec.kind, raw),
         data=data,
         classnames=classnames,
         prompts=prompts,
@@ -167,6 +167,20 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
         download=_with_path(raw.get("download"), data),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
     )
+
+
+def _metrics(where: str, kind: str, raw: dict[str, Any]) -> tuple[str, ...]:
+    """Return the metrics of an entry: its `metrics`, else its `metric`, else the first that its kind has."""
+    known = metric_names(kind)
+    if "metric" in raw and "metrics" in raw:
+        raise UserError(f"{where}: both metric and metrics; name all of them in metrics")
+    metrics = tuple(raw.get("metrics", [raw.get("metric", known[0])]))
+    for metric in metrics:
+        if metric not in known:
+            close = nearest(metric, known)
+            hint = f". Did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{where}: metric = {metric!r}; a {kind} task has one of {', '.join(known)}{hint}")
+    return metrics
 
 
 FOR_PEOPLE = ("note", "source", "download")

@@ -1,7 +1,7 @@
 """Class text features on disk: a checkpoint's 1,000 classes x 80 prompts are encoded once, not once per evaluation.
 
-A file's name is the hash of everything that decides its numbers: the weights and layout of the text tower, prompts and
-their token ids, how they are averaged, precision and kind of device. So a file is never out of date, only no longer
+A file's name is the hash of everything that decides its numbers: the weights and layout of the text tower, the texts
+that are averaged, token ids, precision and kind of device. So a file is never out of date, only no longer
 asked for: deleting the folder costs time and nothing else. Files are plain arrays in a zip, whose checksums tell a
 damaged one; they are read without unpickling.
 """
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llip.clipeval.zero_shot import Scorer
+from llip.clipeval.scorer import Scorer
 from llip.system.files import atomic_write
 
-FORMAT = 2
+FORMAT = 3
 """Part of the name: another meaning of the files gets another number."""
 
 _PROBE = 8  # prompts whose token ids go into the name: they distinguish tokenizers
@@ -50,16 +50,16 @@ class TextCache:
         """Return the cache of a model as it is now; the folder is made when something is stored."""
         return cls(folder, hash_weights(model))
 
-    def path(self, scorer: Scorer, prompts: Sequence[Sequence[str]], ensemble: str) -> Path:
-        """Return the file of the features of each class's `prompts`, averaged by `ensemble`."""
-        probe = scorer.tokenizer([text for some in prompts[:_PROBE] for text in some][:_PROBE]).tolist()
+    def path(self, scorer: Scorer, texts: Sequence[Sequence[str]]) -> Path:
+        """Return the file of the features of queries, given the texts of each."""
+        probe = scorer.tokenizer([text for some in texts[:_PROBE] for text in some][:_PROBE]).tolist()
         where = [scorer.device.type, str(scorer.autocast_dtype)]
-        identity = json.dumps([FORMAT, self.weights, ensemble, *where, probe, prompts])
+        identity = json.dumps([FORMAT, self.weights, *where, probe, texts])
         return self.folder / f"text_{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
 
     @staticmethod
-    def load(path: Path, classes: int) -> Tensor | None:
-        """Return features [C, Q, D], or None when the file is not there; warn when it cannot be used."""
+    def load(path: Path, queries: int) -> Tensor | None:
+        """Return features [Q, D], or None when the file is not there; warn when it cannot be used."""
         if not path.is_file():
             return None
         try:
@@ -68,8 +68,8 @@ class TextCache:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
             logger.warning("cached text features %s are damaged (%s); encoding the texts again", path, error)
             return None
-        if features.dtype != torch.float32 or features.dim() != 3 or len(features) != classes:
-            logger.warning("cached text features %s are not of %d classes; encoding the texts again", path, classes)
+        if features.dtype != torch.float32 or features.dim() != 2 or len(features) != queries:
+            logger.warning("cached text features %s are not of %d texts; encoding the texts again", path, queries)
             return None
         if not features.isfinite().all():
             logger.warning("cached text features %s are not finite; encoding the texts again", path)
@@ -78,7 +78,7 @@ class TextCache:
 
     @staticmethod
     def store(path: Path, features: Tensor) -> None:
-        """Write features [C, Q, D] in one atomic step; a folder that cannot be written costs a warning, not a task."""
+        """Write features [Q, D] in one atomic step; a folder that cannot be written costs a warning, not a task."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary, temporary.open("wb") as file:

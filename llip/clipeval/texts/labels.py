@@ -1,9 +1,7 @@
 """Class names and prompts of a task: whether they fit the dataset, and their hashes."""
 
-import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +18,6 @@ class Labels:
 
     classnames: tuple[Name, ...]
     templates: tuple[str, ...]
-
-    @functools.cached_property
-    def queries_per_class(self) -> int:
-        """The least common multiple of the classes' numbers of prompts: so many repeat each prompt equally often."""
-        return len(self.templates) * math.lcm(*(len(_names(name)) for name in self.classnames))
 
     def prompts_of(self, label: int) -> list[str]:
         """Return the class's prompts: every template with every name, so classes with more names have more."""

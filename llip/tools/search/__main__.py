@@ -14,7 +14,7 @@ from llip.system.program import program
 from llip.tools.models import MODEL_HELP, add_model_options, open_on_device
 
 if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
-    from llip.clipeval.zero_shot import Scorer
+    from llip.clipeval.scorer import Scorer
     from llip.open_clip.model import Llip
 
 DEFAULT_NAME = ".llip_index"
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _scorer(model: Llip, given: argparse.Namespace) -> Scorer:
     import torch
 
-    from llip.clipeval.zero_shot import Scorer
+    from llip.clipeval.scorer import Scorer
 
     return Scorer(model, model.preprocess_val, model.tokenizer, torch.device(given.device))
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from llip.clipeval.datasets import ImageSource
 from llip.clipeval.loading import image_batches
+from llip.clipeval.scorer import Scorer
 from llip.clipeval.shortlist import text_free_features
-from llip.clipeval.zero_shot import Scorer
 from llip.data.images import decode_image
 from llip.errors import UserError
 from llip.open_clip.model import Llip

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llip.clipeval.zero_shot import Scorer
+from llip.clipeval.scorer import Scorer
 from llip.errors import UserError
 from llip.open_clip.pooling import TextConditionedPooling
 from llip.tools.search.one_text import applies_to, scores_of_one_text

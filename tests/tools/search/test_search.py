@@ -170,7 +170,7 @@ def test_shortlist_holds_the_best_by_the_coarse_score(folder, checkpoint, capsys
 
 def test_a_pooling_that_computes_otherwise_keeps_its_own_scores(folder, checkpoint, capsys, monkeypatch):
     """The faster way is held against the model: here the model's scores are others."""
-    from llip.clipeval.zero_shot import Scorer
+    from llip.clipeval.scorer import Scorer
 
     index(folder, checkpoint, capsys)
     scores = Scorer.scores

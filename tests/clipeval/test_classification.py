@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llip
-from llip.clipeval import zero_shot
+from llip.clipeval import scorer as scoring
 from llip.clipeval.catalog.catalog import load_catalog
+from llip.clipeval.classification import predict
 from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.loading import image_batches
+from llip.clipeval.scorer import Scorer
+from llip.clipeval.task_run import TaskError, TaskRun
+from llip.clipeval.texts import classifier as classifiers
+from llip.clipeval.texts.classifier import Classifier, build_classifier
 from llip.clipeval.texts.labels import Labels
 from llip.clipeval.texts.sources import TextSource
-from llip.clipeval.zero_shot import Scorer, class_features, class_scores
-from llip.errors import UserError
 from tests.clipeval.fakes import write_catalog, write_imagefolder
 from tests.helpers import TINY_MODEL
 
@@ -57,8 +60,7 @@ def test_scores_equal_open_clips(clip: open_clip.CLIP) -> None:
 
     labels = Labels(tuple(names), tuple(template.replace("{}", "{c}") for template in templates))
     scorer = Scorer(PlainClip(clip), lambda image: image, tokenizer, torch.device("cpu"))
-    features = class_features(scorer, labels, range(len(names)), "feature")
-    scores = class_scores(scorer, scorer.encode_images(images), features)
+    scores = classifier_of(scorer, labels).scores(scorer, scorer.encode_images(images))
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(scores.argmax(dim=1), expected.argmax(dim=1))
 
@@ -66,6 +68,10 @@ def test_scores_equal_open_clips(clip: open_clip.CLIP) -> None:
 NAMES = [f"thing {word}" for word in "abcdefghijk"]
 TEMPLATES = ["a photo of a {}.", "the {}.", "{} outside"]
 LABELS = Labels(tuple(NAMES), tuple(template.replace("{}", "{c}") for template in TEMPLATES))
+
+
+def classifier_of(scorer: Scorer, labels: Labels, ensemble: str = "feature") -> Classifier:
+    return build_classifier(TaskRun(scorer, prompt_ensemble=ensemble), labels)
 
 
 def scorer_of(model: nn.Module) -> Scorer:
@@ -99,9 +105,8 @@ def test_our_own_clip_is_open_clips_image_for_image(tmp_path: Path) -> None:
     expected = theirs.encode_image(images, normalize=True) @ weights
 
     scorer = scorer_of(ours)
-    features = class_features(scorer, LABELS, range(len(NAMES)), "feature")
     (batch,) = image_batches(source, ours.preprocess_val, range(len(source)), 64, workers=0)
-    found = zero_shot.predict(scorer, batch, features, keep_scores=True)
+    found = predict(scorer, batch, scorer.encode_images(batch.images), classifier_of(scorer, LABELS), keep_scores=True)
     torch.testing.assert_close(found.scores, expected, atol=2e-6, rtol=0)
     assert torch.equal(found.top[:, 0], expected.argmax(dim=1))
     assert len(found.top[:, 0].unique()) > 1  # else the comparison says little
@@ -127,8 +132,7 @@ def test_llip_equals_a_dense_loop_over_contextualize(tmp_path: Path, ensemble: s
             each = [(model.contextualize(h[[image]], query[None])[0, 0] @ query).item() for query in queries]
             expected[image, label] = sum(each) / len(each)
     scorer = scorer_of(model)
-    features = class_features(scorer, LABELS, range(len(NAMES)), ensemble)
-    scores = class_scores(scorer, scorer.encode_images(images), features)
+    scores = classifier_of(scorer, LABELS, ensemble).scores(scorer, scorer.encode_images(images))
     torch.testing.assert_close(scores, expected, atol=2e-6, rtol=0)
     assert torch.equal(scores.argmax(dim=1), expected.argmax(dim=1))
 
@@ -138,18 +142,46 @@ def test_synonyms_are_a_mean_over_names_and_prompts(clip: open_clip.CLIP) -> Non
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
     scorer = Scorer(PlainClip(clip), lambda image: image, tokenizer, torch.device("cpu"))
     labels = Labels((("cat", "kitten", "tom"), ("dog", "hound"), "cow"), ("a {c}", "the {c}"))
-    features = class_features(scorer, labels, range(3), "feature")[:, 0]
+    features = classifier_of(scorer, labels).features
     for row, names in zip(features, (("cat", "kitten", "tom"), ("dog", "hound"), ("cow",)), strict=True):
         prompts = [f"{word} {name}" for word in ("a", "the") for name in names]
         texts = clip.encode_text(tokenizer(prompts), normalize=True)
         torch.testing.assert_close(row, F.normalize(texts.mean(dim=0), dim=-1), atol=1e-6, rtol=0)
 
 
-def test_synonyms_that_would_be_too_many_texts_are_refused(clip: open_clip.CLIP) -> None:
-    names = tuple(tuple(f"{label} {i}" for i in range(1 + label % 9)) for label in range(1000))
-    labels = Labels(names, ("a {c}",))
-    with pytest.raises(UserError, match=r"to 2,520,000 texts per image, at most 2,000,000; use 'feature'"):
-        class_features(Scorer(PlainClip(clip), None, None, torch.device("cpu")), labels, range(1000), "score")
+class CountingClip(PlainClip):
+    """Counts the texts it encodes."""
+
+    texts = 0
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        self.texts += len(tokens)
+        return super().encode_text(tokens)
+
+
+@torch.no_grad()
+def test_each_distinct_prompt_is_encoded_and_kept_once(clip: open_clip.CLIP, monkeypatch) -> None:
+    """1,000 classes of 1 to 9 synonyms, some in two classes; scores are those of a loop over classes."""
+    names = [[f"{label % 990} {i}" for i in range(1 + label % 9)] for label in range(1000)]
+    labels = Labels(tuple(map(tuple, names)), ("a {c}", "the {c}"))
+    model = CountingClip(clip)
+    scorer = Scorer(model, lambda image: image, open_clip.SimpleTokenizer(context_length=24), torch.device("cpu"))
+    monkeypatch.setattr(classifiers, "SCORES_AT_ONCE", 20_000)  # fewer than three images
+    classifier = classifier_of(scorer, labels, "score")
+    distinct = {f"{word} {name}" for word in ("a", "the") for some in names for name in some}
+    assert model.texts == len(classifier.features) == len(distinct)
+    h = scorer.encode_images(torch.randn(3, 3, 16, 16))
+    scores = classifier.scores(scorer, h)
+    for label in (0, 8, 13, 990, 998, 999):
+        texts = scorer.encode_texts([f"{word} {name}" for word in ("a", "the") for name in names[label]])
+        expected = F.normalize(h[:, 0].double(), dim=-1) @ texts.double().T
+        torch.testing.assert_close(scores[:, label].double(), expected.mean(dim=1), atol=1e-6, rtol=0)
+
+
+def test_too_many_prompts_to_score_are_refused(clip: open_clip.CLIP, monkeypatch) -> None:
+    monkeypatch.setattr(classifiers, "MAX_QUERIES", 32)
+    with pytest.raises(TaskError, match=r"scores each image against 33 texts, at most 32; use 'feature'"):
+        classifier_of(Scorer(PlainClip(clip), None, None, torch.device("cpu")), LABELS, "score")
 
 
 def test_named_sources_are_open_clips() -> None:
@@ -165,11 +197,11 @@ def test_features_do_not_depend_on_how_many_texts_go_at_once(clip: open_clip.CLI
     labels = Labels(tuple(f"class {word}" for word in "abcdefg"), ("a {c}", "the {c}", "{c} outside"))
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
     scorer = Scorer(PlainClip(clip), lambda image: image, tokenizer, torch.device("cpu"))
-    for ensemble, queries in (("feature", 1), ("score", 3)):
-        monkeypatch.setattr(zero_shot, "TEXT_BATCH", 512)
-        expected = zero_shot.class_features(scorer, labels, range(7), ensemble)
-        assert expected.shape == (7, queries, 32)
+    for ensemble, queries in (("feature", 7), ("score", 21)):
+        monkeypatch.setattr(scoring, "TEXT_BATCH", 512)
+        expected = classifier_of(scorer, labels, ensemble).features
+        assert expected.shape == (queries, 32)
         for at_once in (1, 2, 7):  # also fewer than one class has prompts, and not a divisor
-            monkeypatch.setattr(zero_shot, "TEXT_BATCH", at_once)
-            found = zero_shot.class_features(scorer, labels, range(7), ensemble)
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+            monkeypatch.setattr(scoring, "TEXT_BATCH", at_once)
+            features = classifier_of(scorer, labels, ensemble).features
+            torch.testing.assert_close(features, expected, atol=1e-6, rtol=1e-5)

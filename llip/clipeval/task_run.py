@@ -1,0 +1,71 @@
+"""What all tasks of an evaluation share, and how a task fails: on every process alike, while the other tasks run."""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from tqdm import tqdm
+
+from llip.clipeval.datasets import ImageSource
+from llip.clipeval.loading import ImageBatch, image_batches
+from llip.clipeval.scorer import Scorer
+from llip.clipeval.texts.cache import TextCache
+from llip.errors import UserError
+from llip.system.processes import Processes, raise_on_all_ranks
+
+logger = logging.getLogger(__name__)
+
+
+class TaskError(Exception):
+    """One task cannot be evaluated. Raised on every process alike; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """How to evaluate; the fields are those of `evaluate.evaluate_tasks`."""
+
+    scorer: Scorer
+    processes: Processes = field(default_factory=Processes)
+    batch_size: int = 64
+    workers: int = 0
+    prompt_ensemble: str = "feature"
+    shortlist: int | None = None
+    cache: TextCache | None = None
+    progress: bool = False
+
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """Raise on every process what fails in the block on one of them; the block must not call a collective.
+
+        Raises:
+            TaskError: the message is that of the first process that failed.
+        """
+        with raise_on_all_ranks(self.processes, TaskError, self._describe):
+            yield
+
+    def _describe(self, error: Exception) -> str:
+        rank, world_size = self.processes.rank, self.processes.world_size
+        message = str(error)
+        if not isinstance(error, UserError):
+            logger.debug("evaluation failed on process %d\n%s", rank, traceback.format_exc())
+            message = f"{type(error).__name__}: {error}"
+        return message + (f" (process {rank} of {world_size})" if world_size > 1 else "")
+
+    def title(self, text: str) -> str | None:
+        """Return the title of a progress bar, None where this process shows none."""
+        return text if self.progress and self.processes.is_main else None
+
+    def batches(self, source: ImageSource, task: str) -> Iterator[ImageBatch]:
+        """Yield this process's share of the images, with a progress bar on the first process."""
+        share, title = self.processes.share(len(source)), self.title(task)
+        with tqdm(total=len(share), desc=title, unit="img", disable=title is None, leave=False) as bar:
+            for batch in image_batches(source, self.scorer.preprocess, share, self.batch_size, self.workers):
+                yield batch
+                bar.update(len(batch.indices) + len(batch.unreadable))
+
+    def encode(self, batch: ImageBatch, source: ImageSource) -> Tensor:
+        """Return the mixture tokens [B, K, D] of a batch; errors name the image."""
+        return self.scorer.encode_images(batch.images, lambda row: f"image {source.name(batch.indices[row])}")
