@@ -26,8 +26,8 @@ _row = "image {} of the batch".format
 class Scorer:
     """Everything that turns images and texts into scores.
 
-    The model answers `encode_image`, `encode_text`, `similarity` and (for shortlists) `contextualize` as
-    `llip.open_clip.model.Llip` does. Towers run under autocast when `autocast_dtype` is given; scores are always
+    The model answers `encode_image`, `encode_text`, `similarity` and (for shortlists) `pooling.contextualize`
+    as `llip.open_clip.model.Llip` does. Towers run under autocast when `autocast_dtype` is given; scores are always
     float32. Values that are not finite raise a `UserError` that names the first bad parameter, else the first bad
     input.
     """
@@ -63,9 +63,13 @@ class Scorer:
         """Return the cosines [B, T], float32, of mixture tokens [B, K, D] and text features [T, D]."""
         return require_finite(self.model.similarity(h, t).float(), self.model, "scores", _row)
 
-    def features(self, h: Tensor, t: Tensor) -> Tensor:
-        """Return unit-norm features [B, T, D], float32, of mixture tokens [B, K, D] conditioned on texts [T, D]."""
-        return require_finite(self.model.contextualize(h, t).float(), self.model, "image features", _row)
+    def text_free_features(self, h: Tensor) -> Tensor:
+        """Return unit-norm features [B, D], float32, of mixture tokens [B, K, D], the same for every text.
+
+        They are the features conditioned on the zero vector: every mixture token weighs the same.
+        """
+        features = self.model.pooling.contextualize(h, h.new_zeros(1, h.shape[2]))[:, 0]
+        return require_finite(features.float(), self.model, "image features", _row)
 
 
 def require_finite(values: Tensor, model: nn.Module, what: str, name: Callable[[int], str]) -> Tensor:

@@ -23,8 +23,7 @@ CAPTIONS, IMAGES = 1024, 64
 
 def text_free_features(scorer: Scorer, h: Tensor) -> Tensor:
     """Return unit-norm features [B, D] of mixture tokens [B, K, D], the same for every text, on the device."""
-    nothing = torch.zeros(1, h.shape[2], device=scorer.device)
-    return torch.cat([scorer.features(block.to(scorer.device), nothing)[:, 0] for block in h.split(IMAGES)])
+    return torch.cat([scorer.text_free_features(block.to(scorer.device)) for block in h.split(IMAGES)])
 
 
 @dataclass(frozen=True)

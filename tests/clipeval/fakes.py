@@ -26,6 +26,10 @@ class FakeModel(nn.Module):
         self.dropout = nn.Dropout(0.5)  # any evaluation in training mode would show
         self.preprocess_val, self.tokenizer = preprocess, tokenize
 
+    @property
+    def pooling(self) -> "FakeModel":
+        return self
+
     def encode_image(self, images: Tensor) -> Tensor:
         return self.image(self.dropout(images.flatten(1))).unflatten(1, (TOKENS, WIDTH))  # [B, K, D]
 

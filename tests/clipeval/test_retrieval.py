@@ -126,8 +126,9 @@ def test_a_shortlist_scores_its_candidates_and_nothing_else() -> None:
 @pytest.mark.parametrize("kind", ["text", "mean"])
 def test_the_text_independent_feature_weighs_all_tokens_alike(kind: str) -> None:
     torch.manual_seed(0)
-    pooling = create_pooling(kind, 4, 16, 2, 5.0)
-    scorer = Scorer(pooling, preprocess, tokenize, torch.device("cpu"))
+    model = torch.nn.Module()
+    model.pooling = create_pooling(kind, 4, 16, 2, 5.0)
+    scorer = Scorer(model, preprocess, tokenize, torch.device("cpu"))
     h = torch.randn(100, 4, 16)
     with torch.no_grad():  # as initialised, W_V and W_O are the identity
         torch.testing.assert_close(text_free_features(scorer, h), F.normalize(h.mean(dim=1), dim=1))

@@ -161,7 +161,7 @@ def test_shortlist_holds_the_best_by_the_coarse_score(folder, checkpoint, capsys
         coarse = {}
         for image in sorted(folder.rglob("[!.]*.PNG")):
             h = model.encode_image(model.preprocess_val(Image.open(image))[None])
-            coarse[str(image)] = (model.contextualize(h, torch.zeros(1, 16))[0, 0] @ t[0]).item()
+            coarse[str(image)] = (model.pooling.contextualize(h, torch.zeros(1, 16))[0, 0] @ t[0]).item()
     best = sorted(coarse, key=coarse.get, reverse=True)[:4]
     hits = query(capsys, path, "--top", "2", "--shortlist", "4")
     exact = scores_by_hand(checkpoint, folder)
