@@ -2,17 +2,14 @@
 
 `ladder` varies the pooling, `tokens` the number of mixture tokens K, `temperature` that of the pooling's softmax; all
 else stays. The base is `--config`, by default the quickstart; the tasks are those of its `evals`. Finished runs are not
-repeated; what is half done goes on. Writes a table, a picture with error bars over seeds, and the results as json.
+repeated and interrupted ones are resumed. Writes a table, a figure with error bars over seeds, and the results as json.
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.sweep import Variant, draw_bars, draw_curves, run_variants, table
+from benchmarks.sweep import Variant, draw_bars, draw_curves, parse_sweep, report, run_variants
 from llip.config_search import search_config
 from llip.configs import Config
 from llip.errors import UserError
@@ -34,21 +31,11 @@ def ladder(base: Config) -> list[Variant]:
     ]
 
 
-def by_tokens(base: Config, values: Sequence[float]) -> list[Variant]:
-    """Return `base` with each number of mixture tokens."""
-    return [Variant(f"K = {int(value)}", base.replace(mixture_tokens=int(value))) for value in values]
-
-
-def by_temperature(base: Config, values: Sequence[float]) -> list[Variant]:
-    """Return `base` with each softmax temperature."""
-    return [Variant(f"tau = {value:g}", base.replace(softmax_temperature=float(value))) for value in values]
-
-
 def make_variants(kind: str, base: Config, values: Sequence[float] | None) -> list[Variant]:
     """Return the variants of one ablation.
 
     Raises:
-        UserError: a base that the ablation does not fit, or values that are none.
+        UserError: a base that the ablation does not fit, or values that are out of range.
     """
     if base.pooling != "text" or not base.evals:
         raise UserError(
@@ -61,37 +48,29 @@ def make_variants(kind: str, base: Config, values: Sequence[float] | None) -> li
         return ladder(base)
     if values and any(value <= 0 or (kind == "tokens" and value != int(value)) for value in values):
         raise UserError(f"--values {' '.join(f'{value:g}' for value in values)}: expected numbers above 0")
-    return by_tokens(base, values or TOKENS) if kind == "tokens" else by_temperature(base, values or TEMPERATURES)
+    if kind == "tokens":
+        return [Variant(f"K = {int(k)}", base.replace(mixture_tokens=int(k))) for k in values or TOKENS]
+    return [Variant(f"tau = {tau:g}", base.replace(softmax_temperature=float(tau))) for tau in values or TEMPERATURES]
 
 
 @program
-def main(arguments: Sequence[str]) -> int:
-    """Run an ablation, print its table and write figure and json. Returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """Run an ablation, print its table and write table, figure and json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__.split("\n\n")[0])
     parser.add_argument("kind", choices=("ladder", "tokens", "temperature"), help="what is varied")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of the base config")
     parser.add_argument("--config", default="llip_quickstart", help="the base [%(default)s]")
     parser.add_argument("--values", type=float, nargs="+", help=f"[{TOKENS} tokens, temperatures {TEMPERATURES}]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--logs", type=Path, default=Path("logs/ablations"), help="folder of the runs [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
-    given = parser.parse_intermixed_args(arguments)
+    given = parse_sweep(parser, arguments, "logs/ablations")
     base = search_config(given.config, given.overrides)
-    variants = make_variants(given.kind, base, given.values)
-    results = run_variants(variants, given.seeds, given.logs, f"{base.name}_{given.kind}")
-    columns = {key: key for key in results[0].values}
-    stem = given.logs / f"{base.name}_{given.kind}"
+    name = f"{base.name}_{given.kind}"
+    results = run_variants(make_variants(given.kind, base, given.values), given.seeds, given.logs, name)
+    columns, stem = {key: key for key in results[0].values}, given.logs / name
     if given.kind == "ladder":
         draw_bars(results, columns, "Llip", stem.with_suffix(".png"))
     else:
         label = "mixture tokens K" if given.kind == "tokens" else "softmax temperature"
         draw_curves(results, columns, label, stem.with_suffix(".png"))
-    text = table(results, columns)
-    stem.with_suffix(".md").write_text(text + "\n")
-    record = json.dumps({"kind": given.kind, "results": [dataclasses.asdict(result) for result in results]})
-    stem.with_suffix(".json").write_text(record + "\n")
-    print(record if given.json else f"{text}\n\nfigure: {stem.with_suffix('.png')}")
-    return 0
+    report(results, columns, stem, given.json, kind=given.kind)
 
 
 if __name__ == "__main__":

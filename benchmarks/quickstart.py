@@ -1,17 +1,14 @@
 """The ladder of poolings on the embedded scenes, over seeds: `python -m benchmarks.quickstart [--seeds 0 1] [--json]`.
 
 Each rung trains the same encoder on the same data with the same steps and loss; only the way from mixture tokens to
-the feature differs. Runs that are finished are not repeated; what is half done goes on.
+the feature differs. Finished runs are not repeated and interrupted ones are resumed.
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.sweep import Result, Variant, draw_bars, run_variants, table
+from benchmarks.sweep import Result, Variant, draw_bars, parse_sweep, report, run_variants
 from llip.config_search import search_config
 from llip.system.program import program
 
@@ -48,25 +45,17 @@ def wins(results: list[Result]) -> dict[str, int]:
 
 
 @program
-def main(arguments: Sequence[str]) -> int:
-    """Run the ladder, print the table and write figure and json. Returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the ladder, print the table and write table, figure and json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quickstart", description=__doc__.split("\n\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of every rung's config")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS))
-    parser.add_argument("--logs", type=Path, default=Path("logs/ladder"), help="folder of the runs [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
-    given = parser.parse_intermixed_args(arguments)
+    given = parse_sweep(parser, arguments, "logs/ladder")
     variants = [Variant(rung, search_config(RUNGS[rung], given.overrides)) for rung in given.rungs]
     results = run_variants(variants, given.seeds, given.logs, "ladder")
     draw_bars(results, COLUMNS, "Llip", given.logs / "ladder.png")
-    if given.json:
-        print(json.dumps({"results": [dataclasses.asdict(result) for result in results], "llip_wins": wins(results)}))
-    else:
-        print(table(results, COLUMNS))
-        print(f"\nLlip above every other rung, of {len(given.seeds)} seeds: {wins(results)}")
-        print(f"figure: {given.logs / 'ladder.png'}")
-    return 0
+    report(results, COLUMNS, given.logs / "ladder", given.json, llip_wins=wins(results))
+    if not given.json:
+        print(f"Llip above every other rung, of {len(given.seeds)} seeds: {wins(results)}")
 
 
 if __name__ == "__main__":

@@ -3,30 +3,28 @@
 Shapes: B images, T captions, K = 32 mixture tokens, D = 512, M = 8 heads.
 
 Features are random, with a planted truth where recall is reported: an image's tokens share a weak direction, and a
-caption is the value of one token with noise. So recalls say what a shortlist loses on features of that kind, not how
-good a model is. Memory is that of a fresh process: `VmHWM` of /proc/self/status, less the mixture tokens and
-text features.
+caption is the value of one token with noise. Recalls show what a shortlist loses on such features, not how good a model
+is. Memory is the peak of a fresh process less the mixture tokens and text features.
 """
 
 import argparse
 import json
-import re
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.measure import benchmark_parser, in_fresh_process, peak_resident, seconds, set_up
 from benchmarks.similarity import HEADS, TEMPERATURE, Inputs, best_dense, dense
 from llip.clipeval.retrieval import RetrievalShare, join, recalls, score_share
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.shortlist import Shortlist, text_free_features
+from llip.errors import UserError
 from llip.open_clip.pooling import create_pooling, unit_norm
+from llip.system.program import program
 
 TOKENS, WIDTH = 32, 512
 SPEED_SHAPE = (500, 25_010)  # B, T
@@ -36,7 +34,7 @@ DENSE_TILE = (16, 1024)  # images and captions of one dense call: all pairs at o
 SHARED = 0.3  # length of what an image's tokens share, next to 1 of their own
 NOISE = 3.0  # length of a caption's noise; that of its token's value is 1
 MEMORY_LIMIT = 2_000_000_000
-MEMORY_SCORED = 600  # images scored when memory is measured: the third block of 256 reaches no further than the second
+EXACT_IMAGES = 600  # of COCO, scored exactly: the third block of 256 takes no more memory than the second
 CLOSE = 1e-5  # largest difference between scores of two exact forms
 
 
@@ -86,17 +84,6 @@ def make_data(scorer: Scorer, images: int, captions: int) -> Data:
     return Data(h, torch.cat(texts), owners)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Time one call; return the time and what it returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
 def exact(scorer: Scorer, data: Data) -> RetrievalShare:
     """Score every pair as an evaluation does."""
     return score_share(scorer, data.h, torch.arange(len(data.h)), data.texts, data.owners)
@@ -120,101 +107,69 @@ def dense_pass(form: Callable[[Inputs], Tensor], scorer: Scorer, h: Tensor, text
     return torch.cat(rows)
 
 
-def measure_speed(scorer: Scorer, dense_images: int) -> dict:
-    """Exact retrieval of 500 x 25,010 against two dense forms of which `dense_images` images are timed, in turns."""
+def measure_speed(scorer: Scorer, dense_images: int) -> dict[str, Any]:
+    """Time exact retrieval of 500 x 25,010, and two dense forms on the first `dense_images` images."""
     images, captions = SPEED_SHAPE
     data, device = make_data(scorer, images, captions), scorer.device
-    forms = {"dense": dense, "best_dense": best_dense}
-    spent = dict.fromkeys(forms, 0.0)
-    for form in (*forms.values(), lambda inputs: scorer.scores(inputs.h, inputs.t)):  # warm-up
-        dense_pass(form, scorer, data.h[: DENSE_TILE[0]], data.texts[: DENSE_TILE[1]])
-    exact_seconds, worst = 0.0, 0.0
-    half = dense_images // 2
-    for turn, rows in enumerate((slice(0, half), slice(half, dense_images))):
-        for name, form in forms.items():
-            took, scores = seconds(
-                lambda form=form, rows=rows: dense_pass(form, scorer, data.h[rows], data.texts), device
-            )
-            spent[name] += took
-            ours = scorer.scores(data.h[rows][:16].to(device), data.texts)
-            worst = max(worst, (ours - scores[:16]).abs().max().item())
-        if turn == 0:
-            exact_seconds, _ = seconds(lambda: exact(scorer, data), device)
+    expected = scorer.scores(data.h[: DENSE_TILE[0]].to(device), data.texts)  # warms up, too
+    rates, worst = {}, 0.0
+    for name, form in {"dense": dense, "best_dense": best_dense}.items():
+        scores = dense_pass(form, scorer, data.h[: DENSE_TILE[0]], data.texts)
+        worst = max(worst, (expected - scores).abs().max().item())
+        took = seconds(lambda form=form: dense_pass(form, scorer, data.h[:dense_images], data.texts), device)
+        rates[name] = dense_images * captions / took
     assert worst < CLOSE, f"exact scores differ from the dense form by {worst}"
-    rates = {name: dense_images * captions / took for name, took in spent.items()}
+    exact_seconds = seconds(lambda: exact(scorer, data), device)
     ours = images * captions / exact_seconds
     return {
         "shape": SPEED_SHAPE, "dense_images": dense_images, "exact_seconds": exact_seconds,
-        "dense_seconds": {name: images * captions / rate for name, rate in rates.items()},
         "exact_pairs_per_second": ours, "dense_pairs_per_second": rates,
         "ratio": {name: ours / rate for name, rate in rates.items()}, "max_error": worst,
     }  # fmt: skip
 
 
-def measure_shortlists(scorer: Scorer, lengths: list[int]) -> dict:
+def measure_shortlists(scorer: Scorer, lengths: list[int]) -> dict[str, Any]:
     """Recalls and seconds of shortlists against exact retrieval of 1,000 x 5,000."""
     data = make_data(scorer, *RECALL_SHAPE)
-    exact_seconds, share = seconds(lambda: exact(scorer, data), scorer.device)
-    truth = recalls(join([share], data.owners))
+
+    def measured(run: Callable[[], RetrievalShare]) -> tuple[float, dict[str, float]]:
+        shares: list[RetrievalShare] = []
+        took = seconds(lambda: shares.append(run()), scorer.device)
+        return took, recalls(join(shares, data.owners))
+
+    exact_seconds, truth = measured(lambda: exact(scorer, data))
     rows = []
     for length in lengths:
-        took, share = seconds(lambda length=length: by_shortlist(scorer, data, length), scorer.device)
-        found = recalls(join([share], data.owners))
-        loss = {name: truth[name] - value for name, value in found.items()}
+        took, values = measured(lambda length=length: by_shortlist(scorer, data, length))
+        loss = {name: truth[name] - value for name, value in values.items()}
         rows.append({"length": length, "seconds": took, "speedup": exact_seconds / took, "recall_loss": loss})
     return {"shape": RECALL_SHAPE, "exact_seconds": exact_seconds, "exact_recalls": truth, "shortlists": rows}
 
 
-def measure_coco(scorer: Scorer, length: int, exact_rate: float) -> dict:
-    """Seconds of a shortlist at 5,000 x 25,010, against what exact retrieval takes at a measured rate."""
-    data = make_data(scorer, *COCO)
-    took, _ = seconds(lambda: by_shortlist(scorer, data, length), scorer.device)
-    predicted = COCO[0] * COCO[1] / exact_rate
-    return {"shape": COCO, "length": length, "seconds": took, "exact_seconds_predicted": predicted,
-            "speedup_predicted": predicted / took}  # fmt: skip
-
-
-def high_water() -> int:
-    """Return the largest resident set of this process so far, in bytes."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def memory_of(scored: int, length: int) -> dict:
-    """Hold all features of 5,000 x 25,010 and score the first images (`length` > 0: by shortlist), in this process."""
+def measure_coco(length: int, images: int) -> dict[str, Any]:
+    """Score the first `images` of 5,000 x 25,010, in this process: exactly, or by a shortlist of `length` > 0."""
     scorer = make_scorer(torch.device("cpu"))
-    images, captions = COCO
     torch.manual_seed(1)
-    texts = torch.randn(captions, WIDTH)
-    data = Data(
-        torch.randn(images, TOKENS, WIDTH), texts.div_(texts.norm(dim=1, keepdim=True)),
-        torch.arange(captions) * images // captions,
-    )  # fmt: skip
-    before = high_water()
-    shortlist = None
-    if length:
-        shortlist = Shortlist.of(text_free_features(scorer, data.h), torch.arange(images), data.texts, length)
-    share = score_share(scorer, data.h[:scored], torch.arange(scored), data.texts, data.owners, shortlist)
-    assert len(share.first_hits) == scored, "images were left out"
-    features = 4 * (data.h.numel() + data.texts.numel())
-    peak = high_water()
-    return {
-        "shape": COCO, "images_scored": scored, "shortlist": length or None, "peak_bytes": peak,
-        "features_bytes": features, "beyond_features_bytes": peak - features, "before_scoring_bytes": before,
-        "limit_bytes": MEMORY_LIMIT, "bounded": peak - features < MEMORY_LIMIT,
-    }  # fmt: skip
+    owners = torch.arange(COCO[1]) * COCO[0] // COCO[1]
+    data = Data(torch.randn(COCO[0], TOKENS, WIDTH), unit_norm(torch.randn(COCO[1], WIDTH)), owners)
+
+    def score() -> None:
+        shortlist = None
+        if length:
+            shortlist = Shortlist.of(text_free_features(scorer, data.h), torch.arange(COCO[0]), data.texts, length)
+        share = score_share(scorer, data.h[:images], torch.arange(images), data.texts, data.owners, shortlist)
+        assert len(share.first_hits) == images, "images are missing"
+
+    took = seconds(score, scorer.device)
+    beyond = peak_resident() - 4 * (data.h.numel() + data.texts.numel())
+    return {"shape": COCO, "images_scored": images, "shortlist": length or None, "seconds": took,
+            "seconds_of_all_predicted": took * COCO[0] / images, "beyond_features_bytes": beyond,
+            "limit_bytes": MEMORY_LIMIT, "bounded": beyond < MEMORY_LIMIT}  # fmt: skip
 
 
-def measure_memory(options: argparse.Namespace, length: int) -> dict:
-    """Run `memory_of` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.retrieval", "--memory-of", str(options.memory_images), str(length)]
-    command += ["--threads", str(options.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=7200, check=True)
-    return json.loads(done.stdout)
-
-
-def as_text(results: dict) -> str:
-    """Return the results for people."""
-    speed, recall, coco = results["speed"], results["recall"], results["coco"]
+def as_text(results: dict[str, Any]) -> str:
+    """Return the results as text."""
+    speed, recall = results["speed"], results["recall"]
     lines = [
         f"exact, {speed['shape'][0]} x {speed['shape'][1]:,}: {speed['exact_seconds']:.1f} s, "
         f"{speed['exact_pairs_per_second']:,.0f} pairs/s"
@@ -222,12 +177,6 @@ def as_text(results: dict) -> str:
     for name, ratio in speed["ratio"].items():
         lines.append(f"  {ratio:.2f} x {name} ({speed['dense_pairs_per_second'][name]:,.0f} pairs/s)")
     lines.append(f"  largest difference to the dense form: {speed['max_error']:.1e}")
-    for row in results["memory"]:
-        how = "exact" if row["shortlist"] is None else f"shortlist {row['shortlist']}"
-        lines.append(
-            f"memory beyond the features at {COCO[0]:,} x {COCO[1]:,}, {how}: "
-            f"{row['beyond_features_bytes'] / 1e9:.2f} GB, interpreter included (limit {MEMORY_LIMIT / 1e9:.0f} GB)"
-        )
     lines.append(
         f"shortlists, {recall['shape'][0]:,} x {recall['shape'][1]:,} (exact: {recall['exact_seconds']:.1f} s)"
     )
@@ -235,51 +184,49 @@ def as_text(results: dict) -> str:
     for row in recall["shortlists"]:
         loss = ", ".join(f"{100 * value:.1f}" for value in row["recall_loss"].values())
         lines.append(f"  n = {row['length']}: {row['speedup']:.1f} x faster, recall lost: {loss}")
-    lines.append(
-        f"shortlist {coco['length']} at {COCO[0]:,} x {COCO[1]:,}: {coco['seconds']:.1f} s, about "
-        f"{coco['speedup_predicted']:.0f} x faster than exact ({coco['exact_seconds_predicted']:.0f} s predicted)"
-    )
+    for row in results["coco"]:
+        how = f"shortlist {row['shortlist']}" if row["shortlist"] else "exact"
+        lines.append(
+            f"{COCO[0]:,} x {COCO[1]:,}, {how}: {row['seconds_of_all_predicted']:.1f} s predicted from "
+            f"{row['images_scored']:,} images; memory beyond the features {row['beyond_features_bytes'] / 1e9:.2f} GB, "
+            f"interpreter included (limit {MEMORY_LIMIT / 1e9:.0f} GB)"
+        )
     return "\n".join(lines)
 
 
+@program
 @torch.no_grad()
-def main() -> int:
+def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.retrieval")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser = benchmark_parser("retrieval", __doc__)
     parser.add_argument("--shortlists", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="lengths")
     parser.add_argument("--dense-images", type=int, default=64, metavar="N", help="of 500, timed in the dense forms")
     parser.add_argument(
-        "--memory-images", type=int, default=MEMORY_SCORED, metavar="N", help="of 5,000, scored for the memory figure"
+        "--exact-images", type=int, default=EXACT_IMAGES, metavar="N", help="of 5,000, scored exactly for memory"
     )
-    parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
-    parser.add_argument("--memory-of", nargs=2, type=int, metavar=("IMAGES", "LENGTH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU was found; leave it out, or give --device cpu")
-    if not 2 <= options.dense_images <= SPEED_SHAPE[0] or not 1 <= options.memory_images <= COCO[0]:
-        parser.error("--dense-images is 2 to 500 and --memory-images 1 to 5000")
+    parser.add_argument("--coco", nargs=2, type=int, metavar=("LENGTH", "IMAGES"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    device = set_up(options)
+    if options.coco:
+        print(json.dumps(measure_coco(*options.coco)))
+        return
+    if not DENSE_TILE[0] <= options.dense_images <= SPEED_SHAPE[0] or not 1 <= options.exact_images <= COCO[0]:
+        raise UserError(f"--dense-images is {DENSE_TILE[0]} to {SPEED_SHAPE[0]} and --exact-images 1 to {COCO[0]}")
     if min(options.shortlists) < 10:
-        parser.error("--shortlists are at least 10 long: R@10 is measured")
-    torch.set_num_threads(options.threads)
-    if options.memory_of:
-        print(json.dumps(memory_of(*options.memory_of)))
-        return 0
-    scorer = make_scorer(torch.device(options.device))
-    results = {"device": options.device, "threads": options.threads}
-    middle = sorted(options.shortlists)[len(options.shortlists) // 2]
-    with tqdm(total=4, unit="part", file=sys.stderr) as progress:
-        results["speed"] = measure_speed(scorer, options.dense_images)
-        progress.update()
-        results["recall"] = measure_shortlists(scorer, options.shortlists)
-        progress.update()
-        results["coco"] = measure_coco(scorer, middle, results["speed"]["exact_pairs_per_second"])
-        progress.update()
-        results["memory"] = [measure_memory(options, length) for length in (0, middle)]
-        progress.update()
+        raise UserError("--shortlists are at least 10 long: R@10 is measured")
+    scorer, middle = make_scorer(device), sorted(options.shortlists)[len(options.shortlists) // 2]
+    threads = ("--threads", options.threads)
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: measure_speed(scorer, options.dense_images),
+        "recall": lambda: measure_shortlists(scorer, options.shortlists),
+        "coco": lambda: [
+            in_fresh_process("benchmarks.retrieval", *threads, "--coco", length, images, timeout=7200)
+            for length, images in ((0, options.exact_images), (middle, COCO[0]))
+        ],
+    }
+    results = {name: run() for name, run in tqdm(parts.items(), unit="part", file=sys.stderr)}
+    results |= {"device": options.device, "threads": options.threads}
     print(json.dumps(results) if options.json else as_text(results))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,27 @@
 """Variants of one config, trained over seeds and evaluated alike: what the ladder and the ablations share.
 
-A run that is finished is not repeated, and one that is half done goes on; results of another config are refused.
+Finished runs are not repeated and interrupted ones are resumed; results of another config are refused.
 """
 
+from __future__ import annotations
+
+import argparse
 import dataclasses
 import json
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llip.cluster.snapshot import frozen_config
 from llip.configs import IDENTITY, Config, config_fields
 from llip.errors import UserError
 from llip.system.files import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RESULT = "benchmark.json"
 """File of a run's folder that holds its result and the values it belongs to."""
@@ -22,7 +29,7 @@ RESULT = "benchmark.json"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A config under a name for people."""
+    """A config and its name in tables and figures."""
 
     label: str
     config: Config
@@ -38,12 +45,21 @@ class Result:
     train_seconds: float | None
 
 
+def parse_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str], logs: str) -> argparse.Namespace:
+    """Read a command line with the options of every sweep behind those of the parser."""
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replace fields of every config")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--logs", type=Path, default=Path(logs), help="folder of the runs [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
+    return parser.parse_intermixed_args(arguments)
+
+
 def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, prefix: str) -> list[Result]:
     """Train and evaluate every variant with every seed, into `<logs>/<prefix>_<label>_seed<n>`.
 
     Raises:
         UserError: `logs` holds results of another config.
-        RuntimeError: a run did not come to its end, or could not be evaluated.
+        RuntimeError: a run failed, or could not be evaluated.
     """
     for variant in variants:
         for seed in seeds:
@@ -58,10 +74,10 @@ def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
 
 def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
     config = _config(variant, seed, logs, prefix)
-    found = read_result(config)
-    if found is not None:
-        return dataclasses.replace(found, variant=variant.label)
-    resumed = (config.folder / "checkpoints").is_dir()  # nobody knows how long its earlier starts took
+    finished = read_result(config)
+    if finished is not None:
+        return dataclasses.replace(finished, variant=variant.label)
+    resumed = (config.folder / "checkpoints").is_dir()  # the time of its earlier starts is not known
     started = time.monotonic()
     train(config)
     seconds = None if resumed else time.monotonic() - started
@@ -83,7 +99,7 @@ def write_result(config: Config, result: Result) -> None:
 
 
 def read_result(config: Config) -> Result | None:
-    """Return the result of a run that is finished; None where there is none.
+    """Return the result of a finished run; None where there is none.
 
     Raises:
         UserError: the result is of another config, or does not name it.
@@ -115,8 +131,7 @@ def train(config: Config) -> None:
     """Train as `python -m llip.main` would, on as many processes as the config asks for.
 
     Raises:
-        UserError: the config names something that was not registered in a file.
-        RuntimeError: the run did not come to its end.
+        RuntimeError: the run failed.
     """
     from llip.main import launch
 
@@ -156,44 +171,33 @@ def table(results: Sequence[Result], columns: dict[str, str]) -> str:
     """
     lines = ["| | " + " | ".join(columns) + " | training s |", "|---" * (len(columns) + 2) + "|"]
     for label in dict.fromkeys(result.variant for result in results):
-        own = [result for result in results if result.variant == label]
+        runs = [result for result in results if result.variant == label]
         cells = []
         for key in columns.values():
-            values = [100 * result.values[key] for result in own]
+            values = [100 * result.values[key] for result in runs]
             cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})")
-        known = [result.train_seconds for result in own if result.train_seconds is not None]
+        known = [result.train_seconds for result in runs if result.train_seconds is not None]
         seconds = f"{statistics.mean(known):.0f}" if known else "-"
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {seconds} |")
     return "\n".join(lines)
 
 
-def _panels(count: int):
-    import matplotlib
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = -(-count // 3)
-    figure, axes = plt.subplots(rows, min(3, count), figsize=(4 * min(3, count), 3 * rows), squeeze=False)
-    for axis in axes.flat[count:]:
+    columns, rows = min(3, count), -(-count // 3)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[count:]:
         axis.set_visible(False)
-    return figure, axes.flat
-
-
-def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure, list(axes)[:count]
 
 
 def draw_bars(results: Sequence[Result], columns: dict[str, str], marked: str, path: Path) -> None:
     """Draw a panel per column: a bar per variant, a dot per seed; the `marked` variant in another colour."""
     figure, axes = _panels(len(columns))
     labels = list(dict.fromkeys(result.variant for result in results))
-    for axis, (head, key) in zip(axes, columns.items(), strict=False):
+    for axis, (head, key) in zip(axes, columns.items(), strict=True):
         for position, label in enumerate(labels):
             values = [100 * result.values[key] for result in results if result.variant == label]
             color = "#c2410c" if label == marked else "#94a3b8"
@@ -202,7 +206,7 @@ def draw_bars(results: Sequence[Result], columns: dict[str, str], marked: str, p
         axis.set_title(f"{head}, %", fontsize=10)
         axis.set_xticks(range(len(labels)), labels, rotation=20, fontsize=8)
         axis.grid(axis="y", alpha=0.3, zorder=0)
-    _save(figure, path)
+    figure.savefig(path, dpi=100)
 
 
 def draw_curves(results: Sequence[Result], columns: dict[str, str], label: str, path: Path) -> None:
@@ -219,7 +223,7 @@ def draw_curves(results: Sequence[Result], columns: dict[str, str], label: str, 
     for result in results:
         by_number.setdefault(float(result.variant.split("=")[1]), []).append(result)
     numbers = sorted(by_number)
-    for axis, (head, key) in zip(axes, columns.items(), strict=False):
+    for axis, (head, key) in zip(axes, columns.items(), strict=True):
         values = [[100 * result.values[key] for result in by_number[number]] for number in numbers]
         spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
         axis.errorbar(numbers, [statistics.mean(each) for each in values], spread, color="#c2410c", capsize=3)
@@ -230,4 +234,21 @@ def draw_curves(results: Sequence[Result], columns: dict[str, str], label: str, 
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
         axis.set_xlabel(label, fontsize=9)
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    figure.savefig(path, dpi=100)
+
+
+def report(results: Sequence[Result], columns: dict[str, str], stem: Path, as_json: bool, **more: Any) -> None:
+    """Write `<stem>.md` and `<stem>.json` beside the figure `<stem>.png`, and print one of the two.
+
+    Args:
+        results: of all variants and seeds.
+        columns: head of the column -> key of `Result.values`.
+        stem: path without suffix.
+        as_json: print the JSON instead of the table.
+        more: goes into the JSON, too.
+    """
+    text = table(results, columns)
+    record = json.dumps(more | {"results": [dataclasses.asdict(result) for result in results]})
+    stem.with_suffix(".md").write_text(text + "\n")
+    stem.with_suffix(".json").write_text(record + "\n")
+    print(record if as_json else f"{text}\n\nfigure: {stem.with_suffix('.png')}")

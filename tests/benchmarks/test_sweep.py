@@ -1,4 +1,4 @@
-"""Sweeps: a result is used again for the config it belongs to and for no other; poolings of one's own train too."""
+"""Sweeps: results are reused for the same config only, and a run's processes find a user's own pooling."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import sweep
+from benchmarks import ablations, quickstart, sweep
 from benchmarks.sweep import Result, Variant, run_variants, table
 from llip.config_search import search_config
 from llip.configs import Config
@@ -59,7 +59,7 @@ def test_a_result_of_another_config_is_refused_before_anything_trains(trained, t
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"variant": "a", "seed": 0, "values": {}, "train_seconds": 1})])
-def test_a_result_that_does_not_tell_its_config_is_refused(trained, tmp_path, text):
+def test_a_result_without_its_config_is_refused(trained, tmp_path, text):
     (tmp_path / "p_mine_seed0").mkdir()
     (tmp_path / "p_mine_seed0" / sweep.RESULT).write_text(text)
     with pytest.raises(UserError, match="does not name the config"):
@@ -79,7 +79,7 @@ def test_the_time_of_a_resumed_run_is_not_known(trained, tmp_path):
     ]
 
 
-def test_other_processes_read_the_file_of_a_pooling_of_ones_own(tmp_path, monkeypatch):
+def test_other_processes_find_a_users_own_pooling(tmp_path, monkeypatch):
     config = search_config("examples/extensions.py:custom", [f"logs={tmp_path}", "name=own", "ngpus=2"])
     seen = []
     monkeypatch.setattr("llip.main.launch", lambda config, words: seen.append((config, words)) or 0)
@@ -91,3 +91,29 @@ def test_other_processes_read_the_file_of_a_pooling_of_ones_own(tmp_path, monkey
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert done.stdout == f"{config.pooling} {config.loss} 2 own\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "labels"),
+    [
+        (quickstart, ["lr=0.125", "--rungs", "average", "Llip"], ["average", "Llip"]),
+        (ablations, ["tokens", "lr=0.125", "--values", "1", "4"], ["K = 1", "K = 4"]),
+        (ablations, ["temperature", "lr=0.125", "--values", "0.5"], ["tau = 0.5"]),
+        (ablations, ["ladder", "lr=0.125"], ["SigLIP", "+ registers", "average", "learned weights", "Llip"]),
+    ],
+)
+def test_programs_write_table_figure_and_json(trained, tmp_path, monkeypatch, capsys, program, arguments, labels):
+    values = dict.fromkeys(quickstart.COLUMNS.values(), 0.5)
+    monkeypatch.setattr(sweep, "evaluate", lambda config: values)
+    command = [*arguments, "--seeds", "3", "4", "--logs", str(tmp_path), "--json"]
+    assert program.main(command) == 0
+    assert [config.lr for config in trained] == [0.125] * 2 * len(labels)
+    record = json.loads(capsys.readouterr().out)
+    assert [(row["variant"], row["seed"]) for row in record["results"]] == [(x, s) for s in (3, 4) for x in labels]
+    (image,) = tmp_path.glob("*.png")
+    assert json.loads(image.with_suffix(".json").read_text()) == record
+    rows = image.with_suffix(".md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == labels
+    assert program.main(command[:-1]) == 0
+    assert "figure: " in capsys.readouterr().out
+    assert len(trained) == 2 * len(labels), "results are used again"
