@@ -1,22 +1,25 @@
 """How many samples each shard holds, so that a loader need not read to know: `llip-index.json`.
 
 The file lies beside the shards and names them by file name, or in a chosen folder and names them by absolute path or
-URL, so that one folder can serve many datasets. `llip doctor PATTERN --index` writes it.
+URL, so that one folder can serve many datasets. `llip doctor PATTERN --index` writes it, and so does a run that has to
+count shards for long.
 
     {"version": 1, "shards": {"00000.tar": {"samples": 998, "damaged": 2, "bytes": 41943040, "mtime_ns": 17...}}}
 
-`samples` counts what `samples.read_samples` yields, usable or not; `damaged` is how many of them cannot be used, plus
-damage outside samples. A local shard's entry holds while its size and time of change are those of the file; a remote
-one is known by its URL alone. img2dataset's `00000_stats.json` serves as a count where there is no index; it is what
-the download wrote down and is not checked against the shard.
+`samples` counts what `tar_reader.read_samples` yields, usable or not; `damaged` is how many of them are known to be
+unusable, plus damage outside samples. A local shard's entry holds while the file has its size and time of change; a
+remote one is known by its URL alone. Without an index img2dataset's `00000_stats.json` serves as a count; it is what the
+download wrote down and is not checked against the shard.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llip.data.sources import is_local
 from llip.errors import UserError
@@ -24,7 +27,7 @@ from llip.system.files import write_text
 
 INDEX_NAME = "llip-index.json"
 _VERSION = 1
-_STATS_SUFFIX = "_stats.json"
+_STATISTICS = "_stats.json"
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +40,6 @@ class ShardEntry:
     damaged: int = 0
     bytes: int | None = None
     mtime_ns: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardCounts:
-    """Samples by URL, for those shards whose count is known; and the URLs whose entry is older than the shard."""
-
-    samples: dict[str, int]
-    stale: tuple[str, ...]
 
 
 def describe_shard(url: str, samples: int, damaged: int) -> ShardEntry:
@@ -86,46 +81,32 @@ def write_index(entries: Mapping[str, ShardEntry], folder: str | Path | None = N
     return list(by_file)
 
 
-def read_counts(urls: Iterable[str], folder: str | Path | None = None) -> ShardCounts:
-    """Look up the samples of `urls`: in the index in `folder`, beside the shards, then in img2dataset's statistics.
+def load_index(urls: Iterable[str], folder: str | Path | None = None) -> dict[str, int]:
+    """Return the samples by URL, as far as an index in `folder` or beside the shards, or img2dataset, has counted them.
 
-    A file that cannot be understood counts as none, with a warning that names it.
+    Entries older than their shards, and files that are no index, are ignored with a warning.
     """
-    indexes: dict[Path, dict[str, ShardEntry]] = {}
-    listings: dict[Path, frozenset[str]] = {}
+    read, list_statistics = functools.cache(_read), functools.cache(_list_statistics)
     samples: dict[str, int] = {}
     stale = []
     for url in urls:
-        found = []
-        for chosen in (folder, None) if folder is not None else (None,):
-            if chosen is None and not is_local(url):
-                continue
-            path, name = _place(url, chosen)
-            if path not in indexes:
-                indexes[path] = _read(path)
-            if name in indexes[path]:
-                found.append(indexes[path][name])
-        valid = next((entry for entry in found if _holds(url, entry)), None)
+        folders = [folder] * (folder is not None) + [None] * is_local(url)
+        entries = [read(path).get(name) for path, name in (_place(url, chosen) for chosen in folders)]
+        valid = next((entry for entry in entries if entry is not None and _holds(url, entry)), None)
         if valid is not None:
             samples[url] = valid.samples
-        elif found:
+        elif any(entries):
             stale.append(url)
-        elif is_local(url) and (count := _img2dataset_count(Path(url), listings)) is not None:
-            samples[url] = count
-    return ShardCounts(samples, tuple(stale))
-
-
-def load_index(urls: Iterable[str], folder: str | Path | None = None) -> dict[str, int]:
-    """Return the samples by URL for those of `urls` whose count is known and holds; warn about how many are stale."""
-    counts = read_counts(urls, folder)
-    if counts.stale:
+        elif is_local(url) and f"{Path(url).stem}{_STATISTICS}" in list_statistics(Path(url).parent):
+            samples |= _img2dataset_count(url)
+    if stale:
         logger.warning(
             "index: %d shards have changed since they were indexed, the first is %s; "
             "llip doctor PATTERN --index counts them again",
-            len(counts.stale),
-            counts.stale[0],
+            len(stale),
+            stale[0],
         )
-    return counts.samples
+    return samples
 
 
 def _place(url: str, folder: str | Path | None) -> tuple[Path, str]:
@@ -136,64 +117,64 @@ def _place(url: str, folder: str | Path | None) -> tuple[Path, str]:
 
 
 def _holds(url: str, entry: ShardEntry) -> bool:
-    if not is_local(url):
-        return True
+    """Return whether a shard is as it was when it was counted."""
     try:
-        status = os.stat(url)
+        return describe_shard(url, entry.samples, entry.damaged) == entry
     except OSError:
         return False
-    return (status.st_size, status.st_mtime_ns) == (entry.bytes, entry.mtime_ns)
 
 
 def _read(path: Path) -> dict[str, ShardEntry]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("index: %s is left aside, it cannot be read as json (%s)", path, error)
+    content = _read_json(path)
+    if content is None:
         return {}
     shards = content.get("shards") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or content.get("version") != _VERSION:
-        logger.warning("index: %s is left aside, it is not an index of version %d", path, _VERSION)
+        logger.warning("index: %s is ignored: it is not an index of version %d", path, _VERSION)
         return {}
-    entries = {name: entry for name, values in shards.items() if (entry := _entry(values)) is not None}
+    entries = {name: entry for name, values in shards.items() if (entry := _entry(values))}
     if len(entries) < len(shards):
-        logger.warning("index: %s has %d entries of another form, left aside", path, len(shards) - len(entries))
+        logger.warning("index: %s has %d entries of another form, which are ignored", path, len(shards) - len(entries))
     return entries
 
 
-def _entry(values: object) -> ShardEntry | None:
-    names = {field.name for field in dataclasses.fields(ShardEntry)}
-    if not isinstance(values, dict) or not names.issuperset(values) or not _is_count(values.get("samples")):
-        return None
-    if any(value is not None and not _is_count(value) for value in values.values()):
-        return None
-    return ShardEntry(**values)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _img2dataset_count(shard: Path, listings: dict[Path, frozenset[str]]) -> int | None:
-    if shard.parent not in listings:
-        try:
-            names = os.listdir(shard.parent)
-        except OSError:
-            names = []
-        listings[shard.parent] = frozenset(name for name in names if name.endswith(_STATS_SUFFIX))
-    name = f"{shard.stem}{_STATS_SUFFIX}"
-    if name not in listings[shard.parent] or not shard.is_file():
-        return None
-    path = shard.with_name(name)
+def _entry(values: Any) -> ShardEntry | None:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("index: %s is left aside, it cannot be read as json (%s)", path, error)
+        entry = ShardEntry(**values)
+    except TypeError:
         return None
-    count = content.get("successes") if isinstance(content, dict) else None
+    known = [value for value in dataclasses.astuple(entry) if value is not None]
+    return entry if entry.samples is not None and all(map(_is_count, known)) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _list_statistics(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(name for name in os.listdir(folder) if name.endswith(_STATISTICS))
+    except OSError:
+        return frozenset()
+
+
+def _img2dataset_count(url: str) -> dict[str, int]:
+    """Return the samples by URL, empty where the statistics do not have them or the shard is not there."""
+    path = Path(url).with_name(f"{Path(url).stem}{_STATISTICS}")
+    content = _read_json(path)
+    count: Any = content.get("successes") if isinstance(content, dict) else None
     if not _is_count(count):
-        logger.warning("index: %s is left aside, it has no number of successes", path)
+        logger.warning("index: %s is ignored: it has no number of successes", path)
+        return {}
+    return {url: count} if Path(url).is_file() else {}
+
+
+def _read_json(path: Path) -> Any:
+    """Return what a file holds, None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return count
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("index: %s is ignored: it cannot be read as json (%s)", path, error)
+        return None

@@ -276,22 +276,15 @@ class ShardFile:
         """
         if count > LARGEST:
             raise ShardError(BAD_HEADER)
-        data = self._read_piece(count)
-        if count > _PIECE:
-            pieces = [data]
-            while (rest := count - sum(map(len, pieces))) > 0 and pieces[-1]:
-                pieces.append(self._read_piece(rest))
-            data = b"".join(pieces)
-        if len(data) < count:
-            reason = TRUNCATED if self.position >= 512 else NOT_A_TAR if self.position else ZERO_BYTES
-            raise ShardError(reason)
-        return data
-
-    def _read_piece(self, count: int) -> bytes:
-        data = self.file.read(min(count, _PIECE))
-        self.position += len(data)
-        self.watch.touch()
-        return data
+        pieces = []
+        while count > 0 and (piece := self.file.read(min(count, _PIECE))):
+            self.watch.touch()
+            self.position += len(piece)
+            count -= len(piece)
+            pieces.append(piece)
+        if count > 0:
+            raise ShardError(TRUNCATED if self.position >= 512 else NOT_A_TAR if self.position else ZERO_BYTES)
+        return b"".join(pieces)
 
     def skip(self, count: int) -> None:
         """Skip the next `count` bytes, in a local file without reading them.
