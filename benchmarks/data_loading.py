@@ -237,23 +237,7 @@ def photo(rng: np.random.Generator) -> Image.Image:
 
 def make_shards(folder: Path, seed: int = 0) -> str:
     """Write shards of made-up photographs with captions, those that are not there yet, and return their pattern."""
-    words = [
-        "a",
-        "the",
-        "photo",
-        "of",
-        "in",
-        "on",
-        "with",
-        "red",
-        "old",
-        "city",
-        "river",
-        "two",
-        "people",
-        "dog",
-        "window",
-    ]
+    words = "a the photo of in on with red old city river two people dog window".split()
     folder.mkdir(parents=True, exist_ok=True)
     for shard in tqdm(range(MADE_SHARDS), desc=f"shards in {folder}", file=sys.stderr, disable=None):
         path = folder / f"{shard:05d}.tar"

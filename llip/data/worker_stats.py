@@ -62,20 +62,24 @@ class WorkerStats:
         self.max_bad_fraction, self.wanted = max_bad_fraction, wanted
         self.began = self.batch_began = time.monotonic()
         self.seen, self.bad, self.found_usable = 0, 0, False
-        self.shards = [0] * datasets  # slices, since the last report
-        self.lost: list[LostShard] = []  # since the last report
         self.used = [0] * datasets
-        self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason), over the worker's life
+        self.dropped: Counter[tuple[str, str]] = Counter()  # (shard, reason)
         self.details: dict[str, str] = {}  # reason -> what happened to the last shard lost for it
         self.members: Counter[str] = Counter()  # member names of samples that cannot be used
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage, since the last report
-        self._reported: Counter[tuple[str, str]] = Counter()
-        self._reported_used = [0] * datasets
+        self._start_report()
+
+    def _start_report(self) -> None:
+        """Start counting for the next report."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by stage
+        self._new_used, self._new_shards = [0] * len(self.used), [0] * len(self.used)
+        self._new_dropped: Counter[tuple[str, str]] = Counter()
+        self._new_lost: list[LostShard] = []
 
     def use(self, dataset: int) -> None:
         """Count a good sample."""
         self.seen += 1
         self.used[dataset] += 1
+        self._new_used[dataset] += 1
         self.found_usable = True
 
     def drop(self, reason: str, shard: str, sample: Iterable[str] = ()) -> None:
@@ -87,6 +91,7 @@ class WorkerStats:
         self.seen += 1
         self.bad += 1
         self.dropped[shard, reason] += 1
+        self._new_dropped[shard, reason] += 1
         self._note_members(sample)
         if self.seen >= _ENOUGH_TO_JUDGE and self.bad > self.max_bad_fraction * self.seen:
             raise UserError(
@@ -97,7 +102,7 @@ class WorkerStats:
 
     def finish_shard(self, dataset: int) -> None:
         """Count a shard slice that was read, lost or not."""
-        self.shards[dataset] += 1
+        self._new_shards[dataset] += 1
 
     def lose_shard(self, lost: LostShard) -> None:
         """Count a shard that was lost. The training process decides when too many are: it sees those of all workers.
@@ -105,8 +110,9 @@ class WorkerStats:
         Raises:
             UserError: nothing usable has come for too long.
         """
-        self.lost.append(lost)
+        self._new_lost.append(lost)
         self.dropped[lost.url, lost.reason] += 1
+        self._new_dropped[lost.url, lost.reason] += 1
         self.details[lost.reason] = lost.detail
         self.check_start(self.dropped)
 
@@ -139,14 +145,10 @@ class WorkerStats:
 
     def report(self) -> WorkerReport:
         """Return what happened since the last report."""
-        new = self.dropped - self._reported
-        used = [now - before for now, before in zip(self.used, self._reported_used, strict=True)]
-        self._reported, self._reported_used = self.dropped.copy(), list(self.used)
-        seconds, self.seconds = dict(self.seconds), defaultdict(float)
-        dropped = [(shard, reason, count) for (shard, reason), count in new.items()]
-        shards, self.shards = self.shards, [0] * len(self.used)
-        lost, self.lost = self.lost, []
-        return WorkerReport(dropped, used, seconds, resident_bytes(), shards, lost)
+        dropped = [(*place, count) for place, count in self._new_dropped.items()]
+        new = self._new_used, dict(self.seconds), resident_bytes(), self._new_shards, self._new_lost
+        self._start_report()
+        return WorkerReport(dropped, *new)
 
     def words(self, dropped: Counter[tuple[str, str]] | None = None) -> str:
         """Return what was dropped, from where, and what else there was."""
