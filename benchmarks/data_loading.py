@@ -21,7 +21,6 @@ import json
 import random
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from llip.data.images import RandomCrops, decode_image
 from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
+from llip.data.tar_reader import read_samples
 from llip.errors import UserError
 from llip.open_clip.factory import get_tokenizer
 from llip.open_clip.transforms import CROP_SCALE
@@ -77,7 +77,7 @@ class Setup:
         return min(max(1, self.workers), cores)
 
 
-def own_batches(setup: Setup) -> Iterator[int]:
+def llip_batches(setup: Setup) -> Iterator[int]:
     """Yield the number of images of each batch of this project's loader, for ever."""
     config = Config(train_data=setup.train_data, workers=setup.workers, batch_size=setup.batch_size)
     tokenizer = get_tokenizer(context_length=CONTEXT_LENGTH)
@@ -92,7 +92,7 @@ def own_batches(setup: Setup) -> Iterator[int]:
 
 def steady_rate(setup: Setup) -> float:
     """Return images per second of this project's loader, once it runs."""
-    with contextlib.closing(own_batches(setup)) as batches:
+    with contextlib.closing(llip_batches(setup)) as batches:
         for _ in itertools.islice(batches, setup.warm_up):
             pass
         images, count, start, now = 0, 0, time.perf_counter(), 0.0
@@ -133,13 +133,12 @@ def other_rate(setup: Setup, python: str) -> dict[str, Any]:
 
 def first_samples(train_data: str, count: int) -> list[dict[str, bytes]]:
     """Read the first `count` samples that have an image and a caption."""
-    urls = [{"url": url} for url in parse_train_data(train_data).urls]
-    samples = webdataset.tariterators.tarfile_samples(urls)
-    usable = (sample for sample in samples if image_bytes(sample) and caption(sample))
-    found = list(itertools.islice(usable, count))
-    if not found:
+    items = itertools.chain.from_iterable(map(read_samples, parse_train_data(train_data).urls))
+    usable = (item for item in items if isinstance(item, dict) and image_bytes(item) and caption(item))
+    samples = list(itertools.islice(usable, count))
+    if not samples:
         raise UserError(f"train_data {train_data!r}: no sample has an image ({', '.join(IMAGE_KEYS)}) and a txt")
-    return found
+    return samples
 
 
 def image_bytes(sample: dict[str, bytes]) -> bytes:
@@ -196,26 +195,22 @@ def stages(setup: Setup) -> dict[str, float]:
     files, captions = [image_bytes(sample) for sample in samples], [caption(sample) for sample in samples]
     tokenizer = get_tokenizer(context_length=CONTEXT_LENGTH)
     reader, rng = RandomCrops(size, CROP_SCALE), random.Random(0)
-    batch = torch.empty(min(count, setup.batch_size), 3, size, size, dtype=torch.uint8)
-
-    def collate() -> None:
-        for place, image in zip(batch, crops, strict=True):
-            place.copy_(image)
-
     with one_thread():
-        crops = [reader.read(data, rng) for data in files[: len(batch)]]
+        crops = [reader.read(data, rng) for data in files[: setup.batch_size]]
+        batch = torch.empty(len(crops), 3, size, size, dtype=torch.uint8)
         work = {
             "read": (lambda: first_samples(setup.train_data, count), count),
             "decode": (lambda: for_each(decode_image, files), count),
             "crop": (lambda: for_each(lambda data: reader.read(data, rng), files), count),
             "tokenize": (lambda: tokenizer(captions), count),
-            "collate": (collate, len(batch)),
+            "collate": (lambda: torch.stack(crops, out=batch), len(crops)),
         }
-        found = {}
-        for name in tqdm(work, desc="stages", file=sys.stderr, disable=None):
-            found[name] = 1e6 * seconds_each(*work[name], setup.seconds / 4)
-    found["crop"] -= found["decode"]  # cropped where it was decoded, while the pixels are in the cache
-    return found
+        microseconds = {
+            name: 1e6 * seconds_each(*work[name], setup.seconds / 4)
+            for name in tqdm(work, desc="stages", file=sys.stderr, disable=None)
+        }
+    microseconds["crop"] -= microseconds["decode"]  # cropped where it was decoded, while the pixels are in the cache
+    return microseconds
 
 
 def photo(rng: np.random.Generator) -> Image.Image:
@@ -237,22 +232,20 @@ def photo(rng: np.random.Generator) -> Image.Image:
 
 def make_shards(folder: Path, seed: int = 0) -> str:
     """Write shards of made-up photographs with captions, those that are not there yet, and return their pattern."""
-    words = "a the photo of in on with red old city river two people dog window".split()
+    nouns = ["photo", "city", "river", "people", "dog", "window"]
+    words = ["a", "the", "of", "in", "on", "with", "red", "old", "two", *nouns]
     folder.mkdir(parents=True, exist_ok=True)
     for shard in tqdm(range(MADE_SHARDS), desc=f"shards in {folder}", file=sys.stderr, disable=None):
         path = folder / f"{shard:05d}.tar"
         if path.exists():
             continue
-        with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
+        with atomic_write(path) as temporary, webdataset.TarWriter(str(temporary)) as tar:
             for index in range(MADE_PER_SHARD):
                 rng = np.random.default_rng([seed, shard, index])
                 buffer = io.BytesIO()
                 photo(rng).save(buffer, "JPEG", quality=int(rng.integers(85, 91)))
                 text = " ".join(rng.choice(words, rng.integers(6, 18))).encode()
-                for suffix, data in (("jpg", buffer.getvalue()), ("txt", text)):
-                    member = tarfile.TarInfo(f"{shard:05d}{index:04d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                tar.write({"__key__": f"{shard:05d}{index:04d}", "jpg": buffer.getvalue(), "txt": text})
     return str(folder / f"{{00000..{MADE_SHARDS - 1:05d}}}.tar")
 
 
@@ -260,14 +253,14 @@ def measure(setup: Setup, rounds: int, compare: str | None, with_stages: bool) -
     """Return every number that was asked for. Ours and theirs take turns, so that a slow minute hits both."""
     check_shards_exist(parse_train_data(setup.train_data))
     sizes = [len(image_bytes(sample)) for sample in first_samples(setup.train_data, 128)]
-    own, other, limits = [], [], []
+    rates, other, limits = [], [], []
     for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr, disable=None):
-        own.append(steady_rate(setup))
+        rates.append(steady_rate(setup))
         if compare:
             other.append(other_rate(setup, compare))
         limits.append(decode_rate(setup))
-    rate, limit = sum(own) / rounds, max(limits) * setup.busy_cores
-    found = {
+    rate, limit = sum(rates) / rounds, max(limits) * setup.busy_cores
+    result = {
         "images_per_second": rate,
         "decode_limit_images_per_second": limit,
         "share_of_decode_limit": rate / limit,
@@ -276,36 +269,40 @@ def measure(setup: Setup, rounds: int, compare: str | None, with_stages: bool) -
         "batch_size": setup.batch_size,
         "image_size": setup.image_size,
         "bytes_per_image": sum(sizes) / len(sizes),
-        "rounds": own,
+        "rounds": rates,
     }
     if other:
-        rates = [result["images_per_second"] for result in other]
-        theirs = sum(rates) / rounds
-        found["open_clip_train"] = {"images_per_second": theirs, "rounds": rates, "packages": other[0]["packages"]}
-        found["ratio_to_open_clip_train"] = rate / theirs
+        other_rates = [row["images_per_second"] for row in other]
+        theirs = sum(other_rates) / rounds
+        result["open_clip_train"] = {
+            "images_per_second": theirs,
+            "rounds": other_rates,
+            "packages": other[0]["packages"],
+        }
+        result["ratio_to_open_clip_train"] = rate / theirs
     if with_stages:
-        found["stage_microseconds"] = stages(setup)
-    return found
+        result["stage_microseconds"] = stages(setup)
+    return result
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the numbers of `measure` for people."""
     lines = [
-        f"{found['workers']} workers on {found['cores']} cores, batches of {found['batch_size']}, "
-        f"{found['bytes_per_image'] / 1e3:.0f} kB per image, to {found['image_size']} px",
-        f"{'llip':34} {found['images_per_second']:8,.0f} images/s",
+        f"{result['workers']} workers on {result['cores']} cores, batches of {result['batch_size']}, "
+        f"{result['bytes_per_image'] / 1e3:.0f} kB per image, to {result['image_size']} px",
+        f"{'llip':34} {result['images_per_second']:8,.0f} images/s",
     ]
-    if other := found.get("open_clip_train"):
+    if other := result.get("open_clip_train"):
         name = f"open_clip_train {other['packages']['open_clip_torch']}"
         lines.append(f"{name:34} {other['images_per_second']:8,.0f} images/s")
-        lines.append(f"{'ratio':34} {found['ratio_to_open_clip_train']:8.2f}")
-    lines.append(f"{'decode limit':34} {found['decode_limit_images_per_second']:8,.0f} images/s")
-    lines.append(f"{'share of the decode limit':34} {found['share_of_decode_limit']:8.0%}")
-    if by_stage := found.get("stage_microseconds"):
+        lines.append(f"{'ratio':34} {result['ratio_to_open_clip_train']:8.2f}")
+    lines.append(f"{'decode limit':34} {result['decode_limit_images_per_second']:8,.0f} images/s")
+    lines.append(f"{'share of the decode limit':34} {result['share_of_decode_limit']:8.0%}")
+    if by_stage := result.get("stage_microseconds"):
         lines.append("one core, microseconds per image:")
         lines += [f"  {name:32} {value:8,.0f}" for name, value in by_stage.items()]
         lines.append(f"  {'sum':32} {sum(by_stage.values()):8,.0f}")
-        whole = 1e6 * found["cores"] / found["images_per_second"]
+        whole = 1e6 * result["cores"] / result["images_per_second"]
         lines.append(f"  {'the loader, as measured above':32} {whole:8,.0f}")
     return "\n".join(lines)
 
@@ -340,8 +337,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     train_data = make_shards(given.make) if given.make else given.train_data
     setup = Setup(train_data, given.workers, given.batch_size, given.image_size, given.seconds)
-    found = measure(setup, given.rounds, given.compare, given.stages)
-    print(json.dumps(found) if given.json else table(found))
+    result = measure(setup, given.rounds, given.compare, given.stages)
+    print(json.dumps(result) if given.json else table(result))
     return 0
 
 

@@ -8,8 +8,8 @@ count shards for long.
 
 `samples` counts what `tar_reader.read_samples` yields, usable or not; `damaged` is how many of them are known to be
 unusable, plus damage outside samples. A local shard's entry holds while the file has its size and time of change; a
-remote one is known by its URL alone. Without an index img2dataset's `00000_stats.json` serves as a count, as the download
-wrote it: it is not checked against the shard.
+remote one is known by its URL alone. Without an index, img2dataset's `00000_stats.json` serves as a count: that of the
+download, which is not checked against the shard.
 """
 
 import dataclasses
