@@ -58,9 +58,6 @@ class Head(nn.Module):
     def similarity(self, h: Tensor, t: Tensor) -> Tensor:
         return self.pooling.scores(h, t)
 
-    def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
-        return self.pooling.contextualize(h, t)
-
 
 def make_scorer(device: torch.device) -> Scorer:
     """Return a seeded head, away from its start, as a scorer without towers."""

@@ -26,7 +26,7 @@ _row = "image {} of the batch".format
 class Scorer:
     """Everything that turns images and texts into scores.
 
-    The model answers `encode_image`, `encode_text`, `similarity` and (for shortlists) `pooling.contextualize`
+    The model answers `encode_image`, `encode_text`, `similarity` and (for shortlists) `pooling.global_feature`
     as `llip.open_clip.model.Llip` does. Towers run under autocast when `autocast_dtype` is given; scores are always
     float32. Values that are not finite raise a `UserError` that names the first bad parameter, else the first bad
     input.
@@ -64,11 +64,8 @@ class Scorer:
         return require_finite(self.model.similarity(h, t).float(), self.model, "scores", _row)
 
     def text_free_features(self, h: Tensor) -> Tensor:
-        """Return unit-norm features [B, D], float32, of mixture tokens [B, K, D], the same for every text.
-
-        They are the features conditioned on the zero vector: every mixture token weighs the same.
-        """
-        features = self.model.pooling.contextualize(h, h.new_zeros(1, h.shape[2]))[:, 0]
+        """Return unit-norm features [B, D], float32, of mixture tokens [B, K, D], the same for every text."""
+        features = self.model.pooling.global_feature(h)
         return require_finite(features.float(), self.model, "image features", _row)
 
 

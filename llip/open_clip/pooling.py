@@ -46,8 +46,11 @@ class Pooling(nn.Module):
         raise NotImplementedError
 
     def global_feature(self, h: Tensor) -> Tensor:
-        """Return one unit-norm feature per image [B, D] that no text conditions, of what `scores` takes as `h`."""
-        return unit_norm(full_precision(h).mean(dim=1))
+        """Return one unit-norm feature per image [B, D] that no text conditions, of what `scores` takes as `h`.
+
+        It is the feature conditioned on the zero vector, to which all mixture tokens are alike.
+        """
+        return self.contextualize(h, h.new_zeros(1, h.shape[2]))[:, 0]
 
     def global_scores(self, h: Tensor, t: Tensor) -> Tensor:
         """Return cosines [B, T] of the global features and unit-norm texts [T, D]."""

@@ -41,6 +41,9 @@ class FakeModel(nn.Module):
         weights = torch.einsum("bkd,td->btk", h, t).softmax(dim=-1)
         return F.normalize(torch.einsum("btk,bkd->btd", weights, h), dim=-1)
 
+    def global_feature(self, h: Tensor) -> Tensor:
+        return self.contextualize(h, torch.zeros(1, WIDTH))[:, 0]
+
     def similarity(self, h: Tensor, t: Tensor) -> Tensor:
         return torch.einsum("btd,td->bt", self.contextualize(h, t), t)
 
