@@ -91,7 +91,7 @@ def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
         if inspect.isfunction(value) and value.__module__ == module.__name__
     }
     if function_name not in functions:
-        raise UserError(f"no config {function_name!r} in {path}.{did_you_mean(function_name, functions)}")
+        raise UserError(f"no config {function_name!r} in {str(path)!r}.{did_you_mean(function_name, functions)}")
     return functions[function_name]
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from llip.configs import Config
 from llip.errors import UserError
-from llip.extensions import extension_files, find_extension
 from llip.training.checkpoints.run_folder import locked_folder
 
 _RUNS_FIRST = "scenes:"
@@ -15,7 +14,7 @@ _NOT_LOOKED_AT = ("pipe:", "http:", "https:")
 
 
 def check_training(config: Config) -> list[str]:
-    """Check a config's data, schedule and evaluation files without changing anything.
+    """Check what a run will need without changing anything.
 
     Returns:
         Sentences about what is not checked.
@@ -23,16 +22,10 @@ def check_training(config: Config) -> list[str]:
     Raises:
         UserError: what the run would stop at.
     """
+    from llip.training.setup import check_request
+
     notes = [*_check_data(config), *_check_weights(config)]
-    for field in extension_files(vars(config)):
-        find_extension(field, getattr(config, field))
-    if config.steps_per_epoch < 1:
-        raise UserError(
-            f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
-            f"{config.global_batch:,} pairs; give the number of pairs in train_data, or a smaller batch_size"
-        )
-    if config.eval_steps:
-        check_evaluations(config.evals)
+    check_request(config)
     return notes
 
 
@@ -42,12 +35,10 @@ def check_evaluations(files: tuple[str, ...]) -> None:
     Raises:
         UserError: one is not, or is wrong.
     """
-    from llip.clipeval.catalog.catalog import load_catalog
-    from llip.clipeval.eval_config import load_eval_config
+    from llip.clipeval.online import load_online_eval
 
     for file in files:
-        evaluation = load_eval_config(file)
-        load_catalog(evaluation.catalog_name).select(evaluation.tasks)
+        load_online_eval(file)
 
 
 def check_folder(folder: Path) -> list[str]:

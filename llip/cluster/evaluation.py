@@ -63,7 +63,7 @@ class EvaluationJobs:
             weights = save_for_eval(config.folder, model, step)
             job = self.submit(config, weights)
             log.info("step %d is evaluated by job %s; results go to %s", step, job, config.folder / EVALS)
-        except (UserError, OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (UserError, OSError) as error:
             log.warning("step %d is not evaluated: %s", step, error)
             if weights is not None:
                 with contextlib.suppress(OSError):

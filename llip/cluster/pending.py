@@ -11,8 +11,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llip.clipeval.online import evaluate_online, load_online_eval
 from llip.clipeval.task_result import TaskResult
 from llip.configs import Config
@@ -21,7 +19,7 @@ from llip.open_clip.factory import load_pretrained
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.system.files import atomic_write
 from llip.system.processes import Processes
-from llip.training.checkpoints.checkpoint import FORMAT
+from llip.training.checkpoints.checkpoint import FORMAT, save_tensors
 from llip.training.checkpoints.records import (
     EVALS,
     BestEffort,
@@ -49,7 +47,7 @@ def save_for_eval(run: Path, model: Llip, step: int) -> Path:
         The file, a checkpoint without the optimizer. Its name is used once, so that a later one never passes for it.
 
     Raises:
-        OSError, RuntimeError: the disk does not take it.
+        OSError: the disk cannot take it.
     """
     folder = run / "evaluating"
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +59,7 @@ def save_for_eval(run: Path, model: Llip, step: int) -> Path:
     target = folder / f"step_{step}-{uuid.uuid4().hex[:8]}.pt"
     content = {"format": FORMAT, "step": step, "model": model.config, "state_dict": model.state_dict()}
     with atomic_write(target) as temporary:
-        torch.save(content, temporary)
+        save_tensors(content, temporary)
     return target
 
 

@@ -23,6 +23,15 @@ _WORTH_AN_INDEX = 2.0  # seconds of counting after which the counts are written 
 log = logging.getLogger("llip")
 
 
+def check_schedule(config: Config) -> None:
+    """Raise a `UserError` where an epoch has no step."""
+    if config.steps_per_epoch < 1:
+        raise UserError(
+            f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
+            f"{config.global_batch:,} pairs; set it to the number of pairs in train_data, or reduce batch_size"
+        )
+
+
 def check_data(config: Config, data: DataSpec) -> None:
     """Compare the config with what its shards hold, as far as that is known or quickly counted.
 
@@ -30,11 +39,7 @@ def check_data(config: Config, data: DataSpec) -> None:
         UserError: missing or empty shards, fewer samples than one global batch, or more workers than samples.
     """
     check_shards_exist(data)
-    if config.steps_per_epoch < 1:
-        raise UserError(
-            f"train_num_samples = {config.train_num_samples:,} is less than one global batch of "
-            f"{config.global_batch:,} pairs; set it to the number of pairs in train_data, or reduce batch_size"
-        )
+    check_schedule(config)
     counts = _known_counts(data)
     for source in data.sources:
         _check_workers(config, source, counts)

@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
+from llip.clipeval.online import load_online_eval
 from llip.configs import Config
 from llip.data import check
 from llip.data.index import load_index
@@ -18,7 +19,7 @@ from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition, Layout, shards_digest
 from llip.data.sources import SCENES_SCHEME, DataSpec, is_local, parse_train_data, shard_name
 from llip.errors import CollectiveUserError, UserError
-from llip.extensions import FOLDER, copy_extensions, extension_files
+from llip.extensions import FOLDER, copy_extensions, extension_files, find_extension
 from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.paths import expand_variables
@@ -81,15 +82,30 @@ def open_folder(config: Config, processes: Processes) -> Iterator[None]:
         yield
 
 
-def check_data(config: Config, processes: Processes) -> DataSpec:
-    """Render the embedded dataset if it is asked for, and return what `train_data` names, the same on every process.
+def check_request(config: Config) -> None:
+    """Check what a run needs beside its data: model, extensions, schedule, evaluation files with catalogs and tasks.
 
     Raises:
-        UserError: the data cannot be what the config asks for.
+        UserError: something is missing or wrong.
+    """
+    model_spec(config)
+    for field in extension_files(vars(config)):
+        find_extension(field, getattr(config, field))
+    check.check_schedule(config)
+    for file in config.evals if config.eval_steps else ():
+        load_online_eval(file)
+
+
+def check_data(config: Config, processes: Processes) -> DataSpec:
+    """Check the request, render the embedded dataset if it is asked for, and return what `train_data` names.
+
+    Raises:
+        UserError: a mistake of the config, or data that cannot be what it asks for; on every process.
     """
     data = None
     with _all_fail_alike(processes):
         if processes.is_main:
+            check_request(config)
             for part in config.train_data.split("::"):
                 if part.startswith(SCENES_SCHEME):
                     from llip.scenes import ensure_scenes
@@ -143,12 +159,11 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     if found:
         note = state.restore(found, processes, layout)
         log.info("resumed at step %d of %d", state.step, config.total_steps)
-        if note:
-            log.warning(note)
-        for difference in (
-            differences(found.get("provenance", found.get("passport", {})), provenance) if processes.is_main else ()
-        ):
-            log.info("changed since the checkpoint: %s", difference)
+        if processes.is_main:
+            if note:
+                log.warning(note)
+            for difference in differences(found.get("provenance", found.get("passport", {})), provenance):
+                log.info("changed since the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
     dataset = CaptionedImages(
         config, data, tokenizer, spec.image_size, state.position, processes.rank, processes.world_size

@@ -223,8 +223,8 @@ class Trainer:
             if "unwritten" in report:
                 record = f"the nan dump could not be written completely: {report['unwritten']}"
             message = (
-                f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); {summary(report)}; {record}. "
-                "A smaller lr or a longer warmup often helps"
+                f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); {summary(report)}. "
+                f"A smaller lr or a longer warmup often helps; {record}"
             )
         raise RunError(self.processes.broadcast_object(message))
 

@@ -262,6 +262,20 @@ def test_mistakes_are_one_message(config, changes, message, capsys, tmp_path):
     assert "Traceback" not in error
 
 
+def test_everything_else_is_checked_before_scenes_are_rendered(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("llip.scenes.ensure_scenes", lambda folder: pytest.fail("rendered"))
+    (tmp_path / "own.py").write_text("Own = 1\n")
+    scenes = config.replace(train_data=f"scenes:{tmp_path}/scenes")
+    for changes, message in (
+        ({"eval_steps": 2, "evals": ("nowhere.yaml",)}, "nowhere.yaml"),
+        ({"pooling": f"{tmp_path}/own.py:Own"}, "expected a class"),
+        ({"model": "ViT-B-61"}, "unknown model"),
+        ({"batch_size": 64}, "less than one global batch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(scenes.replace(**changes), "cpu")
+
+
 def test_unwritable_logs_folder(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written.*logs=DIR"):

@@ -48,8 +48,7 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
             with contextlib.suppress(OSError):
                 partial.unlink()
         with atomic_write(target, flush=True) as temporary:
-            with temporary.open("wb") as file:
-                torch.save({"format": FORMAT, **content}, file)
+            save_tensors({"format": FORMAT, **content}, temporary)
             verify(temporary)
         with atomic_write(folder / "latest.pt", flush=True) as temporary:
             try:
@@ -57,13 +56,26 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
             except OSError:  # file systems without hard links
                 shutil.copyfile(target, temporary)
         flush_to_disk(folder)
-    except (OSError, RuntimeError) as error:  # torch raises "unexpected pos" instead of a full disk's error
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or cause
-        raise UserError(f"checkpoint {target} cannot be written: {reason}") from error
+    except OSError as error:
+        raise UserError(f"checkpoint {target} cannot be written: {error.strerror or error}") from error
     if keep:
         _remove_old(folder, keep, forever)
     return time.perf_counter() - started
+
+
+def save_tensors(content: dict[str, Any], path: Path) -> None:
+    """Write tensors and containers with `torch.save`.
+
+    Raises:
+        OSError: the disk cannot take the file; torch itself would raise a RuntimeError about an "unexpected pos".
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
 
 
 def _remove_old(folder: Path, keep: int, forever: int) -> None:

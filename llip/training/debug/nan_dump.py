@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llip.configs import Config
 from llip.data.loader import MicroBatch
 from llip.open_clip.model import Llip
 from llip.system.processes import Processes
+from llip.training.checkpoints.checkpoint import save_tensors
 from llip.training.step.accumulation import RandomState
 
 FORMAT = 1
@@ -108,8 +108,8 @@ def write_nan_dump(
             "rng": step.random_state[0],
             "cuda_rng": step.random_state[1],
         }
-        torch.save(own, folder / f"process_{processes.rank}.pt")
-    except (OSError, RuntimeError) as error:
+        save_tensors(own, folder / f"process_{processes.rank}.pt")
+    except OSError as error:
         problem = f"process {processes.rank}: {error}"
     everyone = processes.gather_object({"loss": step.loss, "samples": step.ids, "problem": problem})
     if everyone is None:
@@ -117,7 +117,7 @@ def write_nan_dump(
     report = describe(step, model, everyone)
     problems = [one["problem"] for one in everyone if one["problem"]]
     try:
-        torch.save({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
+        save_tensors({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
         about = {
             "format": FORMAT,
             "processes": processes.world_size,
@@ -125,7 +125,7 @@ def write_nan_dump(
             "config": dict(vars(config)),
         }
         (folder / "record.json").write_text(json.dumps(plain(about | report), indent=1))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         problems.append(str(error))
     if problems:
         report["unwritten"] = "; ".join(problems)

@@ -19,7 +19,7 @@ from llip.system.files import write_json
 from llip.system.processes import Processes
 from llip.training.distributed.exit_with_launcher import LAUNCHER
 from llip.training.distributed.signals import STOP_SIGNALS, StopRequest
-from llip.training.distributed.slurm_environment import join_step
+from llip.training.distributed.slurm_environment import STEP_VARIABLES, join_step
 from llip.training.distributed.watchdog import Watchdog, name_of_exit
 
 if TYPE_CHECKING:
@@ -37,19 +37,25 @@ def joins_environment() -> bool:
 
 
 def adopt_slurm() -> None:
-    """Under srun, set the variables that torchrun would set; elsewhere do nothing."""
-    if "SLURM_PROCID" not in os.environ or joins_environment() or int(os.environ.get("SLURM_NTASKS", 1)) < 2:
+    """Under srun, set the variables that torchrun would set; elsewhere do nothing.
+
+    Raises:
+        UserError: SLURM's variables are incomplete, or scontrol does not answer.
+    """
+    if "SLURM_PROCID" not in os.environ or joins_environment() or os.environ.get("SLURM_NTASKS", "1") == "1":
         return
     if "SLURM_STEP_ID" not in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
         return  # a batch script's own shell, not a task of a step
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    join_step(hosts.stdout.split()[0])
+    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    try:
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        join_step(hosts[0])
+    except (OSError, subprocess.SubprocessError, LookupError, ValueError) as error:
+        found = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name in STEP_VARIABLES)
+        raise UserError(
+            f"a SLURM step is in the environment ({found}), and its tasks cannot be found: "
+            f"{type(error).__name__}: {error}; start them with srun, or unset SLURM_PROCID to train without SLURM"
+        ) from error
 
 
 def _joined_processes() -> int | None:

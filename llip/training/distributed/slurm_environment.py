@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping
 
+STEP_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_PROCID")
+"""Variables of a task from which its place in the step is read."""
 FIRST_PORT, PORTS = 12_000, 20_000  # below Linux's ephemeral ports
 _ATTEMPTS = 16  # ports per job
 

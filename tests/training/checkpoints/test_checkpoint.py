@@ -9,7 +9,13 @@ import torch
 from llip.errors import RunError, UserError
 from llip.open_clip.weights.load import read_checkpoint
 from llip.training.checkpoints import checkpoint
-from llip.training.checkpoints.checkpoint import list_checkpoints, newest_good_checkpoint, verify, write_checkpoint
+from llip.training.checkpoints.checkpoint import (
+    list_checkpoints,
+    newest_good_checkpoint,
+    save_tensors,
+    verify,
+    write_checkpoint,
+)
 
 
 def content(step=0):
@@ -72,6 +78,12 @@ def test_a_full_disk_leaves_the_one_before_and_no_litter(tmp_path, full_disk):
         write_checkpoint(tmp_path, 2, content(2), keep=1)
     assert names(tmp_path) == ["latest.pt", "step_1.pt"]
     assert newest_good_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_full_disk_is_named_by_its_own_error(tmp_path, full_disk):
+    full_disk()
+    with pytest.raises(OSError, match=r"File too large.*weights.pt"):
+        save_tensors(content(), tmp_path / "weights.pt")
 
 
 def test_the_one_before_stays_until_the_new_one_is_verified(tmp_path, monkeypatch):

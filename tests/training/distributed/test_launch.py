@@ -94,6 +94,15 @@ def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
     assert "RANK" not in os.environ
 
 
+def test_an_incomplete_step_of_slurm_is_one_message(gpus, monkeypatch):
+    gpus(0)
+    for name, value in {"PROCID": "0", "NTASKS": "2", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(UserError, match=r"SLURM_NTASKS=2 SLURM_PROCID=0.*start them with srun, or unset SLURM_PROCID"):
+        launch.adopt_slurm()
+
+
 class Failed:
     """Stands for PyTorch's ChildFailedError: exit codes by rank, and who failed first."""
 
