@@ -11,7 +11,7 @@ PIP_ARGS ?=
 help:
 	@echo "make quickstart   install, train Llip on the embedded scenes, evaluate it zero-shot, draw its figures"
 	@echo "make test         install, run the tests;  make test-fast leaves out those that take seconds each"
-	@echo "make lint         check style with ruff;  make format applies it"
+	@echo "make lint         check style with ruff and types with mypy;  make format applies it"
 
 # The package itself is installed editable, so that `llip` is a command. The stamp is newer than the requirements once
 # they are installed. uv, where it is there, is much faster than pip.
@@ -38,6 +38,7 @@ test-fast: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: install
 	$(RUN) -m ruff check --fix .
