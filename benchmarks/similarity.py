@@ -9,22 +9,20 @@ this project's scores, with tiles kept for the backward pass, with tiles compute
 
 import argparse
 import json
-import re
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.measure import benchmark_parser, in_fresh_process, peak_resident, seconds, set_up
+from llip.errors import UserError
 from llip.open_clip.pooling import TextConditionedPooling, create_pooling, unit_norm
 from llip.open_clip.scores.plan import plan_scores
+from llip.system.program import program
 
 HEADS, TEMPERATURE = 8, 5.0
 AMPLE, TIGHT = 16 << 30, 1 << 27  # memory budgets: everything is kept, no tile of the large shapes is
@@ -101,17 +99,6 @@ def best_dense(inputs: Inputs) -> Tensor:
 def tiled(budget: int | None) -> Callable[[Inputs], Tensor]:
     """This project's scores with a memory budget in bytes."""
     return lambda inputs: inputs.pooling.scores(inputs.h, inputs.t, budget)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def train_step(score: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
@@ -203,18 +190,12 @@ def memory_of(texts: int) -> int:
     images, tokens, width = MEMORY_SHAPE
     inputs = make_inputs(Shape(images, texts, tokens, width), torch.device("cpu"))
     train_step(tiled(None), inputs)
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss begins with what the parent had when it forked
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_resident()
 
 
 def measure_memory() -> dict:
     """Peak memory with few and with many texts, each in a separate process, and the growth that is allowed."""
-    peaks = []
-    for texts in MEMORY_TEXTS:
-        command = [sys.executable, "-m", "benchmarks.similarity", "--memory-of", str(texts)]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout))
+    peaks = [in_fresh_process("benchmarks.similarity", "--memory-of", texts, timeout=600) for texts in MEMORY_TEXTS]
     images, _, width = MEMORY_SHAPE
     added = MEMORY_TEXTS[1] - MEMORY_TEXTS[0]
     allowed = 1.1 * peaks[0] + 4 * added * width * 4 + 3 * images * added * 4
@@ -242,26 +223,21 @@ def as_tables(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+@program
+def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.similarity")
+    parser = benchmark_parser("similarity", __doc__)
     parser.add_argument("--shape", nargs=4, type=int, action="append", metavar=("B", "T", "K", "D"))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after a warm-up")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
     parser.add_argument("--memory-of", type=int, metavar="T", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for shape in options.shape or []:
         if min(shape) < 1 or shape[3] % HEADS:
-            parser.error(f"--shape {' '.join(map(str, shape))}: expected counts from 1 on, and D divisible by {HEADS}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU was found; leave it out, or give --device cpu")
-    torch.set_num_threads(options.threads)
+            raise UserError(f"--shape {' '.join(map(str, shape))}: expected 1 or more, and D divisible by {HEADS}")
+    device = set_up(options)
     if options.memory_of:
         print(memory_of(options.memory_of))
-        return 0
-    device = torch.device(options.device)
+        return
     shapes = [Shape(*shape) for shape in options.shape or SHAPES]
     with tqdm(total=len(shapes) * (options.rounds + 1) * len(FORMS), unit="run", file=sys.stderr) as progress:
         results = {"device": options.device, "threads": options.threads, "shapes": []}
@@ -272,7 +248,6 @@ def main() -> int:
     if device.type == "cpu":
         results["memory"] = measure_memory()
     print(json.dumps(results) if options.json else as_tables(results))
-    return 0
 
 
 if __name__ == "__main__":

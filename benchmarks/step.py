@@ -12,19 +12,21 @@ import contextlib
 import json
 import statistics
 import sys
-import time
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.measure import seconds
 from llip.config_search import search_config
 from llip.configs import Config
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
 from llip.extensions import find_extension
 from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.pooling import unit_norm
+from llip.system.program import program
 from llip.training.step.optimizer import create_optimizer
 
 
@@ -64,14 +66,6 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def timed(self) -> float:
-        """Make one step; returns its seconds."""
-        self._wait()
-        start = time.perf_counter()
-        self()
-        self._wait()
-        return time.perf_counter() - start
-
     def peak_bytes(self) -> int | None:
         """Return the peak of device memory over one step; None on CPU."""
         if self.device.type != "cuda":
@@ -79,10 +73,6 @@ class Stepper:
         torch.cuda.reset_peak_memory_stats()
         self()
         return torch.cuda.max_memory_allocated()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def measure(config: Config, texts: int, device: torch.device, steps: int) -> dict:
@@ -100,9 +90,9 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in tqdm(range(steps + 2), unit="step pair", desc=config.name):
         for stepper, into in zip((whole, first), times, strict=True):
-            seconds = stepper.timed()
+            took = seconds(stepper, device)
             if repeat >= 2:  # the first two warm up
-                into.append(seconds)
+                into.append(took)
     step, encoder = (statistics.median(values) for values in times)
     del first
     peak = whole.peak_bytes()
@@ -124,7 +114,8 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     }
 
 
-def run(arguments: list[str]) -> None:
+@program
+def main(arguments: Sequence[str]) -> None:
     """Run the benchmark and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config's name, or path/to/file.py:function")
@@ -142,16 +133,6 @@ def run(arguments: list[str]) -> None:
         print(json.dumps(result))
     else:
         print("\n".join(f"{name:>22}  {value}" for name, value in result.items()))
-
-
-def main() -> int:
-    """Return the exit code; a user's mistake is one message."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    return 0
 
 
 if __name__ == "__main__":
