@@ -4,6 +4,11 @@ The names below are what a notebook types; each is imported when it is first use
 """
 
 import importlib
+import os
+
+# Before torch is loaded: threads that wait for one another sleep. Spinning ones, the default of some OpenMP libraries,
+# make small parallel regions 8 times slower where more threads than cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.2.0.dev0"
 

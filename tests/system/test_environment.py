@@ -1,8 +1,13 @@
 """docs/environment.md names every environment variable of the code, and no other one of ours."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for name in ("llip", "evals", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
@@ -75,3 +80,16 @@ def test_the_page_is_complete():
 
 def test_the_page_names_nothing_of_ours_that_is_gone():
     assert set(re.findall(r"`(LLIP_\w+)`", PAGE)) <= variables() | {"LLIP_KILL_RESUME"}
+
+
+@pytest.mark.parametrize("package", ["llip", "evals", "benchmarks"])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(package):
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys, {package}; from os import environ; print(environ['OMP_WAIT_POLICY'])",
+    ]
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        printed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert printed.strip() == expected
