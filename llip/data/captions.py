@@ -46,12 +46,12 @@ class CaptionSource:
         except UnicodeDecodeError as error:
             raise BadSample(f"{self.member} is not UTF-8") from error
         if self.field is None:
-            found = [text]
+            captions = [text]
         else:
-            found = self._field_captions(text)
-        if any(len(caption) > MAX_CAPTION for caption in found):
+            captions = self._field_captions(text)
+        if any(len(caption) > MAX_CAPTION for caption in captions):
             raise BadSample("caption is too long")
-        return [caption.strip() for caption in found if caption.strip()]
+        return [caption.strip() for caption in captions if caption.strip()]
 
     def _field_captions(self, text: str) -> list[str]:
         try:

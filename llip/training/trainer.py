@@ -279,7 +279,7 @@ class Trainer:
         assert self.evaluate is not None
         self.watch.enter("evaluation", self.state.step, PATIENCE)
         averaged = self.state.averaged
-        model = self.state.engine.whole_model(self.task.model if averaged is None else averaged.module)
+        model = self.state.engine.full_model(self.task.model if averaged is None else averaged.module)
         completed = self.evaluate(model, self.state.step, self._is_stopping)
         self.watch.enter("after the evaluation", self.state.step)
         return completed

@@ -33,8 +33,8 @@ class _SigmoidLoss(torch.autograd.Function):
         blocks = scores.split(_rows_at_once(scores))
         logits = (matches.hide(torch.addcmul(bias, scale, block), -torch.inf) for block in blocks)
         negatives = torch.stack([F.softplus(block).sum() for block in logits]).sum()
-        own = torch.addcmul(bias, scale, matches.positives(scores))  # [N, B]
-        return (negatives - (matches.own_real(own) * own).sum()) / matches.texts_per_process(own)
+        positives = torch.addcmul(bias, scale, matches.positives(scores))  # [N, B]
+        return (negatives - (matches.local_mask(scores) * positives).sum()) / matches.texts_per_process(scores)
 
     @staticmethod
     @once_differentiable
@@ -42,8 +42,8 @@ class _SigmoidLoss(torch.autograd.Function):
         scores, scale, bias = ctx.saved_tensors
         matches = ctx.matches
         gradient = matches.hide(torch.addcmul(bias, scale, scores), -torch.inf).sigmoid_()  # [B, T], of the logits
-        matches.positives(gradient).sub_(matches.own_real(gradient))
-        gradient.mul_(grad / matches.texts_per_process(gradient))
+        matches.positives(gradient).sub_(matches.local_mask(scores))
+        gradient.mul_(grad / matches.texts_per_process(scores))
         of_bias = gradient.sum()
         return (*_of_scores(gradient, scores, scale), of_bias)
 
@@ -64,17 +64,17 @@ class _SoftmaxLoss(torch.autograd.Function):
         columns = matches.hide(logits.logsumexp(dim=0), 0.0)  # [T], over this process's images
         if combine is not None:
             columns = combine(columns)
-        own = scale * matches.positives(scores)  # [N, B]
-        real = matches.own_real(own)
-        q = _text_weights(own, real, inside)
+        positives, mask = scale * matches.positives(scores), matches.local_mask(scores)  # [N, B]
+        q = _text_weights(positives, mask, inside)
         entropy = torch.special.entr(q).sum() if inside else 0.0  # -log sum exp = sum of q (log q - logit)
-        ratio = matches.images / matches.texts_per_process(own)
-        weight = q + ratio * real  # of each positive logit
+        ratio = matches.images / matches.texts_per_process(scores)
+        weight = q + ratio * mask  # of each positive logit
         # weights of the exponentials, as differences of their exponents
         ctx.save_for_backward(scores, scale, (rows - q.sum(dim=0).log())[:, None], columns - ratio.log(), weight)
         ctx.matches = matches
-        of_columns = ratio * (real * matches.own(columns)).sum()
-        return ((q.sum(dim=0) * rows).sum() + of_columns - (weight * own).sum() - entropy) / (2 * matches.images)
+        of_images = (q.sum(dim=0) * rows).sum()
+        of_texts = ratio * (mask * matches.local(columns)).sum()
+        return (of_images + of_texts - (weight * positives).sum() - entropy) / (2 * matches.images)
 
     @staticmethod
     @once_differentiable
@@ -89,17 +89,17 @@ class _SoftmaxLoss(torch.autograd.Function):
         return (*_of_scores(gradient, scores, scale), None, None)
 
 
-def _text_weights(own: Tensor, real: Tensor, inside: bool) -> Tensor:
+def _text_weights(positives: Tensor, mask: Tensor, inside: bool) -> Tensor:
     """Return the weights of an image's own texts [N, B], which sum to one (to zero where none counts).
 
     Args:
-        own: logits [N, B].
-        real: 1, or 0 where the text is masked.
+        positives: logits [N, B].
+        mask: 1, or 0 for a masked text [N, B].
         inside: the positives are summed inside the logarithm.
     """
     if inside:
-        return real * own.masked_fill(real == 0, torch.finfo(own.dtype).min).softmax(dim=0)
-    return real / real.sum(dim=0).clamp_min(1)
+        return mask * positives.masked_fill(mask == 0, torch.finfo(positives.dtype).min).softmax(dim=0)
+    return mask / mask.sum(dim=0).clamp_min(1)
 
 
 def _of_scores(gradient: Tensor, scores: Tensor, scale: Tensor) -> tuple[Tensor, None, Tensor]:

@@ -22,7 +22,7 @@ class Matches:
         texts: T.
         captions: N.
         offset: global number of this process's first image.
-        mask: [T], False where a place holds no caption to learn from; None: all count.
+        mask: [T], False for texts that do not count; None: all count.
     """
 
     images: int
@@ -40,7 +40,7 @@ class Matches:
         """Return the entries of [B, T] where image and text belong together, as a view [N, B]."""
         return scores.unflatten(1, (-1, self.captions)).diagonal(self.offset)
 
-    def own(self, texts: Tensor) -> Tensor:
+    def local(self, texts: Tensor) -> Tensor:
         """Return those entries of [T] that are of this process's texts, as a view [N, B]."""
         return texts.unflatten(0, (-1, self.captions))[self.offset : self.offset + self.images].T
 
@@ -52,13 +52,13 @@ class Matches:
         """Set the entries [..., T] of masked texts to `value`, in place."""
         return values if self.mask is None else values.masked_fill_(~self.mask, value)
 
-    def own_real(self, like: Tensor) -> Tensor:
-        """Return 1 for each own text and 0 for a masked one [N, B], in the type and on the device of `like`."""
+    def local_mask(self, like: Tensor) -> Tensor:
+        """Return 1 for each text of this process and 0 for a masked one [N, B], in the type and device of `like`."""
         if self.mask is None:
             return like.new_ones(self.captions, self.images)
-        return self.own(self.mask).to(like.dtype)
+        return self.local(self.mask).to(like.dtype)
 
     def texts_per_process(self, like: Tensor) -> Tensor:
         """Return the texts of the global batch that count, over W []; the same on every process."""
-        places = like.new_tensor(self.images * self.captions)
+        places = like.new_full((), self.images * self.captions)  # no copy from the host: it would wait
         return places if self.mask is None else places * self.mask.to(like.dtype).mean()

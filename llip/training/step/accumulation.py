@@ -1,8 +1,9 @@
-"""Exact gradients of a contrastive batch that is larger than the memory: features first, towers slice by slice.
+"""Exact gradients of a contrastive batch that does not fit into memory: features first, towers by micro-batch.
 
-The loss couples all pairs, so slices cannot simply be summed. Features of every slice are computed without a graph and
-cached (mixture tokens are small), the loss of the joined batch gives their gradients, and each slice is run again, with
-the random state it had, to carry its part of them into the towers (the idea of GradCache, Gao et al. 2021).
+The loss couples all pairs, so losses of micro-batches cannot simply be summed. The features of all micro-batches are
+computed without a graph and cached (mixture tokens are small), the loss of the joined batch gives their gradients, and
+each micro-batch is run again, from the same random state, to propagate its gradients into the towers (GradCache, Gao et
+al. 2021).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +21,12 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Return what `set_random_state` goes back to."""
+    """Return the state of the generators, for `set_random_state`."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
-    """Go back to `state`; what it knows of another kind of device is left out."""
+    """Restore `state`; that of another kind of device is ignored."""
     torch.set_rng_state(state[0])
     if state[1] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
@@ -33,57 +34,56 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 def backward_step(
     wrapped: DistributedDataParallel | ContrastiveTask,
-    slices: Sequence[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     autocast: Callable[[], AbstractContextManager],
     scale_loss: Callable[[Tensor], Tensor],
     given: Sequence[RandomState | None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Leave in `.grad` the gradient of the loss over all slices of all processes.
+    """Compute the gradient of the loss over all micro-batches of all processes, into `.grad`.
 
     Args:
         wrapped: the task, wrapped by DDP where there are several processes.
-        slices: this process's part of the global batch, by micro-batch, on the device.
+        micro_batches: this process's part of the global batch, on the device.
         autocast: gives the context that forward passes run in.
         scale_loss: applied to what is back-propagated (loss scaling for float16).
-        given: the random state to go to before each slice, None to go on from the slice before; for a step that is
-            computed again.
+        given: the random state to restore before each micro-batch, None to continue from the one before; for replays.
 
     Returns:
         (this process's loss value, detached; the task's report)
     """
     task = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    device = slices[0].images.device
-    given = [None] * len(slices) if given is None else given
-    if len(slices) == 1:
+    device = micro_batches[0].images.device
+    given = [None] * len(micro_batches) if given is None else given
+    if len(micro_batches) == 1:
         if given[0] is not None:
             set_random_state(given[0], device)
         with autocast():
-            loss, report = wrapped(*slices[0])
+            loss, report = wrapped(*micro_batches[0])
         scale_loss(loss).backward()
         return loss.detach(), report
 
     no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
     states, cached = [], []
     with torch.no_grad(), autocast():
-        for batch, start in zip(slices, given, strict=True):
+        for batch, start in zip(micro_batches, given, strict=True):
             if start is not None:
                 set_random_state(start, device)
             states.append(random_state(device))
             cached.append(task.encode(batch.images, batch.tokens))
     after = random_state(device)
     features = Features(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
-    with no_sync():  # head, scale and bias: their gradients wait in .grad for the last slice's synchronisation
+    with no_sync():  # head, scale and bias: their gradients stay local until the last micro-batch
         with autocast():
-            loss, report = wrapped(mask=torch.cat([batch.mask for batch in slices]), features=features)
+            loss, report = wrapped(mask=torch.cat([batch.mask for batch in micro_batches]), features=features)
         scale_loss(loss).backward()
 
     assert features.h.grad is not None
     assert features.t.grad is not None
-    h_grads = features.h.grad.split([len(batch.images) for batch in slices])
-    t_grads = features.t.grad.split([batch.mask.numel() for batch in slices])
-    for index, (batch, state, h_grad, t_grad) in enumerate(zip(slices, states, h_grads, t_grads, strict=True)):
+    h_grads = features.h.grad.split([len(batch.images) for batch in micro_batches])
+    t_grads = features.t.grad.split([batch.mask.numel() for batch in micro_batches])
+    for index, (batch, state, h_grad, t_grad) in enumerate(zip(micro_batches, states, h_grads, t_grads, strict=True)):
         set_random_state(state, device)
-        last = index == len(slices) - 1
+        last = index == len(micro_batches) - 1
         with nullcontext() if last else no_sync():
             with autocast():
                 surrogate, _ = wrapped(*batch, feature_gradients=Features(h_grad, t_grad))

@@ -1,7 +1,7 @@
-"""How a run's weights lie on its processes: whole on each of them here, in shares in `engine_sharded`.
+"""How a run's weights are distributed over its processes: replicated here, sharded in `engine_fsdp`.
 
-The trainer, checkpoints and evaluation ask the engine, and do not know which one it is. Checkpoints are the same under
-both, so a run may go on under the other one.
+Trainer, checkpoints and evaluation work with either engine. Checkpoints are the same, so a run may resume under the
+other one.
 """
 
 from collections.abc import Sequence
@@ -38,21 +38,21 @@ class Engine:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, total)
 
     def model_state(self, model: Llip) -> dict[str, Tensor]:
-        """Return the whole weights by name on the main process. Every process must call it."""
+        """Return the full weights by name on the main process. Every process must call it."""
         return model.state_dict()
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return the state that AdamW of a whole model has, on the main process. Every process must call it."""
+        """Return the state of AdamW over the full model, on the main process. Every process must call it."""
         return optimizer.state_dict()
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        """Go back to what `optimizer_state` of any engine gave."""
+        """Restore what `optimizer_state` of any engine returned."""
         optimizer.load_state_dict(saved)
 
-    def whole_model(self, model: Llip) -> Llip:
+    def full_model(self, model: Llip) -> Llip:
         """Return a model that each process can run at its own pace, on its device. Every process must call it."""
         return model
 
     def model_with_gradients(self, model: Llip) -> Llip:
-        """Return a model with whole weights and gradients on the main process. Every process must call it."""
+        """Return a model with full weights and gradients on the main process. Every process must call it."""
         return model

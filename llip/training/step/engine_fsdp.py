@@ -1,10 +1,10 @@
-"""Weights, gradients and AdamW's state in shares, one on each process (PyTorch's FSDP2): `distributed_engine=fsdp`.
+"""Weights, gradients and AdamW's state sharded over the processes (PyTorch's FSDP2): `distributed_engine=fsdp`.
 
-Each block of the two towers is a unit, and what else a tower has is another one. A unit's weights are whole only while
-it computes, forward and backward; its gradient is averaged and cut into shares as soon as it is there, for each
-micro-batch, so that no process ever holds a full gradient. The pooling head and the logit scale and bias
-stay whole and go through DDP: they are small, are used outside of any forward hook (the scores, the measures of the
-mixture), and a number cannot be cut.
+Each block of the two towers is a unit, and the rest of a tower is another one. A unit's weights are gathered only while
+it computes, forward and backward; its gradient is reduced and scattered as soon as it is there, for each micro-batch,
+so that no process ever holds a full gradient. The pooling head, logit scale and logit bias are replicated and go
+through DDP: they are small, are used outside of any forward hook (scores, mixture statistics), and a scalar cannot be
+sharded.
 """
 
 import copy
@@ -32,42 +32,42 @@ _BLOCK = re.compile(r"blocks\.\d+$")
 
 
 class ShardedEngine(Engine):
-    """Each process has a share of the towers' weights, and all of the head's."""
+    """Each process has a shard of the towers' weights, and all of the head's."""
 
     def __init__(self, config: Config, model: Llip, processes: Processes) -> None:
-        """Cut the model's towers, in place.
+        """Shard the model's towers, in place.
 
         Args:
-            config: the run; `torchcompile` compiles each block, between the hooks that make its weights whole.
+            config: the run; `torchcompile` compiles each block, between the hooks that gather its weights.
             model: with the same weights on every process, on its device.
             processes: more than one.
         """
-        assert processes.world_size > 1, "one process has nothing to share"
+        assert processes.world_size > 1, "one process has nothing to shard"
         self.processes = processes
         self.skeleton = _without_weights(model)
         self.groups = [group.names for group in parameter_groups(model, config)]  # as in a checkpoint
         _shard_towers(model, processes, config.torchcompile)
         self.parameters = dict(model.named_parameters())
-        own = sum(_local(parameter).numel() for parameter in self.parameters.values())
-        log.info("weights: %s of %s numbers on this process (FSDP2)", f"{own:,}", f"{_count(model):,}")
+        local = sum(_local(parameter).numel() for parameter in self.parameters.values())
+        log.info("weights: %s of %s parameters on this process (FSDP2)", f"{local:,}", f"{_count(model):,}")
 
     def wrap(self, task: ContrastiveTask) -> DistributedDataParallel | ContrastiveTask:
-        """See `Engine`: DDP for what is whole; FSDP2's own hooks look after the rest.
+        """See `Engine`: DDP for what is replicated; FSDP2's hooks do the rest.
 
         PyTorch has no public method to exclude parameters from DDP; the one used here is marked private.
         """
-        shares = [name for name, parameter in task.named_parameters() if isinstance(parameter, DTensor)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, shares)
+        sharded = [name for name, parameter in task.named_parameters() if isinstance(parameter, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, sharded)
         return super().wrap(task)
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """See `Engine`."""
-        shares = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
-        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-        square = torch.nn.utils.get_total_norm([share for share in shares if share.numel()]).square()
-        square = square.to(self.processes.device)  # a process may have no share of anything
+        shards = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+        replicated = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+        square = torch.nn.utils.get_total_norm([shard for shard in shards if shard.numel()]).square()
+        square = square.to(self.processes.device)  # a process may have no shard of anything
         dist.all_reduce(square)
-        return (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+        return (square + torch.nn.utils.get_total_norm(replicated).square()).sqrt()
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], largest: float, total: Tensor) -> None:
         """See `Engine`."""
@@ -109,17 +109,17 @@ class ShardedEngine(Engine):
         }
         state, groups, first = {}, [], 0
         for group in optimizer.param_groups:
-            for own, parameter in enumerate(group["params"], first):
+            for number, parameter in enumerate(group["params"], first):
                 index, setting = places[id(parameter)]
                 if index in saved["state"]:
-                    state[own] = {key: _share(value, parameter) for key, value in saved["state"][index].items()}
+                    state[number] = {key: _shard(value, parameter) for key, value in saved["state"][index].items()}
             groups.append(setting | {"params": list(range(first, first + len(group["params"])))})
             first += len(group["params"])
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def whole_model(self, model: Llip) -> Llip:
-        """See `Engine`. A copy, which takes the memory of all weights until it is let go."""
-        return self._filled({name: _whole(tensor) for name, tensor in model.state_dict().items()})
+    def full_model(self, model: Llip) -> Llip:
+        """See `Engine`. A copy, which takes the memory of all weights while it lives."""
+        return self._filled({name: _full(tensor) for name, tensor in model.state_dict().items()})
 
     def model_with_gradients(self, model: Llip) -> Llip:
         """See `Engine`. A copy on the CPU; the sharded model itself on other processes than the main one."""
@@ -139,19 +139,19 @@ class ShardedEngine(Engine):
         return model
 
     def _on_main(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the whole tensors on the main process's CPU, nothing elsewhere; one after the other is made whole."""
-        found = {}
+        """Return the full tensors on the main process's CPU, nothing elsewhere; they are gathered one at a time."""
+        gathered = {}
         for name, tensor in tensors.items():
-            whole = _whole(tensor)
+            full = _full(tensor)
             if self.processes.is_main:
-                found[name] = whole.cpu()
-        return found
+                gathered[name] = full.cpu()
+        return gathered
 
 
 def _shard_towers(model: Llip, processes: Processes, compiled: bool) -> None:
     # Weights are gathered and gradients averaged in float32, and autocast rounds in the same places as under DDP: the
     # two engines give equal losses, at twice the traffic of bfloat16. Autocast's bfloat16 copies of the weights stay
-    # whole from forward to backward, or to the end of the forward pass with grad_checkpointing.
+    # there from forward to backward, or to the end of the forward pass with grad_checkpointing.
     policy = MixedPrecisionPolicy()
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for tower in (model.visual, model.text):
@@ -176,20 +176,20 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor; every process must call it."""
+def _full(tensor: Tensor) -> Tensor:
+    """Return the full tensor; every process must call it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's share of a tensor, or the tensor itself where it is whole; the memory is the tensor's."""
+    """Return this process's shard of a tensor, or a replicated tensor itself; the memory is the tensor's."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _share(value: Tensor, like: nn.Parameter) -> Tensor:
-    """Return this process's share of a whole `value`, cut as the parameter is; counters stay whole."""
+def _shard(value: Tensor, like: nn.Parameter) -> Tensor:
+    """Return this process's shard of a full `value`, as the parameter is sharded; counters are not."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

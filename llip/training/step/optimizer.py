@@ -23,7 +23,7 @@ _TOKENS = ("visual.class_embedding", "visual.trunk.cls_token", "visual.trunk.att
 
 
 def lock_towers(model: nn.Module, config: Config) -> None:
-    """Leave locked towers out of training.
+    """Freeze the towers that the config locks.
 
     Raises:
         UserError: nothing is left to train.
@@ -46,7 +46,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def blocks_above(names: list[str]) -> dict[str, int]:
     """Return for each parameter how many of its tower's blocks lie above it: 0 in the last block, and after it.
 
-    What comes before the first block counts as one more below it; what belongs to no tower as none.
+    The stem counts as one more block below the first; what belongs to no tower has none above it.
     """
     depth: dict[str, int] = {}
     for name in names:
@@ -64,7 +64,7 @@ def blocks_above(names: list[str]) -> dict[str, int]:
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that are trained alike."""
+    """Parameters with the same weight decay and learning rate."""
 
     decays: bool
     lr_scale: float
@@ -90,15 +90,14 @@ def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
 def create_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """Return AdamW over the model's trainable parameters, in the groups of `parameter_groups`.
 
-    Where a part of a group's parameters lies in shares on several processes (`engine_sharded`), that part is a group of
-    its own: one fused kernel does not take both kinds.
+    The sharded parameters of a group (`engine_fsdp`) form a group apart: a fused kernel does not take both kinds.
     """
     named = dict(model.named_parameters())
     parts = []
     for group in parameter_groups(model, config):
         parameters = [named[name] for name in group.names]
-        for shared in (False, True):
-            if alike := [parameter for parameter in parameters if isinstance(parameter, DTensor) == shared]:
+        for sharded in (False, True):
+            if alike := [parameter for parameter in parameters if isinstance(parameter, DTensor) == sharded]:
                 decay = config.wd if group.decays else 0.0
                 parts.append({"params": alike, "weight_decay": decay, "lr_scale": group.lr_scale})
     return torch.optim.AdamW(

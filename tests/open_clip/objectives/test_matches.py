@@ -19,7 +19,7 @@ def test_positives_are_the_pairs_of_image_and_own_text(layout):
         own = [scores[image, text].item() for text, owner in enumerate(owners) if owner == offset + image]
         assert matches.positives(scores)[:, image].tolist() == own
     texts = torch.arange(len(owners))
-    assert matches.own(texts).T.flatten().tolist() == [j for j in texts if offset <= owners[j] < offset + images]
+    assert matches.local(texts).T.flatten().tolist() == [j for j in texts if offset <= owners[j] < offset + images]
     matches.positives(scores).fill_(-1)  # a view: written through
     assert (scores == -1).nonzero().tolist() == [
         [image, j] for image in range(images) for j in texts if owners[j] == offset + image
@@ -30,12 +30,12 @@ def test_masked_texts_do_not_count():
     mask = torch.tensor([True, True, True, False, True, False, True, False])
     matches = Matches(2, 8, 2, 2, mask)
     values = torch.zeros(8)
-    assert matches.own_real(values).tolist() == [[1, 1], [0, 0]]
+    assert matches.local_mask(values).tolist() == [[1, 1], [0, 0]]
     assert matches.texts_per_process(values).item() == 2.5  # five texts on two processes
     assert matches.hide(values, 3.0).tolist() == [0, 0, 0, 3, 0, 3, 0, 3]
     plain = Matches(2, 8, 2, 2)
     assert plain.texts_per_process(values).item() == 4
-    assert plain.own_real(values).tolist() == [[1, 1], [1, 1]]
+    assert plain.local_mask(values).tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(("images", "texts", "captions", "offset"), [(2, 4, 1, 3), (2, 4, 3, 0), (2, 5, 2, 0)])

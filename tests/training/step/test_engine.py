@@ -152,7 +152,7 @@ def load_and_save(rank, count, config, path):
     held = sum(getattr(t, "_local_tensor", t).numel() for t in tensors)
     held += sum(getattr(v, "_local_tensor", v).numel() for p in tensors for v in optimizer.state[p].values() if v.ndim)
     weights, state = engine.model_state(model), engine.optimizer_state(optimizer)
-    whole = {name: tensor.numpy() for name, tensor in engine.whole_model(model).state_dict().items()}
+    whole = {name: tensor.numpy() for name, tensor in engine.full_model(model).state_dict().items()}
     moments = {i: {key: value.numpy() for key, value in one.items()} for i, one in state["state"].items()}
     return {name: t.numpy() for name, t in weights.items()}, moments, state["param_groups"], whole, held
 
