@@ -148,14 +148,14 @@ def evaluate(config: Config) -> dict[str, float]:
     import torch
 
     import llip
-    from llip.clipeval.online import evaluate_online, load_online_eval
+    from llip.clipeval.catalog.catalog import load_evaluation
+    from llip.clipeval.evaluate import evaluate_tasks
 
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     model = llip.load_pretrained(config.folder / "checkpoints" / "latest.pt").to(device)
     values: dict[str, float] = {}
-    for path in config.evals:
-        online = load_online_eval(path)
-        for result in evaluate_online(model, model.preprocess_val, model.tokenizer, online, device):
+    for evaluation, entries in map(load_evaluation, config.evals):
+        for result in evaluate_tasks(model, entries, evaluation, device=device):
             if result.error:
                 raise RuntimeError(f"task {result.task}: {result.error}")
             values |= {f"{result.task} {name}": value for name, value in result.values.items()}

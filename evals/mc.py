@@ -144,16 +144,10 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
 
     evaluate_tasks(
         model,
-        model.preprocess_val,
-        model.tokenizer,
-        tasks,
-        load_catalog(config.catalog_name),
+        [entry for entry in evaluation.entries if entry.name in tasks],
+        config,
         device=device,
         autocast_dtype=autocast_dtype(results.model.precision),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        prompt_ensemble=config.prompt_ensemble,
-        shortlist=config.shortlist,
         cache_dir=config.cache_folder,
         on_result=record,
     )

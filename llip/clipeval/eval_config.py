@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llip.errors import UserError, did_you_mean, nearest
+from llip.errors import UserError, did_you_mean, nearest, shown
 from llip.system.paths import expand_path, unset_variables
 
 SHIPPED = Path(__file__).parents[2] / "config_evals"
@@ -59,6 +60,11 @@ class EvalConfig:
     compare_with: tuple[str, ...] = ()
     references: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        mistakes = [_mistake(field.name, field.type, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        if any(mistakes):
+            raise UserError("; ".join(filter(None, mistakes)))
+
     @property
     def output_folder(self) -> Path:
         """Where results go; only for an evaluation with `output_dir`."""
@@ -98,26 +104,30 @@ def load_eval_config(fname: str | Path) -> EvalConfig:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}; expected lines of `key: value`")
-    fields = {field.name: field for field in dataclasses.fields(EvalConfig)}
+    fields = {field.name: field.type for field in dataclasses.fields(EvalConfig)}
     for key in raw:
         if key not in fields:
             raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(str(key), fields)}")
-    values = {key: _checked(path, key, fields[key].type, value) for key, value in raw.items()}
-    return EvalConfig(**{key: value for key, value in values.items() if value is not dataclasses.MISSING})
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in raw.items()
+        if value is not None or fields[key] in (str, int)
+    }
+    try:
+        return EvalConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def _checked(path: Path, key: str, kind: Any, value: Any) -> Any:
-    """Return a key's value as its field has it."""
-    if value is None and kind not in (str, int):
-        return dataclasses.MISSING
+def _mistake(key: str, kind: Any, value: Any) -> str | None:
+    """Return what is wrong with a key's value, if anything."""
     accepts, expected = _RULES.get(key) or _RULES[kind]
+    if value is None and isinstance(kind, types.UnionType):
+        return None
     if not accepts(value):
-        raise UserError(f"{path}: {key} = {value!r}; expected {expected}")
-    if isinstance(value, list):
-        if twice := next((item for item in value if value.count(item) > 1), None):
-            raise UserError(f"{path}: {key} names {twice!r} twice")
-        return tuple(value)
-    return value
+        return f"{key} = {shown(list(value) if isinstance(value, tuple) else value)}; expected {expected}"
+    twice = next((item for item in value if value.count(item) > 1), None) if isinstance(value, tuple) else None
+    return f"{key} names {twice!r} twice" if twice else None
 
 
 def _integer(smallest: int) -> tuple[Callable[[Any], bool], str]:
@@ -128,7 +138,7 @@ def _integer(smallest: int) -> tuple[Callable[[Any], bool], str]:
 
 
 def _strings(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+    return isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
 
 
 def _percentages(value: Any) -> bool:
@@ -141,7 +151,7 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: _STRING,
     str | None: _STRING,
     bool: (lambda value: isinstance(value, bool), "true or false"),
-    "tasks": (_strings, "a list of task names"),
+    "tasks": (lambda value: _strings(value) and bool(value), "a list of task names"),
     "compare_with": (_strings, "a list of results.json files or their folders"),
     "references": (_percentages, "lines of `name: percent`, between 0 and 100"),
     "precision": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),

@@ -66,7 +66,7 @@ def retrieve(entry: Entry, run: TaskRun) -> dict[str, Any]:
         "values": recalls(ranks),
         "n": len(ranks.images),
         "texts": len(owners),
-        "shortlist": run.shortlist,
+        "shortlist": run.config.shortlist,
         "samples": outcomes.samples,
         "outcomes": outcomes,
         **skipped,
@@ -76,7 +76,7 @@ def retrieve(entry: Entry, run: TaskRun) -> dict[str, Any]:
 
 def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: TaskRun) -> Shortlist | None:
     """Gather the text-independent features of all `count` images and find the candidates; `h` [N, K, D]."""
-    if run.shortlist is None:
+    if run.config.shortlist is None:
         return None
     with run.fail_together():
         mine = text_free_features(run.scorer, h).cpu() if len(images) else torch.empty(0, texts.shape[1])
@@ -86,7 +86,7 @@ def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: TaskRu
         everything[indices] = part
     scored = torch.cat([indices for indices, _ in parts]).sort().values
     with run.fail_together():
-        return Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.shortlist)
+        return Shortlist.of(everything.to(texts.device), scored.to(texts.device), texts, run.config.shortlist)
 
 
 def _outcomes(names: list[str], ranks: "Ranks", owners: Tensor, captions: list[str]) -> Outcomes:

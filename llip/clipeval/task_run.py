@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llip.clipeval.datasets import ImageSource
+from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.loading import ImageBatch, image_batches
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.texts.cache import TextCache
@@ -25,14 +26,11 @@ class TaskError(Exception):
 
 @dataclass(frozen=True)
 class TaskRun:
-    """How to evaluate; the fields are those of `evaluate.evaluate_tasks`."""
+    """How to evaluate; see `evaluate.evaluate_tasks`."""
 
     scorer: Scorer
+    config: EvalConfig
     processes: Processes = field(default_factory=Processes)
-    batch_size: int = 64
-    workers: int = 0
-    prompt_ensemble: str = "feature"
-    shortlist: int | None = None
     cache: TextCache | None = None
     progress: bool = False
 
@@ -60,9 +58,9 @@ class TaskRun:
 
     def batches(self, source: ImageSource, task: str) -> Iterator[ImageBatch]:
         """Yield this process's share of the images, with a progress bar on the first process."""
-        share, title = self.processes.share(len(source)), self.title(task)
+        share, title, config = self.processes.share(len(source)), self.title(task), self.config
         with tqdm(total=len(share), desc=title, unit="img", disable=title is None, leave=False) as bar:
-            for batch in image_batches(source, self.scorer.preprocess, share, self.batch_size, self.workers):
+            for batch in image_batches(source, self.scorer.preprocess, share, config.batch_size, config.workers):
                 yield batch
                 bar.update(len(batch.indices) + len(batch.unreadable))
 

@@ -35,10 +35,10 @@ def check_evaluations(files: tuple[str, ...]) -> None:
     Raises:
         UserError: one is not, or is wrong.
     """
-    from llip.clipeval.online import load_online_eval
+    from llip.clipeval.catalog.catalog import load_evaluation
 
     for file in files:
-        load_online_eval(file)
+        load_evaluation(file)
 
 
 def check_folder(folder: Path) -> list[str]:

@@ -11,7 +11,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from llip.clipeval.online import evaluate_online, load_online_eval
+from llip.clipeval.catalog.catalog import load_evaluation
+from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.task_result import TaskResult
 from llip.configs import Config
 from llip.errors import UserError
@@ -96,9 +97,8 @@ def _evaluate_file(config: Config, weights: Path, processes: Processes) -> bool:
     model = load_pretrained(weights).to(processes.device)
     dtype = autocast_dtype(config.precision)
     failed = False
-    for one in map(load_online_eval, config.evals):
-        found = evaluate_online(model, model.preprocess_val, model.tokenizer, one, processes.device, dtype)
-        for result in found:
+    for evaluation, entries in map(load_evaluation, config.evals):
+        for result in evaluate_tasks(model, entries, evaluation, device=processes.device, autocast_dtype=dtype):
             if not report_result(result, step):
                 failed = True
             elif processes.is_main and add_evaluation(config.folder, weights, step, result):

@@ -1,9 +1,9 @@
 """Zero-shot evaluation during training: in the run's own processes, or handed to whoever submits it as a job."""
 
-import dataclasses
 from collections.abc import Callable
 
-from llip.clipeval.online import evaluate_online, load_online_eval
+from llip.clipeval.catalog.catalog import load_evaluation
+from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.task_result import TaskResult
 from llip.configs import Config
 from llip.open_clip.factory import model_spec, spec_tokenizer
@@ -33,8 +33,7 @@ def online_evaluation(
     """
     if not config.eval_steps or not config.evals:
         return None
-    online = [load_online_eval(path) for path in config.evals]
-    single = [dataclasses.replace(each, tasks=(task,)) for each in online for task in each.tasks]
+    tasks = [(evaluation, entry) for evaluation, entries in map(load_evaluation, config.evals) for entry in entries]
     spec = model_spec(config)
     _, preprocess = image_transforms(spec.image_size, spec.resize_mode)
     tokenizer = spec_tokenizer(spec)
@@ -43,19 +42,27 @@ def online_evaluation(
     def evaluate(model: Llip, step: int, stopping: Callable[[], bool]) -> bool:
         done = run_log.evaluated_tasks(step)
         if submit is not None:
-            if processes.is_main and any(task.tasks[0] not in done for task in single):
+            if processes.is_main and any(entry.name not in done for _, entry in tasks):
                 submit(config, model, step)
             return True
         done = processes.broadcast_object(done)
-        for task in single:
-            if task.tasks[0] in done:
+        for evaluation, entry in tasks:
+            if entry.name in done:
                 continue
             if stopping():
                 log.info("step %d: evaluation skipped; it will run on resume", step)
                 return False
-            for result in evaluate_online(model, preprocess, tokenizer, task, processes.device, dtype):
-                if report_result(result, step):
-                    run_log.evaluation(step, result.task, result.values)
+            (result,) = evaluate_tasks(
+                model,
+                [entry],
+                evaluation,
+                device=processes.device,
+                preprocess=preprocess,
+                tokenizer=tokenizer,
+                autocast_dtype=dtype,
+            )
+            if report_result(result, step):
+                run_log.evaluation(step, result.task, result.values)
         return True
 
     return evaluate

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 
-from llip.clipeval.online import load_online_eval
+from llip.clipeval.catalog.catalog import load_evaluation
 from llip.configs import Config
 from llip.data import check
 from llip.data.index import load_index
@@ -93,7 +93,7 @@ def check_request(config: Config) -> None:
         find_extension(field, getattr(config, field))
     check.check_schedule(config)
     for file in config.evals if config.eval_steps else ():
-        load_online_eval(file)
+        load_evaluation(file)
 
 
 def check_data(config: Config, processes: Processes) -> DataSpec:

@@ -1,8 +1,10 @@
 """A small text-conditioned model with the calls of `llip.open_clip.model.Llip`, and writers of each on-disk format."""
 
+import dataclasses
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+
+from llip.clipeval.catalog.catalog import load_catalog
+from llip.clipeval.eval_config import EvalConfig
+from llip.clipeval.evaluate import evaluate_tasks
+from llip.clipeval.task_result import TaskResult
+
+
+def evaluate(
+    model: nn.Module, catalog: Path, tasks: Sequence[str] | None = None, **options: object
+) -> list[TaskResult]:
+    """Evaluate on the tasks of a catalog; `options` are fields of an `EvalConfig` and arguments of `evaluate_tasks`."""
+    names = {field.name for field in dataclasses.fields(EvalConfig)} & set(options) - {"cache_dir"}
+    config = EvalConfig(**{"workers": 0} | {name: options.pop(name) for name in names})
+    arguments = {"device": "cpu", "progress": False} | options
+    return evaluate_tasks(model, load_catalog(catalog).select(tasks), config, **arguments)
+
 
 SIDE, TOKENS, WIDTH, CONTEXT = 8, 3, 16, 32
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230)}

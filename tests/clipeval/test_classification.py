@@ -13,7 +13,7 @@ import llip
 from llip.clipeval import scorer as scoring
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.classification import predict
-from llip.clipeval.evaluate import evaluate_tasks
+from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.loading import image_batches
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.task_run import TaskError, TaskRun
@@ -21,7 +21,7 @@ from llip.clipeval.texts import classifier as classifiers
 from llip.clipeval.texts.classifier import Classifier, build_classifier
 from llip.clipeval.texts.labels import Labels
 from llip.clipeval.texts.sources import TextSource
-from tests.clipeval.fakes import write_catalog, write_imagefolder
+from tests.clipeval.fakes import evaluate, write_catalog, write_imagefolder
 from tests.helpers import TINY_MODEL
 
 
@@ -71,7 +71,7 @@ LABELS = Labels(tuple(NAMES), tuple(template.replace("{}", "{c}") for template i
 
 
 def classifier_of(scorer: Scorer, labels: Labels, ensemble: str = "feature") -> Classifier:
-    return build_classifier(TaskRun(scorer, prompt_ensemble=ensemble), labels)
+    return build_classifier(TaskRun(scorer, EvalConfig(prompt_ensemble=ensemble)), labels)
 
 
 def scorer_of(model: nn.Module) -> Scorer:
@@ -110,9 +110,7 @@ def test_our_own_clip_is_open_clips_image_for_image(tmp_path: Path) -> None:
     torch.testing.assert_close(found.scores, expected, atol=2e-6, rtol=0)
     assert torch.equal(found.top[:, 0], expected.argmax(dim=1))
     assert len(found.top[:, 0].unique()) > 1  # else the comparison says little
-    (result,) = evaluate_tasks(
-        ours, ours.preprocess_val, ours.tokenizer, None, load_catalog(tmp_path / "c.json"), device="cpu", workers=0
-    )
+    (result,) = evaluate(ours, tmp_path / "c.json")
     right = expected.argmax(dim=1) == torch.tensor(source.targets())
     assert (result.outcomes.ranks == 0).tolist() == right.tolist()
     assert result.value == pytest.approx(right.double().mean().item())

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llip.clipeval.catalog.catalog import load_catalog
+from llip.clipeval.catalog.catalog import load_evaluation
+from llip.clipeval.eval_config import EvalConfig
 from llip.clipeval.evaluate import evaluate_tasks
-from llip.clipeval.online import evaluate_online, load_online_eval
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.clipeval.task_run import TaskRun
 from llip.clipeval.texts.classifier import build_classifier
 from llip.clipeval.texts.labels import Labels
 from llip.errors import UserError
+from tests.clipeval import fakes
 from tests.clipeval.fakes import (
     FakeModel,
     captions_of,
@@ -94,9 +95,8 @@ def write_several(root: Path) -> None:
 
 
 def evaluate(folder: Path, *tasks: str, model: FakeModel | None = None, **options: object) -> list[TaskResult]:
-    options = {"device": "cpu", "batch_size": 8, "workers": 0, "progress": False} | options
-    catalog = load_catalog(folder / "catalog.json")
-    return evaluate_tasks(model or FakeModel(), preprocess, tokenize, tasks or None, catalog, **options)
+    options = {"batch_size": 8} | options
+    return fakes.evaluate(model or FakeModel(), folder / "catalog.json", tasks or None, **options)
 
 
 def image_tokens(model: FakeModel, count: int) -> list[Tensor]:
@@ -170,7 +170,7 @@ def test_scores_equal_a_plain_loop(ensemble: str) -> None:
     model = FakeModel().eval()
     scorer = Scorer(model, preprocess, tokenize, torch.device("cpu"))
     labels = Labels(tuple(CLASSES), ("a photo of {c}", "the {c}"))
-    classifier = build_classifier(TaskRun(scorer, prompt_ensemble=ensemble), labels)
+    classifier = build_classifier(TaskRun(scorer, EvalConfig(prompt_ensemble=ensemble)), labels)
     h = torch.cat(image_tokens(model, len(LABELS)))
     expected = torch.tensor(plain_loop(model, ensemble))
     torch.testing.assert_close(classifier.scores(scorer, h), expected, atol=1e-6, rtol=1e-5)
@@ -308,7 +308,7 @@ def test_unreadable_images_are_counted_and_named(folder: Path) -> None:
 def test_unknown_task_or_ensemble(folder: Path) -> None:
     with pytest.raises(UserError, match=r"'top2'.*'top1'"):
         evaluate(folder, "top2")
-    with pytest.raises(UserError, match=r"prompt_ensemble = 'features'.*'feature'"):
+    with pytest.raises(UserError, match="prompt_ensemble = 'features'; expected feature or score"):
         evaluate(folder, "top1", prompt_ensemble="features")
 
 
@@ -340,14 +340,15 @@ def test_result_survives_json(folder: Path) -> None:
 def test_online(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "online.yaml"
     path.write_text(f"catalog_name: {folder / 'catalog.json'}\ntasks: [top1, pairs]\nbatch_size: 8\nworkers: 0\n")
-    results = evaluate_online(FakeModel(), preprocess, tokenize, load_online_eval(path), "cpu")
+    config, entries = load_evaluation(path)
+    results = evaluate_tasks(FakeModel(), entries, config, device="cpu")
     assert [(r.task, r.values) for r in results] == [(r.task, r.values) for r in evaluate(folder, "top1", "pairs")]
     path.write_text(f"catalog_name: {folder / 'catalog.json'}\ntasks: [top1, pair]\n")
     with pytest.raises(UserError, match=r"'pair'.*'pairs'"):
-        load_online_eval(path)
+        load_evaluation(path)
     monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
-    assert len(load_online_eval("config_evals/scenes_online.yaml").tasks) == 4
-    assert "imagenet" in load_online_eval("config_evals/llip_online.yaml").tasks
+    assert len(load_evaluation("config_evals/scenes_online.yaml")[1]) == 4
+    assert "imagenet" in [entry.name for entry in load_evaluation("config_evals/llip_online.yaml")[1]]
 
 
 BROKEN = {

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llip.clipeval import retrieval
-from llip.clipeval.catalog.catalog import load_catalog
-from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.retrieval import join, recalls, score_share
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.shortlist import Shortlist, candidate_scores, text_free_features
 from llip.clipeval.task_result import TaskResult
 from llip.errors import UserError
 from llip.open_clip.pooling import create_pooling
+from tests.clipeval import fakes
 from tests.clipeval.fakes import (
     FakeModel,
     captions_of,
@@ -135,9 +134,7 @@ def test_the_text_independent_feature_weighs_all_tokens_alike(kind: str) -> None
 
 
 def evaluate(folder: Path, **options: object) -> TaskResult:
-    options = {"device": "cpu", "workers": 0, "progress": False} | options
-    catalog = load_catalog(folder / "catalog.json")
-    (result,) = evaluate_tasks(FakeModel(), preprocess, tokenize, None, catalog, **options)
+    (result,) = fakes.evaluate(FakeModel(), folder / "catalog.json", **options)
     return result
 
 
@@ -166,7 +163,7 @@ def test_a_shortlist_of_all_is_exact_and_labelled(folder: Path, pool: ProcessPoo
 
 
 def test_too_short_a_list(folder: Path) -> None:
-    with pytest.raises(UserError, match="shortlist = 9; expected at least 10"):
+    with pytest.raises(UserError, match="shortlist = 9; expected an integer, at least 10"):
         evaluate(folder, shortlist=9)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jsonschema
 
 from llip.clipeval.datasets import DATASET_TYPES, DatasetSpec, load_dataset_types
+from llip.clipeval.eval_config import EvalConfig, load_eval_config
 from llip.clipeval.metrics import CLASSIFICATION, metric_names
 from llip.clipeval.texts.sources import TextSource
 from llip.errors import UserError, did_you_mean, nearest
@@ -112,6 +113,16 @@ def load_catalog(name: str | Path = DEFAULT_CATALOG) -> Catalog:
         raise UserError(f"catalog {path} holds {type(raw).__name__}; expected an object of task name -> entry")
     load_dataset_types()
     return Catalog(path, {task: _parse_entry(path, task, entry) for task, entry in raw.items()})
+
+
+def load_evaluation(path: str | Path) -> tuple[EvalConfig, tuple[Entry, ...]]:
+    """Read an evaluation file and the entries of its tasks.
+
+    Raises:
+        UserError: as `load_eval_config` and `load_catalog`, and for a task that the catalog does not have.
+    """
+    config = load_eval_config(path)
+    return config, load_catalog(config.catalog_name).select(config.tasks)
 
 
 def find_catalog(name: str) -> Path:

@@ -17,7 +17,6 @@ from llip.clipeval.task_run import TaskRun
 from llip.clipeval.texts.labels import Labels
 from llip.errors import UserError
 
-PROMPT_ENSEMBLES = ("feature", "score")
 MAX_QUERIES = 2_000_000
 """Text features that `score` keeps at most, all classes together."""
 
@@ -89,7 +88,7 @@ def build_classifier(run: TaskRun, labels: Labels, task: str = "") -> Classifier
     """
     processes, cache = run.processes, run.cache
     with run.fail_together():
-        texts, of_class = queries_of(labels, run.prompt_ensemble)
+        texts, of_class = queries_of(labels, run.config.prompt_ensemble)
     if cache is not None:
         with run.fail_together():
             path = cache.path(run.scorer, texts)

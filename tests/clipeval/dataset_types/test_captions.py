@@ -8,15 +8,13 @@ import pytest
 
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.clipeval.datasets import ImageSource
-from llip.clipeval.evaluate import evaluate_tasks
 from llip.errors import UserError
 from tests.clipeval.fakes import (
     FakeModel,
     captions_of,
+    evaluate,
     picture,
     png,
-    preprocess,
-    tokenize,
     write_catalog,
     write_retrieval,
 )
@@ -108,9 +106,7 @@ def test_files_and_shards_with_the_same_pairs_give_the_same_recalls(tmp_path: Pa
         "shards": {"type": "retrieval", "path": "shards"},
         "files": {"type": "coco_captions", "path": "images", "annotations": "notes.json"},
     }
-    catalog = load_catalog(write_catalog(tmp_path / "catalog.json", entries))
-    options = {"device": "cpu", "workers": 0, "progress": False}
-    shards, files = evaluate_tasks(FakeModel(), preprocess, tokenize, None, catalog, **options)
+    shards, files = evaluate(FakeModel(), write_catalog(tmp_path / "catalog.json", entries))
     assert (shards.error, files.error) == (None, None)
     assert (files.n, files.texts) == (12, len(notes))
     assert files.values == shards.values

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llip.clipeval.catalog.catalog import load_catalog
-from llip.clipeval.evaluate import evaluate_tasks
 from llip.clipeval.task_result import TaskResult
 from llip.clipeval.texts.cache import hash_weights
-from tests.clipeval.fakes import FakeModel, preprocess, tokenize, write_catalog, write_wds
+from tests.clipeval import fakes
+from tests.clipeval.fakes import FakeModel, tokenize, write_catalog, write_wds
 from tests.helpers import ProcessPool
 
 CLASSES = ["ant", "bee", "cow", "dog", "emu"]
@@ -36,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def evaluate(folder: Path, model: FakeModel, **options: object) -> TaskResult:
-    options = {"device": "cpu", "workers": 0, "progress": False, "cache_dir": folder / "cache"} | options
-    (result,) = evaluate_tasks(model, preprocess, tokenize, None, load_catalog(folder / "catalog.json"), **options)
+    options = {"cache_dir": folder / "cache"} | options
+    (result,) = fakes.evaluate(model, folder / "catalog.json", **options)
     assert result.error is None
     return result
 
@@ -77,11 +76,8 @@ def test_what_changes_the_features_encodes_again(folder: Path) -> None:
 def test_another_tokenizer_encodes_again(folder: Path) -> None:
     assert texts_encoded(folder) == 10
     model = CountingModel()
-    catalog = load_catalog(folder / "catalog.json")
-    options = {"device": "cpu", "workers": 0, "progress": False, "cache_dir": folder / "cache"}
-    evaluate_tasks(
-        model, preprocess, lambda texts: tokenize([text.upper() for text in texts]), None, catalog, **options
-    )
+    model.tokenizer = lambda texts: tokenize([text.upper() for text in texts])
+    evaluate(folder, model)
     assert model.texts == 10
 
 
