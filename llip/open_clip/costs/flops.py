@@ -149,8 +149,10 @@ def head_flops(config: Config, spec: ModelSpec, on_cpu: bool = False) -> Head:
     if plan is None:
         return Head(product, 2 * product, 0)
     head = text_head(images, texts, spec.mixture_tokens, spec.pool_heads, width, plan)
-    if config.global_loss_weight:
-        head = Head(head.forward + product, head.backward + 2 * product, head.again)
+    if config.global_loss_weight:  # features conditioned on the zero text, to which no gradient goes
+        tokens = images * spec.mixture_tokens * width
+        forward = 4 * tokens * width + 4 * tokens + 2 * (images + 1) * width**2 + product
+        head = Head(head.forward + forward, head.backward + 2 * forward - 2 * width**2, head.again)
     return head
 
 

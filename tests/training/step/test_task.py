@@ -69,7 +69,7 @@ def dense(**fields):
     kept = mask.flatten() if config.caption_fill == "mask" else torch.ones_like(mask.flatten())
     owner = torch.tensor([image for image in range(BATCH) for _ in range(captions)])[kept]
     own = owner == torch.arange(BATCH)[:, None]
-    mean = h.mean(dim=1)
+    mean = model.pooling.out_proj(model.pooling.v_proj(h.mean(dim=1)))  # all tokens weigh the same
     features = mean / mean.norm(dim=-1, keepdim=True)
     scores = [torch.einsum("btd,td->bt", model.contextualize(h, t), t), features @ t.T]
     value = 0.0
