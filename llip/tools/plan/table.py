@@ -47,8 +47,8 @@ def as_table(plan: Plan) -> str:
     config, flops, traffic, parameters = plan.config, plan.flops, plan.traffic, plan.parameters
     head = (
         f"{config.name}: {config.model}, K = {config.mixture_tokens}, {config.pooling} pooling, {config.precision}\n"
-        f"{config.processes} x {plan.gpu.name} on {config.nodes} node(s), {config.batch_size} pairs x "
-        f"{config.accum_freq} each: global batch {config.global_batch:,}\n"
+        f"{config.processes} x {plan.gpu.name} on {config.nodes} node(s), {config.batch_size} images x "
+        f"{config.accum_freq} each: global batch {config.global_batch:,}, {config.global_texts:,} captions\n"
     )
     lines = [head]
     lines += _section(
