@@ -1,8 +1,8 @@
-"""Look at shards before training on them: what they hold, what is damaged, and which values the config needs.
+"""Validate shards before training: contents, damage, and the values for the config.
 
     llip doctor '/data/{00000..00099}.tar' [--index]
 
-Exit code: 0 when all samples can be used, 1 when there is damage, 2 when the request itself is at fault.
+Exit code: 0 all samples are usable, 1 damage found, 2 a mistake in the request.
 """
 
 from __future__ import annotations
@@ -25,22 +25,27 @@ if TYPE_CHECKING:  # these import torch, which takes seconds: not for --help
     from llip.data.doctor.scan import ScanSettings, ShardFindings
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="llip doctor",
-        description="Look at training shards: contents, damage, and the values to put into the config.",
-        epilog="Exit code: 0 all usable, 1 damage found, 2 the request is at fault.",
+        description="Validate training shards: contents, damage, and the values for the config.",
+        epilog="Exit code: 0 all usable, 1 damage found, 2 a mistake in the request.",
     )
-    parser.add_argument("pattern", nargs="+", metavar="PATTERN", help="as train_data; in quotes, for the shell's sake")
-    parser.add_argument("--index", action="store_true", help="write the samples of each shard beside the shards")
+    parser.add_argument("pattern", nargs="+", metavar="PATTERN", help="as train_data; quoted, or the shell expands it")
+    parser.add_argument("--index", action="store_true", help="write the sample counts beside the shards")
     parser.add_argument("--index-dir", metavar="DIR", help="write them into DIR instead")
     parser.add_argument(
-        "--caption-keys", metavar="KEYS", help="as caption_keys; left out: whatever looks like captions"
+        "--caption-keys", metavar="KEYS", help="as caption_keys [every source that looks like captions]"
     )
-    parser.add_argument("--image-checks", choices=("full", "header"), default="full", help="decode images, or do not")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; left out: one per core")
-    parser.add_argument("--context-length", type=int, default=77, metavar="TOKENS", help="[%(default)s]")
+    parser.add_argument(
+        "--image-checks",
+        choices=("full", "header"),
+        default="full",
+        help="decode images, or read headers only [%(default)s]",
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes [one per core]")
+    parser.add_argument("--context-length", type=int, default=77, metavar="TOKENS", help="of the model [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one json document instead of a table")
     return parser.parse_args(argv)
 
@@ -57,9 +62,9 @@ def main(argv: Sequence[str]) -> int:
     settings = ScanSettings(arguments.caption_keys, arguments.image_checks == "full", arguments.context_length)
     totals = Totals(urls, settings)
     entries = {}
-    for found in _with_progress(urls, settings, arguments.workers or usable_cores(), totals):
-        if found.entry is not None:
-            entries[found.url] = dataclasses.replace(found.entry, samples=found.samples)
+    for shard in _with_progress(urls, settings, arguments.workers or usable_cores(), totals):
+        if shard.entry is not None:
+            entries[shard.url] = dataclasses.replace(shard.entry, samples=shard.samples)
     report = totals.report(arguments.pattern[0])
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
@@ -71,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _find_shards(arguments: argparse.Namespace) -> list[str]:
-    """Return the shards to look at, each once; complain about the request before anything slow happens."""
+    """Return the shards, each once; mistakes in the request raise before anything slow happens."""
     from llip.data.captions import parse_caption_keys
     from llip.data.sources import check_shards_exist, is_local, parse_train_data
 
     if len(arguments.pattern) > 1:
         raise UserError(
-            f"{len(arguments.pattern)} patterns given; put one into quotes, so that the shell leaves it alone: "
+            f"{len(arguments.pattern)} patterns given; quote the pattern, so that the shell does not expand it: "
             "llip doctor '/data/*.tar' (several are joined by a comma, or by ::)"
         )
     for option, value, least in (
@@ -93,7 +98,7 @@ def _find_shards(arguments: argparse.Namespace) -> list[str]:
     if arguments.index and not arguments.index_dir and not all(is_local(url) for url in urls):
         raise UserError("--index: shards that are not on this machine need a folder for the index, --index-dir DIR")
     if not any(os.path.exists(url) for url in urls if is_local(url)) and all(is_local(url) for url in urls):
-        check_shards_exist(data)  # all missing is a wrong path; some missing is damage
+        check_shards_exist(data)  # all missing: a wrong path; some missing: damage
     return urls
 
 

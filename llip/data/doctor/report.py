@@ -1,4 +1,4 @@
-"""What the doctor says: the findings of all shards added up, the values for the config, and both as a table."""
+"""The doctor's report: findings summed over shards, the values for the config, and both as a table."""
 
 import dataclasses
 import shlex
@@ -12,15 +12,15 @@ from llip.data.tar_reader import MISSING, ZERO_BYTES
 from llip.system.cores import usable_cores
 
 KEYS_HELD = 50_000_000
-"""Digests of keys held at once: 8 bytes each, three times that while they are compared. Of more, a share is checked."""
+"""Digests of keys in memory: 8 bytes each, three times that during the comparison. Of more keys, a share is checked."""
 _LISTED = 12  # lines of a list in the table
 _SUGGESTED_WORKERS = 8
-_UNEVEN = 2.0  # a shard this much larger or smaller than the median one is worth a word
+_UNEVEN = 2.0  # times the median shard, or a fraction of it, that is worth a note
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Smallest, middle and largest of many whole numbers."""
+    """Smallest, median and largest of many integers."""
 
     min: int
     median: int
@@ -32,7 +32,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionReport:
-    """One caption source. `truncated` is the share of captions that are longer than the context."""
+    """One caption source. `truncated`: share of captions longer than the context."""
 
     samples: int
     kinds: dict[str, int]
@@ -43,7 +43,7 @@ class CaptionReport:
 
 @dataclasses.dataclass(frozen=True)
 class DuplicateReport:
-    """Keys that come again. With `checked` < 1 only that share of all keys was looked at, chosen by digest."""
+    """Repeated keys. With `checked` < 1 that share of all keys was compared, chosen by digest."""
 
     within_shards: int
     across_shards: int
@@ -53,7 +53,7 @@ class DuplicateReport:
 
 @dataclasses.dataclass(frozen=True)
 class ShardDamage:
-    """What is wrong with one shard: cases by reason, and the first case in words where there is more to say."""
+    """Damage of one shard: cases by reason, and details of the first case of some."""
 
     reasons: dict[str, int]
     details: dict[str, str]
@@ -61,7 +61,7 @@ class ShardDamage:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The doctor's answer; `dataclasses.asdict` of it is the json document."""
+    """The findings on all shards; `dataclasses.asdict` of it is the json document."""
 
     train_data: str
     shards: int
@@ -86,16 +86,16 @@ class Report:
 
 
 class KeyDigests:
-    """Finds keys that come twice, within a bounded memory."""
+    """Finds repeated keys in bounded memory."""
 
     def __init__(self, limit: int = KEYS_HELD) -> None:
         self.limit = limit
-        self.stride = 1  # a power of two: digests divisible by it are looked at, in every shard the same ones
+        self.stride = 1  # a power of two: digests divisible by it are compared, the same ones in every shard
         self.held = 0
         self.by_shard: dict[str, np.ndarray] = {}
 
     def add(self, url: str, digests: np.ndarray) -> None:
-        """Take over the sorted `digests` of one shard."""
+        """Add the sorted `digests` of one shard."""
         self.by_shard[url] = self._chosen(digests)
         self.held += len(self.by_shard[url])
         while self.held > self.limit:
@@ -107,7 +107,7 @@ class KeyDigests:
         return digests if self.stride == 1 else digests[digests & np.uint64(self.stride - 1) == 0]
 
     def report(self) -> DuplicateReport:
-        """Return how many keys come again."""
+        """Return how many keys are repeated."""
         distinct = {url: np.unique(digests) for url, digests in self.by_shard.items()}
         together = np.concatenate(list(distinct.values()) or [np.empty(0, np.uint64)])
         together.sort()
@@ -123,7 +123,7 @@ class KeyDigests:
 
 @dataclasses.dataclass
 class _Shard:
-    """What is kept of a shard until all have been seen."""
+    """What is kept of a shard until all are scanned."""
 
     samples: int
     outcomes: Counter
@@ -132,7 +132,7 @@ class _Shard:
 
 
 class Totals:
-    """Adds up shards as they come, in any order."""
+    """Sums over shards, in any order."""
 
     def __init__(self, urls: list[str], settings: ScanSettings) -> None:
         self.urls, self.settings = urls, settings
@@ -142,7 +142,7 @@ class Totals:
         self.keys = KeyDigests()
 
     def add(self, found: ShardFindings) -> None:
-        """Take in one shard."""
+        """Add one shard."""
         self.shards[found.url] = _Shard(found.samples, found.outcomes, found.damage, found.details)
         self.bytes += (found.entry.bytes or 0) if found.entry else 0
         self.keys.add(found.url, found.keys)
@@ -156,7 +156,7 @@ class Totals:
         return sum(shard.samples for shard in self.shards.values())
 
     def suggest_caption_keys(self) -> str:
-        """Return `caption_keys` for what was found: captions lists and `txt` weigh the same; '' where there is none."""
+        """Return `caption_keys` for these shards: list and `txt` at equal weights; '' without captions."""
         found = self.sums.captions
         samples = {name: sum(source.kinds.values()) for name, source in found.items()}
         enough = sorted(
@@ -169,7 +169,7 @@ class Totals:
         return (lists or enough or [""])[0]
 
     def damage(self, url: str, caption_keys: str) -> Counter[str]:
-        """Return the damage of a shard by reason, if captions come from `caption_keys`."""
+        """Return the damage of a shard by reason, given the `caption_keys` of the run."""
         shard = self.shards[url]
         reasons = Counter(shard.damage)
         for outcome, count in shard.outcomes.items():
@@ -179,7 +179,7 @@ class Totals:
         return reasons
 
     def report(self, train_data: str) -> Report:
-        """Return the doctor's answer on all shards."""
+        """Return the report on all shards."""
         sums, settings = self.sums, self.settings
         caption_keys = settings.caption_keys or self.suggest_caption_keys()
         by_shard = {url: self.damage(url, caption_keys) for url in self.urls}
@@ -226,7 +226,7 @@ class Totals:
 
 
 def _reason(outcome: tuple, caption_keys: str) -> str:
-    """Return why a sample of this outcome is of no use, or ''."""
+    """Return why a sample of this outcome is unusable, or ''."""
     image, good, bad = outcome
     if image:
         return image
@@ -266,23 +266,23 @@ def _notes(
 ) -> list[str]:
     notes = []
     if damage.keys() & {MISSING, ZERO_BYTES}:
-        notes.append("training refuses to start while shards are missing or empty: leave them out of train_data")
+        notes.append("training refuses to start while shards are missing or empty: remove them from train_data")
     if not usable:
         notes.append("no sample can be used: there is nothing to train on")
     if not caption_keys:
         notes.append("no captions were found; name the json field that holds them with --caption-keys json.FIELD")
     share = f" (among {duplicates.checked:.1%} of the keys)" if duplicates.checked < 1 else ""
     if duplicates.within_shards:
-        notes.append(f"{duplicates.within_shards:,} keys come again in the same shard{share}: members out of order?")
+        notes.append(f"{duplicates.within_shards:,} keys are repeated in their shard{share}: members out of order?")
     if duplicates.across_shards:
         notes.append(
-            f"{duplicates.across_shards:,} keys come again in another shard{share}: fine if only the names are the "
-            "same; if the data is, it is trained on twice"
+            f"{duplicates.across_shards:,} keys are repeated in another shard{share}: fine if only names repeat; "
+            "repeated samples are trained on twice"
         )
     if per_shard and (per_shard.max > _UNEVEN * per_shard.median or per_shard.min * _UNEVEN < per_shard.median):
         notes.append(f"uneven shards: {per_shard} samples (min / median / max)")
     notes += [
-        f"{name}: {found.truncated:.0%} of the captions are cut off at the context length"
+        f"{name}: {found.truncated:.0%} of the captions are truncated at the context length"
         for name, found in captions.items()
         if found.truncated >= 0.1
     ]
@@ -315,7 +315,7 @@ def _caption_lines(report: Report) -> list[tuple[str, str]]:
 
 
 def as_table(report: Report) -> str:
-    """Return the report as text for people."""
+    """Return the report as text."""
     unusable = report.samples - report.usable
     lines = [
         ("shards", f"{report.shards:,}, {report.bytes / 1e6:,.1f} MB"),

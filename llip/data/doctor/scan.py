@@ -1,4 +1,4 @@
-"""One shard -> what it holds and what of it cannot be used, in numbers that are small however large the shard is."""
+"""Scan one shard: contents and damage, in counts that stay small however large the shard is."""
 
 import contextlib
 import dataclasses
@@ -29,19 +29,19 @@ NO_CAPTION = "no caption"
 NO_SAMPLES = "shard holds no samples"
 
 _CAPTION_FIELD = re.compile(r"caption|^(alt|alt_text|description|prompt|texts?|title)$", re.IGNORECASE)
-_PASSING = {COMMAND_FAILED, DOWNLOAD_FAILED, MISSING, STALLED, UNREADABLE}  # the next time there may be more samples
-_FIELDS_LISTED = 100  # json fields of one shard: where names are data, listing them all says nothing
-_CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for ever
+_PASSING = {COMMAND_FAILED, DOWNLOAD_FAILED, MISSING, STALLED, UNREADABLE}  # a later scan may find more samples
+_FIELDS_LISTED = 100  # json fields of one shard: some files use data as names
+_CACHED_WORDS = 200_000  # of the tokenizer, whose cache has no limit
 _CHARACTERS = 10_000  # of a caption that are tokenised
 _REPORT_EVERY = 0.5  # seconds
 
 Outcome = tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]
-"""Of one sample: why its image is of no use ('' if it is), the caption sources that are good, and the bad ones, why."""
+"""Of one sample: why its image is unusable (or ''), its usable caption sources, and the others with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanSettings:
-    """How shards are looked at."""
+    """How shards are scanned."""
 
     caption_keys: str | None  # None: every source that looks like captions
     full_images: bool  # decode every image, or read its header only
@@ -51,7 +51,7 @@ class ScanSettings:
 
 @dataclasses.dataclass
 class CaptionFindings:
-    """What one caption source holds."""
+    """Counts of one caption source."""
 
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
     per_image: Counter[int] = dataclasses.field(default_factory=Counter)  # captions
@@ -67,13 +67,13 @@ class CaptionFindings:
 
 @dataclasses.dataclass
 class ShardFindings:
-    """What one shard holds. `keys` are 64-bit digests of its samples' keys, sorted."""
+    """Counts of one shard. `keys`: 64-bit digests of its samples' keys, sorted."""
 
     url: str
-    entry: ShardEntry | None = None  # without counts; None: not all of it could be read this time
+    entry: ShardEntry | None = None  # without counts; None: it could not be read to its end this time
     samples: int = 0
     outcomes: Counter[Outcome] = dataclasses.field(default_factory=Counter)
-    damage: Counter[str] = dataclasses.field(default_factory=Counter)  # beside unusable samples
+    damage: Counter[str] = dataclasses.field(default_factory=Counter)  # apart from unusable samples
     details: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> the first case
     suffixes: Counter[str] = dataclasses.field(default_factory=Counter)
     fields: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (json field, type)
@@ -90,13 +90,13 @@ class ShardFindings:
         return self.damage.total() + sum(count for (image, _, _), count in self.outcomes.items() if image)
 
     def count_damage(self, reason: str, detail: str = "") -> None:
-        """Count one case of damage that is no sample."""
+        """Count one case of damage that is not a sample."""
         self.damage[reason] += 1
         self.details.setdefault(reason, detail)
 
 
 class ShardScanner:
-    """Looks at one shard after another; keeps a tokenizer."""
+    """Scans shards; holds a tokenizer."""
 
     def __init__(self, settings: ScanSettings) -> None:
         self.settings = settings
@@ -105,39 +105,39 @@ class ShardScanner:
         self._known_words = dict(self.tokenizer.cache)
 
     def scan(self, url: str, progress: Callable[[int], None]) -> ShardFindings:
-        """Return what the shard holds; `progress` is called now and then with the number of samples scanned."""
-        found = ShardFindings(url)
+        """Return the findings; `progress` is called now and then with the number of samples so far."""
+        shard = ShardFindings(url)
         watch, digests, reported = ReadWatch(), [], time.monotonic()
-        with contextlib.suppress(OSError):  # reading will say why
-            found.entry = describe_shard(url, 0, 0)  # before reading: a later change makes the entry stale
+        with contextlib.suppress(OSError):  # reading reports it
+            shard.entry = describe_shard(url, 0, 0)  # before reading: a later change makes the entry stale
         try:
             for item in read_ahead(read_samples(url, watch=watch), watch, self.settings.deadline):
                 if isinstance(item, Damage):
-                    found.count_damage(item.reason, item.detail)
+                    shard.count_damage(item.reason, item.detail)
                     continue
                 digests.append(hashlib.blake2b(item["__key__"].encode("utf-8", "replace"), digest_size=8).digest())
-                self._look_at(item, found)
+                self._scan_sample(item, shard)
                 if time.monotonic() - reported > _REPORT_EVERY:
-                    progress(found.samples)
+                    progress(shard.samples)
                     reported = time.monotonic()
         except UserError as error:
-            found.count_damage(STALLED, str(error))
-        if found.damage.keys() & _PASSING:
-            found.entry = None
-        if found.samples == 0 and not found.damage:
-            found.count_damage(NO_SAMPLES)
-        found.keys = np.sort(np.frombuffer(b"".join(digests), np.uint64))
-        return found
+            shard.count_damage(STALLED, str(error))
+        if shard.damage.keys() & _PASSING:
+            shard.entry = None
+        if shard.samples == 0 and not shard.damage:
+            shard.count_damage(NO_SAMPLES)
+        shard.keys = np.sort(np.frombuffer(b"".join(digests), np.uint64))
+        return shard
 
-    def _look_at(self, sample: Mapping[str, Any], found: ShardFindings) -> None:
-        found.samples += 1
-        found.suffixes.update(suffix for suffix in sample if not suffix.startswith("__"))
+    def _scan_sample(self, sample: Mapping[str, Any], shard: ShardFindings) -> None:
+        shard.samples += 1
+        shard.suffixes.update(suffix for suffix in sample if not suffix.startswith("__"))
         record, unreadable = _record(sample)
         for field, value in record.items():
             typed = (field, _kind(value))
-            if typed in found.fields or len(found.fields) < _FIELDS_LISTED:
-                found.fields[typed] += 1
-        image = self._look_at_image(sample, found)
+            if typed in shard.fields or len(shard.fields) < _FIELDS_LISTED:
+                shard.fields[typed] += 1
+        image = self._scan_image(sample, shard)
         good: list[str] = []
         bad = [] if self.sources or not unreadable else [("json", unreadable)]
         for source in self.sources or _likely_sources(sample, record):
@@ -150,29 +150,29 @@ class ShardScanner:
             if captions:
                 good.append(name)
                 kind = "text" if source.field is None else _kind(record[source.field])
-                self._look_at_captions(captions, kind, found.captions.setdefault(name, CaptionFindings()))
-        found.outcomes[image, tuple(good), tuple(bad)] += 1
+                self._scan_captions(captions, kind, shard.captions.setdefault(name, CaptionFindings()))
+        shard.outcomes[image, tuple(good), tuple(bad)] += 1
 
-    def _look_at_captions(self, captions: list[str], kind: str, found: CaptionFindings) -> None:
-        found.kinds[kind] += 1
-        found.per_image[len(captions)] += 1
+    def _scan_captions(self, captions: list[str], kind: str, counts: CaptionFindings) -> None:
+        counts.kinds[kind] += 1
+        counts.per_image[len(captions)] += 1
         for caption in captions:
-            found.tokens[len(self.tokenizer.encode(caption[:_CHARACTERS])) + 2] += 1
-            found.characters += len(caption)
+            counts.tokens[len(self.tokenizer.encode(caption[:_CHARACTERS])) + 2] += 1
+            counts.characters += len(caption)
         if len(self.tokenizer.cache) > _CACHED_WORDS:
             self.tokenizer.cache = dict(self._known_words)
 
-    def _look_at_image(self, sample: Mapping[str, Any], found: ShardFindings) -> str:
+    def _scan_image(self, sample: Mapping[str, Any], shard: ShardFindings) -> str:
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
             return NO_IMAGE
         reason = "" if sample[key] else EMPTY
         try:
             with Image.open(io.BytesIO(sample[key])) as image:  # the header only
-                found.formats[image.format or "?"] += 1
-                found.modes[image.mode] += 1
-                found.widths[image.width] += 1
-                found.heights[image.height] += 1
+                shard.formats[image.format or "?"] += 1
+                shard.modes[image.mode] += 1
+                shard.widths[image.width] += 1
+                shard.heights[image.height] += 1
                 if image.width * image.height > MAX_PIXELS:
                     reason = TOO_LARGE
         except Image.DecompressionBombError:
@@ -199,7 +199,7 @@ def _likely_sources(sample: Mapping[str, Any], record: Mapping[str, Any]) -> lis
 
 
 def _record(sample: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return what the `json` member says, and why it says nothing."""
+    """Return the object in the `json` member, or why there is none."""
     try:
         record = json.loads(sample.get("json", b"{}"))
     except (ValueError, RecursionError):

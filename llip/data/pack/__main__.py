@@ -3,16 +3,14 @@
     llip pack SOURCE --out DIR
 
 SOURCE is a folder of images with NAME.txt or NAME.json beside them, a CSV or TSV with a header, or a JSONL. Bytes of
-images are stored as they are. The same source and arguments give the same bytes. Every shard holds `key.jpg` (png,
-webp) and `key.txt`; or, where some image has several captions, `key.json` with a list under "captions".
+images are stored unchanged. The same source and arguments give the same bytes. Shards hold `key.jpg` (png, webp) and
+`key.txt`; or, if some image has several captions, `key.json` with a list under "captions".
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import json
-import os
 import random
 import re
 import shlex
@@ -34,10 +32,11 @@ from llip.data.pack.sources import (
     find_pairs,
 )
 from llip.errors import UserError
+from llip.system.files import atomic_write
 from llip.system.program import program
 
 START = ("llip_b32", "nodes=1", "ngpus=1", "eval_steps=0", "evals=none")
-"""The printed training command: a middling model on one device, with no evaluation sets needed on the way."""
+"""The printed training command: a small model on one device, without evaluation."""
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG with a second picture
 _SLUG = 60  # characters of a source's name in a key
@@ -57,17 +56,17 @@ class Packed:
     command: str
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="llip pack", description="Pack images with captions into shards for training."
     )
-    parser.add_argument("source", metavar="SOURCE", help="a folder, or a .csv, .tsv or .jsonl file")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the shards go: a folder without any")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder, or a .csv, .tsv or .jsonl file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder without shards")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples at most [%(default)s]")
-    parser.add_argument("--image-root", metavar="DIR", help="what paths start from; left out: the file's folder")
-    parser.add_argument("--image-column", metavar="NAME", help=f"left out: one of {', '.join(IMAGE_COLUMNS)}")
-    parser.add_argument("--caption-column", metavar="NAME", help=f"left out: one of {', '.join(CAPTION_COLUMNS)}")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder of relative paths [the file's]")
+    parser.add_argument("--image-column", metavar="NAME", help=f"[the first of {', '.join(IMAGE_COLUMNS)}]")
+    parser.add_argument("--caption-column", metavar="NAME", help=f"[the first of {', '.join(CAPTION_COLUMNS)}]")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the order of the source")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one json document instead of text")
@@ -75,48 +74,47 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @program
-def main(argv: Sequence[str]) -> int:
-    """Pack the images and captions that the command line names; return the exit code."""
+def main(argv: Sequence[str]) -> None:
+    """Pack the images and captions that the command line names."""
     arguments = parse_arguments(argv)
-    source = Path(arguments.source)
     columns = Columns(arguments.image_column, arguments.caption_column)
-    image_root = Path(arguments.image_root) if arguments.image_root else None
-    if source.is_dir() and (image_root or columns != Columns()):
+    if arguments.source.is_dir() and (arguments.image_root or columns != Columns()):
         raise UserError("pack: --image-root and the columns are for a file; SOURCE is a folder")
-    check_out(Path(arguments.out), arguments.per_shard)
-    found = find_pairs(source, image_root, columns)
+    check_out(arguments.out, arguments.per_shard)
+    source = find_pairs(arguments.source, arguments.image_root, columns)
     seed = None if arguments.no_shuffle else arguments.seed
-    packed = pack(found, Path(arguments.out), arguments.per_shard, seed)
+    packed = pack(source, arguments.out, arguments.per_shard, seed)
     print(json.dumps(dataclasses.asdict(packed)) if arguments.json else as_text(packed))
-    return 0
 
 
 def check_out(out: Path, per_shard: int) -> None:
-    """Raise a `UserError` if shards cannot go to `out`, or not so many samples into one."""
+    """Raise a `UserError` if shards of that size cannot go to `out`."""
     if per_shard < 1:
         raise UserError(f"pack: --per-shard {per_shard}: expected 1 or more")
     if _READ_AS_PATTERN.search(str(out)):
-        raise UserError(f"pack: --out {str(out)!r}: in train_data commas, braces, * ? [ ] and :: mean something else")
+        raise UserError(f"pack: --out {str(out)!r}: commas, braces, * ? [ ] and :: have a meaning in train_data")
     if out.exists() and not out.is_dir():
-        raise UserError(f"pack: --out {str(out)!r} is a file; expected a folder, which may not exist yet")
-    there = sorted(out.glob("*.tar"))
-    if there:
-        raise UserError(f"pack: --out {str(out)!r} holds {len(there)} shards ({there[0].name}, ...); choose another")
+        raise UserError(f"pack: --out {str(out)!r} is a file; expected a folder")
+    shards = sorted(out.glob("*.tar"))
+    if shards:
+        raise UserError(f"pack: --out {str(out)!r} holds {len(shards)} shards ({shards[0].name}, ...); choose another")
 
 
-def pack(found: Source, out: Path, per_shard: int, seed: int | None) -> Packed:
-    """Write the pairs of `found` to shards in `out`, with an index, and return what was written.
+def pack(source: Source, out: Path, per_shard: int, seed: int | None) -> Packed:
+    """Write the pairs of `source` to shards in `out`, with an index, and return what was written.
 
-    Samples are spread evenly: no shard is left with a small rest. If anything fails, none of the shards stays.
+    Shards are of equal size, up to one sample. After an error no shard remains.
 
     Args:
-        per_shard: samples of a shard at most.
-        seed: of the order of the samples; None: the order of `found`.
+        source: pairs of images and captions; counts what is dropped.
+        out: folder of the shards.
+        per_shard: maximum of samples in a shard.
+        seed: of the order of the samples; None: the order of `source`.
 
     Raises:
         UserError: nothing can be packed, or `out` cannot be written to.
     """
-    pairs = list(found.pairs)
+    pairs = list(source.pairs)
     if seed is not None:
         random.Random(seed).shuffle(pairs)
     shards: dict[str, int] = {}
@@ -126,11 +124,11 @@ def pack(found: Source, out: Path, per_shard: int, seed: int | None) -> Packed:
         with tqdm(total=len(pairs), desc="pack", unit="image", mininterval=0.5) as progress:
             for part in _even_parts(pairs, per_shard):
                 path = out / f"{len(shards):0{width}d}.tar"
-                samples = _write_shard(path, part, sum(shards.values()), found, progress)
+                samples = _write_shard(path, part, sum(shards.values()), source, progress)
                 if samples:
                     shards[str(path)] = samples
         if not shards:
-            raise UserError(_nothing(found))
+            raise UserError(_nothing(source))
         _write_index(shards)
     except BaseException as error:
         for name in shards:
@@ -138,7 +136,7 @@ def pack(found: Source, out: Path, per_shard: int, seed: int | None) -> Packed:
         if isinstance(error, OSError):
             raise UserError(f"pack: cannot write to {str(out)!r}: {error}") from error
         raise
-    return _summary(found, out, shards)
+    return _summary(source, out, shards)
 
 
 def _write_index(shards: dict[str, int]) -> None:
@@ -153,53 +151,48 @@ def _even_parts(pairs: list[Pair], per_shard: int) -> Iterator[list[Pair]]:
         yield pairs[len(pairs) * index // count : len(pairs) * (index + 1) // count]
 
 
-def _write_shard(path: Path, pairs: list[Pair], first: int, found: Source, progress: tqdm) -> int:
-    """Write one shard, whole or not at all, and return its samples; none: no file. `first` numbers its first sample."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _write_shard(path: Path, pairs: list[Pair], first: int, source: Source, progress: tqdm) -> int:
+    """Write one shard and return its samples; no file without any. `first` numbers its first sample."""
     samples = 0
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for pair in pairs:
-                progress.update()
-                image = _read_image(pair.image, found)
-                if image is None:
-                    continue
-                data, suffix = image
-                key = f"{first + samples:08d}-{_slug(pair.image)}"
-                _add_member(tar, f"{key}.{suffix}", data)
-                if found.several:
-                    record = json.dumps({"captions": pair.captions}, ensure_ascii=False)
-                    _add_member(tar, f"{key}.json", record.encode())
-                else:
-                    _add_member(tar, f"{key}.txt", pair.captions[0].encode())
-                samples += 1
-        if samples:
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with atomic_write(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for pair in pairs:
+            progress.update()
+            image = _read_image(pair.image, source)
+            if image is None:
+                continue
+            data, suffix = image
+            key = f"{first + samples:08d}-{_slug(pair.image)}"
+            _add_member(tar, f"{key}.{suffix}", data)
+            if source.several:
+                record = json.dumps({"captions": pair.captions}, ensure_ascii=False)
+                _add_member(tar, f"{key}.json", record.encode())
+            else:
+                _add_member(tar, f"{key}.txt", pair.captions[0].encode())
+            samples += 1
+    if not samples:
+        path.unlink()
     return samples
 
 
-def _read_image(path: Path, found: Source) -> tuple[bytes, str] | None:
-    """Return (bytes, suffix by what they are, whatever the file is called), or count why there is no image."""
+def _read_image(path: Path, source: Source) -> tuple[bytes, str] | None:
+    """Return (bytes, suffix for their format, whatever the file's name), or count the reason against the image."""
     try:
         data = path.read_bytes()
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        found.drop("image is not there" if missing else "image cannot be read", str(path))
+        source.drop("image is not there" if missing else "image cannot be read", str(path))
         return None
     try:
         with Image.open(io.BytesIO(data)) as image:  # the header only; the doctor decodes
             kind = image.format or ""
     except Image.DecompressionBombError:
-        found.drop("image of too many pixels", str(path))
+        source.drop("image of too many pixels", str(path))
         return None
     except Exception:  # PIL raises many kinds for damaged bytes
-        found.drop("not an image", str(path))
+        source.drop("not an image", str(path))
         return None
     if kind not in _SUFFIXES:
-        found.drop(f"format {kind.lower()} is not packed", str(path))
+        source.drop(f"format {kind.lower()} is not packed", str(path))
         return None
     return data, _SUFFIXES[kind]
 
@@ -215,24 +208,22 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _reasons(found: Source) -> str:
-    return "; ".join(f"{reason}: {count}, e.g. {found.examples[reason]}" for reason, count in found.dropped.items())
-
-
-def _nothing(found: Source) -> str:
+def _nothing(source: Source) -> str:
     wanted = ", ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
-    dropped = f"; dropped: {_reasons(found)}" if found.dropped else ""
+    reasons = "; ".join(
+        f"{reason}: {count}, e.g. {source.examples[reason]}" for reason, count in source.dropped.items()
+    )
     return (
         f"pack: nothing to pack; looked for images ({wanted}) with captions (NAME.txt or NAME.json beside NAME.jpg, or "
-        f"a column); found {found.seen}{dropped}"
+        f"a column); found {source.seen}" + (f"; dropped: {reasons}" if reasons else "")
     )
 
 
-def _summary(found: Source, out: Path, shards: dict[str, int]) -> Packed:
+def _summary(source: Source, out: Path, shards: dict[str, int]) -> Packed:
     names = [Path(path).stem for path in shards]
     name = names[0] if len(names) == 1 else f"{{{names[0]}..{names[-1]}}}"
     samples = sum(shards.values())
-    train_data, caption_keys = f"{out}/{name}.tar", "json.captions" if found.several else "txt"
+    train_data, caption_keys = f"{out}/{name}.tar", "json.captions" if source.several else "txt"
     data = (f"train_data={train_data}", f"train_num_samples={samples}", f"caption_keys={caption_keys}")
     batch = min(samples, 256)  # an epoch is at least one batch
     return Packed(
@@ -240,14 +231,14 @@ def _summary(found: Source, out: Path, shards: dict[str, int]) -> Packed:
         train_num_samples=samples,
         caption_keys=caption_keys,
         shards=shards,
-        dropped=dict(found.dropped.most_common()),
-        examples=found.examples,
+        dropped=dict(source.dropped.most_common()),
+        examples=source.examples,
         command=shlex.join(["python", "-m", "llip.main", *START, f"batch_size={batch}", *data]),
     )
 
 
 def as_text(packed: Packed) -> str:
-    """Return what was done, as text for people."""
+    """Return what was written and dropped, and the command that trains on it."""
     lines = [f"packed {packed.train_num_samples:,} samples into {len(packed.shards):,} shards: {packed.train_data}"]
     lines += [
         f"dropped {count:,}: {reason} (for instance {packed.examples[reason]})"

@@ -1,4 +1,4 @@
-"""Where images and captions lie, before they are in shards: a folder, a CSV or TSV, or a JSONL -> pairs."""
+"""Find the pairs of image and captions in a folder, a CSV or TSV, or a JSONL."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ IMAGE_COLUMNS = ("filepath", "image", "path", "file", "image_path", "file_name",
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "texts", "description")
 _TABLES = (".csv", ".tsv")
 _LINES = (".jsonl", ".ndjson")
-_FIELD_LIMIT = 1 << 24  # characters of one field of a CSV; the default cuts long captions off with an error
+_FIELD_LIMIT = 1 << 24  # characters of one field of a CSV; the default refuses long captions
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 NO_CAPTION = "no caption"
@@ -28,7 +28,7 @@ IS_URL = "image is a URL; download it first, for instance with img2dataset"
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An image file and what is said of it."""
+    """An image file and its captions."""
 
     image: Path
     captions: tuple[str, ...]
@@ -36,13 +36,13 @@ class Pair:
 
 @dataclasses.dataclass
 class Source:
-    """What was found. `several`: some images have a list of captions, or more than one."""
+    """The pairs of a source. `several`: some images have a list of captions, or more than one."""
 
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     several: bool = False
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     examples: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> the first case
-    seen: str = ""  # in words, for a message
+    seen: str = ""  # what was there, for a message
 
     def drop(self, reason: str, example: str) -> None:
         """Count a case that cannot be packed."""
@@ -52,7 +52,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The names of the columns (fields of a JSONL) that hold the image's path and the caption; None: guess."""
+    """Columns (fields of a JSONL) of the image's path and the caption; None: the first of the usual names."""
 
     image: str | None = None
     caption: str | None = None
@@ -67,7 +67,7 @@ def find_pairs(source: Path, image_root: Path | None = None, columns: Columns | 
         columns: for a file.
 
     Raises:
-        UserError: nothing there, another kind of file, unknown columns, or a file that is damaged as a whole.
+        UserError: no such file, another kind of file, unknown columns, or a file that cannot be read.
     """
     if source.is_dir():
         return _from_folder(source)
@@ -84,7 +84,7 @@ def find_pairs(source: Path, image_root: Path | None = None, columns: Columns | 
 
 
 def _from_folder(folder: Path) -> Source:
-    found = Source()
+    source = Source()
     suffixes: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -93,15 +93,15 @@ def _from_folder(folder: Path) -> Source:
             suffix = image.suffix.lower()
             suffixes[suffix or "without a suffix"] += 1
             if suffix in _OTHER_SUFFIXES:
-                found.drop(f"format {suffix.removeprefix('.')} is not packed", str(image))
+                source.drop(f"format {suffix.removeprefix('.')} is not packed", str(image))
             elif suffix in IMAGE_SUFFIXES:
-                _add_beside(image, found)
-    found.seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8)) or "no file"
-    return found
+                _add_beside(image, source)
+    source.seen = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8)) or "no file"
+    return source
 
 
-def _add_beside(image: Path, found: Source) -> None:
-    """Add `image` with the captions in the files of its name: txt first, then those of the json."""
+def _add_beside(image: Path, source: Source) -> None:
+    """Add `image` with the captions in the .txt and the .json of its name, in this order."""
     captions: list[str] = []
     for suffix, read in ((".txt", lambda text: text), (".json", _captions_of_json)):
         beside = image.with_suffix(suffix)
@@ -110,14 +110,14 @@ def _add_beside(image: Path, found: Source) -> None:
         except (FileNotFoundError, IsADirectoryError):
             continue
         except UnicodeDecodeError:
-            return found.drop(NOT_UTF8, str(beside))
+            return source.drop(NOT_UTF8, str(beside))
         except (json.JSONDecodeError, RecursionError):
-            return found.drop("json cannot be read", str(beside))
+            return source.drop("json cannot be read", str(beside))
         if not _is_caption(value):
-            return found.drop("caption is neither a string nor a list of strings", str(beside))
-        found.several |= isinstance(value, list)
+            return source.drop("caption is neither a string nor a list of strings", str(beside))
+        source.several |= isinstance(value, list)
         captions += [value] if isinstance(value, str) else value
-    return _add(image, captions, found)
+    return _add(image, captions, source)
 
 
 def _captions_of_json(text: str) -> Any:
@@ -131,17 +131,17 @@ def _is_caption(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def _add(image: Path, captions: Sequence[str], found: Source) -> None:
+def _add(image: Path, captions: Sequence[str], source: Source) -> None:
     distinct = tuple(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))
     if not distinct:
-        return found.drop(NO_CAPTION, str(image))
-    found.several |= len(distinct) > 1
-    found.pairs.append(Pair(image, distinct))
+        return source.drop(NO_CAPTION, str(image))
+    source.several |= len(distinct) > 1
+    source.pairs.append(Pair(image, distinct))
     return None
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, row) of a CSV or TSV. OpenCLIP's .csv files hold tabs: the header decides which it is."""
+    """Yield (line, row) of a CSV or TSV. OpenCLIP's .csv files are separated by tabs: the header decides."""
     csv.field_size_limit(_FIELD_LIMIT)
     line = 0
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -170,7 +170,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _from_rows(rows: Iterator[tuple[int, dict[str, Any]]], root: Path, columns: Columns, path: Path) -> Source:
-    found = Source()
+    source = Source()
     captions: dict[str, list[str]] = {}  # by image, in the order of the file
     chosen: tuple[str, str] | None = None
     problem: UserError | None = None
@@ -179,30 +179,30 @@ def _from_rows(rows: Iterator[tuple[int, dict[str, Any]]], root: Path, columns: 
         count += 1
         where = f"{path}:{line}"
         if not row:
-            found.drop("line is not a json object", where)
+            source.drop("line is not a json object", where)
             continue
         try:
             chosen = chosen or _choose(list(row), columns, path)
-        except UserError as error:  # a JSONL may start with an odd line; if no line is better, this is the message
+        except UserError as error:  # a JSONL may start with an odd line; raised if every line is odd
             problem = problem or error
-            found.drop("line lacks the image or the caption", where)
+            source.drop("line lacks the image or the caption", where)
             continue
         image, value = row.get(chosen[0]), row.get(chosen[1])
         if not isinstance(image, str) or not image.strip():
-            found.drop("no image path", where)
+            source.drop("no image path", where)
         elif _URL.match(image):
-            found.drop(IS_URL, where)
+            source.drop(IS_URL, where)
         elif value is None or not _is_caption(value):
-            found.drop(NO_CAPTION if value is None else "caption is neither a string nor a list of strings", where)
+            source.drop(NO_CAPTION if value is None else "caption is neither a string nor a list of strings", where)
         else:
-            found.several |= isinstance(value, list)
+            source.several |= isinstance(value, list)
             captions.setdefault(image.strip(), []).extend([value] if isinstance(value, str) else value)
     if chosen is None and problem is not None:
         raise problem
     for image, texts in captions.items():
-        _add(root / image, texts, found)
-    found.seen = f"{count} rows"
-    return found
+        _add(root / image, texts, source)
+    source.seen = f"{count} rows"
+    return source
 
 
 def _choose(names: list[str], columns: Columns, path: Path) -> tuple[str, str]:

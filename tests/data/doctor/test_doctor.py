@@ -64,7 +64,7 @@ def test_a_sound_dataset(tmp_path, capsys):
         0,
         {},
         {},
-        ["json.captions: 17% of the captions are cut off at the context length"],
+        ["json.captions: 17% of the captions are truncated at the context length"],
     )
     assert (report["shards"], report["samples"], report["usable"]) == (2, 6, 6)
     assert report["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
@@ -185,7 +185,7 @@ def test_duplicate_keys(tmp_path, capsys):
     assert (found["within_shards"], found["across_shards"], found["checked"]) == (1, 2, 1.0)
     assert found["shards"] == {str(tmp_path / "0.tar"): 2, str(tmp_path / "1.tar"): 2}
     assert code == 0  # merely odd
-    assert [note for note in report["notes"] if "come again" in note]
+    assert [note for note in report["notes"] if "are repeated" in note]
 
 
 def test_duplicates_in_bounded_memory():
@@ -228,7 +228,7 @@ def test_a_failing_command_is_damage_and_not_indexed(tmp_path, capsys):
     [
         (["{tmp}/none/*.tar"], "matches no file"),
         (["{tmp}/none/{{0..3}}.tar"], "4 of 4 shards are missing"),
-        (["{tmp}/a.tar", "{tmp}/b.tar"], "2 patterns given; put one into quotes"),
+        (["{tmp}/a.tar", "{tmp}/b.tar"], "2 patterns given; quote the pattern"),
         (["{tmp}/a.tar", "--caption-keys", "json"], "caption_keys: cannot read 'json'"),
         (["{tmp}/a.tar", "--workers", "-1"], "--workers -1: expected 0 or more"),
         (["{tmp}/a.tar", "--context-length", "2"], "--context-length 2: expected 3 or more"),

@@ -235,7 +235,7 @@ def test_nothing_to_pack_says_what_was_looked_for_and_found(tmp_path, capsys):
         (["{tmp}/none", "--out", "{tmp}/out"], "none' is not there"),
         (["{tmp}/in", "--out", "{tmp}/full"], "holds 1 shards (00000.tar, ...)"),
         (["{tmp}/in", "--out", "{tmp}/a.csv"], "is a file; expected a folder"),
-        (["{tmp}/in", "--out", "{tmp}/a,b"], "mean something else"),
+        (["{tmp}/in", "--out", "{tmp}/a,b"], "have a meaning"),
         (["{tmp}/in", "--out", "{tmp}/out", "--per-shard", "0"], "--per-shard 0: expected 1 or more"),
         (["{tmp}/in", "--out", "{tmp}/out", "--image-column", "x"], "SOURCE is a folder"),
         (["{tmp}/full/00000.tar", "--out", "{tmp}/out"], "expected a folder, or a file that ends in .csv, .tsv"),
