@@ -3,17 +3,16 @@
 import importlib
 import inspect
 import pkgutil
-import traceback
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from llip.config_checks import collect_errors, type_name
 from llip.configs import Config, check_field_name, config_fields
 from llip.errors import UserError, did_you_mean, shown
-from llip.extensions import load_file
+from llip.extensions import describe_failure, load_file
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -56,7 +55,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """Turn `field=value` words into typed values; a `UserError` lists all words that cannot be read."""
+    """Return the typed values of `field=value` words; a `UserError` lists all words that cannot be read."""
     changes: dict[str, Any] = {}
     with collect_errors() as errors:
         for word in words:
@@ -70,26 +69,29 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     return changes
 
 
-def list_configs() -> dict[str, Callable[[], Config]]:
+def list_configs() -> dict[str, FunctionType]:
     """Return every config function in `llip.run_configs` by name."""
     package = importlib.import_module("llip.run_configs")
-    found: dict[str, Callable[[], Config]] = {}
+    configs: dict[str, FunctionType] = {}
     for module_info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{module_info.name}")
-        for name, function in vars(module).items():
-            if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_"):
-                assert name not in found, f"two configs are called {name}"
-                found[name] = function
-    return found
+        functions = _functions(importlib.import_module(f"{package.__name__}.{module_info.name}"))
+        public = {name: function for name, function in functions.items() if not name.startswith("_")}
+        assert not configs.keys() & public, f"two configs have the same name: {configs.keys() & public}"
+        configs |= public
+    return configs
 
 
-def _function_from_file(path: Path, function_name: str) -> Callable[[], Config]:
-    module = load_file(path, f"config {str(path)!r}")
-    functions = {
+def _functions(module: types.ModuleType) -> dict[str, FunctionType]:
+    """Return the functions that a module defines itself."""
+    return {
         name: value
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__
     }
+
+
+def _function_from_file(path: Path, function_name: str) -> FunctionType:
+    functions = _functions(load_file(path, f"config {str(path)!r}"))
     if function_name not in functions:
         raise UserError(f"no config {function_name!r} in {str(path)!r}.{did_you_mean(function_name, functions)}")
     return functions[function_name]
@@ -114,11 +116,9 @@ def search_config(name: str, overrides: list[str] | None = None) -> Config:
     except UserError:
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        path = function.__code__.co_filename
         fields = f". Config fields: {', '.join(config_fields())}" if isinstance(error, TypeError) else ""
-        raise UserError(
-            f"config {name} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}{fields}"
-        ) from error
+        raise UserError(f"config {name} failed in {path}, {describe_failure(error, path)}{fields}") from error
     if not isinstance(config, Config):
         raise UserError(f"config {name} returned {type(config).__name__}, expected llip.configs.Config")
     config = config.replace(**parse_overrides(overrides or []))

@@ -228,7 +228,7 @@ def test_bounds_stand_beside_the_fields(field, value, expected):
 
 def test_a_config_that_raises_names_file_and_line(tmp_path):
     (tmp_path / "mine.py").write_text("def run():\n    return [][3]\n")
-    with pytest.raises(UserError, match=r"failed at .*mine\.py:2: IndexError: list index out of range"):
+    with pytest.raises(UserError, match=r"failed in .*mine\.py, line 2: IndexError: list index out of range"):
         search_config(f"{tmp_path}/mine.py:run")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llip.cluster.pending import save_for_eval
 from llip.cluster.submit import JobRequest
-from llip.cluster.tasks import join_job
+from llip.cluster.tasks import JobTask, join_job
 from llip.configs import Config
 from llip.errors import UserError
 from llip.open_clip.model import Llip
@@ -16,20 +16,22 @@ from llip.training.checkpoints.records import EVALS
 from llip.training.reporting.run_log import log
 
 
-class EvaluationTask:
-    """Evaluates weights that a run has put aside, as one task of a job; picklable."""
+@dataclasses.dataclass(frozen=True)
+class EvaluationTask(JobTask):
+    """Evaluates weights that a run has saved for it.
 
-    def __init__(self, config: Config, weights: Path, folder: str) -> None:
-        """Describe the task.
+    Attributes:
+        config: the run's, with the nodes and ngpus of the evaluation's job.
+        weights: the file.
+        folder: to which the run's relative paths belong.
+    """
 
-        Args:
-            config: the run's, with the nodes and ngpus of the evaluation's job.
-            weights: the file. folder: where the run's relative paths belong.
-        """
-        self.config, self.weights, self.folder = config, weights, folder
+    config: Config
+    weights: Path
+    folder: str
 
     def __call__(self) -> int:
-        """Join the other tasks and evaluate; leaves with a code other than 0 when something could not be evaluated."""
+        """Join the other tasks and evaluate; exit with a code other than 0 where something could not be evaluated."""
         from llip.cluster.pending import evaluate_saved
 
         os.chdir(self.folder)
@@ -38,14 +40,6 @@ class EvaluationTask:
         if code:
             raise SystemExit(code)
         return code
-
-    def checkpoint(self, *_: object) -> Any:
-        """Called by submitit when the job is queued again: the same task, from the beginning."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(EvaluationTask(self.config, self.weights, self.folder))
-
-    __submitit_checkpoint__ = checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

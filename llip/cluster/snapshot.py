@@ -1,10 +1,8 @@
 """The code as it was when a job was submitted, kept in the run's folder for as long as the job may be requeued."""
 
 import hashlib
-import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import llip
 from llip.configs import Config, config_fields
 from llip.errors import UserError
 from llip.extensions import FOLDER, extension_files
+from llip.system.files import atomic_folder
 from llip.system.git import COMMIT_FILE, code_commit, git, is_checkout
 
 PACKAGES = ("llip", "evals")
@@ -52,23 +51,17 @@ def take_snapshot(home: Path, extra: Mapping[str, str], runs: Path, write: bool 
 
 def _copy(files: Mapping[str, Path], extra: Mapping[str, str], target: Path) -> None:
     """Make `target` appear with all its files at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
     try:
-        for name, path in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, temporary / name)
-        for name, text in extra.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():  # else another submission was faster, with the same code
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(target) as temporary:
+            for name, path in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary / name)
+            for name, text in extra.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(text, encoding="utf-8")
+    except OSError:
+        if not target.is_dir():  # else another submission was faster, with the same code
+            raise
 
 
 def use_snapshot(snapshot: Path) -> list[str]:

@@ -12,9 +12,7 @@ arguments give the same bytes.
 
 import io
 import json
-import shutil
 import tarfile
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +26,7 @@ from llip.scenes.facts import Fact, mixed_captions, retrieval_captions
 from llip.scenes.render import png_bytes, render
 from llip.scenes.tasks import CLASSIFICATION_TASKS, RETRIEVAL_TASK, ClassificationTask
 from llip.scenes.world import Scene, sample_scene
+from llip.system.files import atomic_folder
 
 VERSION = 2
 """Raised whenever the same arguments would give other files."""
@@ -81,28 +80,18 @@ class ScenesArgs:
 def write_scenes(out: Path, train: int, test: int, seed: int, image_size: int, captions: int = CAPTIONS) -> Path:
     """Write the dataset to `out`, which must not exist or be empty, and return `out`.
 
-    All is written to a hidden folder beside `out` that takes its name at the end, so `out` is never half-made.
+    `out` is never half-made: see `atomic_folder`.
     Raises UserError for an argument out of range and for an `out` that is taken or cannot be written.
     """
     args = ScenesArgs(train, test, seed, image_size, captions)
     out = Path(out)
     _refuse_if_taken(out)
-    target = out.resolve()  # a link to an empty folder is followed
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
     try:
-        draft.mkdir(parents=True)
-        _write_all(draft, args)
-        try:
-            draft.rename(target)  # atomic; fails where another process has put a filled folder meanwhile
-        except OSError:
-            _refuse_if_taken(out)
-            raise
+        with atomic_folder(out.resolve()) as draft:  # a link to an empty folder is followed
+            _write_all(draft, args)
     except OSError as error:
-        raise UserError(
-            f"scenes: cannot write {out}: {error}. Give a folder on a disk with room that you own."
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _refuse_if_taken(out)  # by another process meanwhile
+        raise UserError(f"scenes: cannot write {str(out)!r}: {error}. Give a folder on a disk with room") from None
     return out
 
 

@@ -1,8 +1,9 @@
-"""Atomic writes: a file is written under a temporary name, then renamed."""
+"""Atomic writes: a file or a folder is written under a temporary name, then renamed."""
 
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ def atomic_write(path: Path, *, flush: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the disk cannot take the file; names `path`.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # several processes may write `path`
+    temporary = _temporary(path)
     try:
         yield temporary
         if flush:
@@ -32,6 +33,26 @@ def atomic_write(path: Path, *, flush: bool = False) -> Iterator[Path]:
         if isinstance(error, OSError):
             error.filename = str(path)  # a failed write names no file, or the temporary one
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that takes its name when the block ends and is removed if the block fails.
+
+    Raises:
+        OSError: the disk cannot take it, or `path` is a folder with files in it, such as another process may have made.
+    """
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # several processes may write `path`
 
 
 def flush_to_disk(path: Path) -> None:

@@ -39,7 +39,7 @@ evaluation.join_job = lambda: None
 pending.evaluate_saved = lambda config, weights: print(find_extension("pooling", config.pooling).__name__, weights)
 task = pickle.load(open(sys.argv[1], "rb"))
 task()
-task.checkpoint().function()  # what submitit runs after a requeue
+task.__submitit_checkpoint__().function()  # what submitit runs after a requeue
 """
 
 

@@ -112,6 +112,6 @@ def test_the_run_gets_its_words_its_folder_and_its_evaluation_jobs(requeued, mon
     jobs = EvaluationJobs(Path("slurm"), {"nodes": 1}, 3)
     task = pickle.loads(pickle.dumps(TrainTask(["a", "b=1"], str(tmp_path / "submitted_from"), jobs)))
     task()
-    task.checkpoint().function()  # what submitit runs after a requeue
+    task.__submitit_checkpoint__().function()  # what submitit runs after a requeue
     assert seen == [(["a", "b=1"], tmp_path / "submitted_from", jobs)] * 2
     assert task.__submitit_checkpoint__().function.arguments == ["a", "b=1"]

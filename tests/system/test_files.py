@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from llip.system.files import atomic_write, write_json, write_text
+from llip.system.files import atomic_folder, atomic_write, write_json, write_text
 
 
 def test_a_file_is_replaced_at_once(tmp_path):
@@ -36,3 +36,22 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, error):
 def test_a_missing_folder_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone.a\.txt"):
         write_text(tmp_path / "gone" / "a.txt", "text")
+
+
+def test_a_folder_appears_at_once_or_not_at_all(tmp_path):
+    with atomic_folder(tmp_path / "made") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made" / "a").read_text() == "a"
+    for target, error in ((tmp_path / "failed", KeyError()), (tmp_path / "made", None)):
+        with pytest.raises((KeyError, OSError)):
+            _make(target, error)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["a"]
+
+
+def _make(target, error):
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("b")
+        if error is not None:
+            raise error
