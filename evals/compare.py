@@ -19,12 +19,12 @@ import numpy as np
 from evals.bootstrap import Interval, difference_draws, interval
 from evals.chart import bar_chart
 from evals.results import StoredResults, read_results
-from evals.tables import aligned_table, markdown_table
 from llip.clipeval.outcomes import Parts, load_outcomes, outcomes_file, parts_of
 from llip.clipeval.task_result import TaskResult, classification_mean
 from llip.errors import UserError
 from llip.system.files import write_text
 from llip.system.program import program
+from llip.system.tables import aligned_table, markdown_table
 
 
 @dataclass(frozen=True)

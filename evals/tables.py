@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from llip.clipeval.metrics import RECALLS, RETRIEVAL_METRICS
 from llip.clipeval.task_result import TaskResult, classification_mean
+from llip.system.tables import aligned_table, markdown_table
 
 _DIRECTIONS = {"image_to_text": "image→text", "text_to_image": "text→image"}
 
@@ -60,21 +61,3 @@ def _percent(value: float) -> str:
 
 def _speed(result: TaskResult) -> list[str]:
     return [f"{result.seconds:.1f}", f"{result.images_per_second:.0f}"]
-
-
-def markdown_table(rows: Sequence[list[str]]) -> str:
-    """Return rows, the first one the heading, as a Markdown table: two columns of words, then numbers."""
-    rule = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
-def aligned_table(rows: Sequence[list[str]]) -> str:
-    """Return rows, the first one the heading, aligned for a screen: two columns of words, then numbers."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _aligned(row: list[str], widths: list[int]) -> list[str]:
-    left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-    return left + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]

@@ -17,11 +17,10 @@ CHEAP = 1 << 20
 
 def task_inputs(entry: Entry) -> dict[str, str]:
     """Return name of a part -> what identifies it: the entry, its texts, and the data files by name, size and time."""
-    texts = {"class names": entry.classnames, "prompts": entry.prompts, "class keys": entry.class_keys}
-    contents = {name: source.content() for name, source in texts.items() if source is not None}
+    contents = {field: source.content() for field, source in entry.texts.items()}
     return {
         "entry": entry.fingerprint,
-        **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in contents.items()},
+        **{field: hashlib.sha256(text.encode()).hexdigest()[:16] for field, text in contents.items()},
         "data files": _describe_files(entry),
     }
 
@@ -31,7 +30,7 @@ def changed_parts(stored: Mapping[str, str] | None, inputs: Mapping[str, str]) -
     if stored is None:
         return ["what it was evaluated on is not recorded"]
     names = [name for name in [*inputs, *(set(stored) - set(inputs))] if stored.get(name) != inputs.get(name)]
-    if len(names) > 1 and "entry" in names and set(names) & {"class names", "prompts", "class keys"}:
+    if len(names) > 1 and "entry" in names and set(names) & {"classnames", "prompts", "class_keys"}:
         names.remove("entry")  # its fingerprint covers the texts
     words = {"data files": f"data files changed ({stored.get('data files')} -> {inputs.get('data files')})"}
     return [words.get(name, f"{name} changed") for name in names]

@@ -1,12 +1,11 @@
 """What a catalog finds on this machine: `llip catalog --check [CATALOG] [--json]`.
 
 Each dataset is opened and counted, its class names and prompts are read, and its first image is decoded. Exit code: 0
-when all that is there is right (a missing dataset is no mistake), 1 when something that is there is wrong, 2 when the
-request itself is at fault.
+if all that is there is right (a missing dataset is no mistake), 1 if something that is there is wrong, 2 for a
+mistake in the request.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from llip.clipeval.metrics import CLASSIFICATION
 from llip.errors import UserError
 from llip.open_clip.pixels import to_rgb
 from llip.system.program import program
+from llip.system.tables import aligned_table
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"
 EXIT_WRONG = 1
@@ -33,57 +33,56 @@ class Finding:
 
     Attributes:
         status: right, wrong, or missing (nothing of it is here).
-        location: where it was looked for; None for a dataset that is no file.
-        classes, images: found; None if unknown. expected_*: as the entry states, None if it does not.
+        classes, images: how many there are; None if unknown.
         problem: what is wrong, or None.
-        source, download: where it comes from.
     """
 
-    task: str
-    type: str
-    metric: str
+    entry: Entry
     status: str
-    location: str | None
     classes: int | None
-    expected_classes: int | None
     images: int | None
-    expected_images: int | None
     problem: str | None
-    source: str | None
-    download: str | None
+
+    @property
+    def location(self) -> str | None:
+        """Where the dataset was looked for; None for one that is no file."""
+        location = self.entry.data.location()
+        return None if location is None else str(location)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `expected_*` as the entry states, None if it does not."""
+        entry = self.entry
+        fields = ("status", "location", "classes", "images", "problem")
+        return {
+            **{name: getattr(entry, name) for name in ("type", "metric", "source", "download")},
+            **{name: getattr(self, name) for name in fields},
+            "expected_classes": entry.num_classes,
+            "expected_images": entry.num_images,
+        }
 
 
 def check_entry(entry: Entry) -> Finding:
-    """Look for one dataset, and hold it against its entry."""
-    found: dict[str, Any] = {"status": RIGHT, "classes": None, "images": None, "problem": None}
+    """Look for one dataset and compare it with its entry."""
+    status, classes, images, problem = RIGHT, None, None, None
     try:
         if entry.data.found():
             source = entry.data.open()
-            found |= {"images": len(source), "classes": source.classnames and len(source.classnames)}
+            images, classes = len(source), source.classnames and len(source.classnames)
             check_size(entry, source)
-            found["classes"] = _checked(entry, source)
+            classes = _check_opened(entry, source)
         else:
-            found["status"] = MISSING
-            _check_texts(entry)
+            status = MISSING
+            for field, texts in entry.texts.items():  # a missing package is reported before a download
+                if texts.kind != "dataset":
+                    texts.read(None, field)
     except Exception as error:  # of any kind: a damaged dataset must not end the check of the others
-        found["problem"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        found["status"] = WRONG if found["status"] == RIGHT else MISSING
-    location = entry.data.location()
-    return Finding(
-        task=entry.name,
-        type=entry.type,
-        metric=entry.metric,
-        location=None if location is None else str(location),
-        expected_classes=entry.num_classes,
-        expected_images=entry.num_images,
-        source=entry.source,
-        download=entry.download,
-        **found,
-    )
+        problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        status = WRONG if status == RIGHT else MISSING
+    return Finding(entry, status, classes or None, images, problem)
 
 
-def _checked(entry: Entry, source: ImageSource) -> int | None:
-    """Return the number of classes (None in retrieval) after a look at all that can be wrong without a model."""
+def _check_opened(entry: Entry, source: ImageSource) -> int | None:
+    """Check all that can be wrong without a model and return the number of classes (None in retrieval)."""
     labels = labels_of(entry, source) if entry.kind == CLASSIFICATION else None
     if labels is not None:
         check_targets(source, labels)
@@ -97,17 +96,6 @@ def _checked(entry: Entry, source: ImageSource) -> int | None:
     return None if labels is None else len(labels.classnames)
 
 
-def _check_texts(entry: Entry) -> None:
-    """Read class names and prompts that need no dataset: a missing package is reported before a download."""
-    for source, what in (
-        (entry.classnames, "classnames"),
-        (entry.prompts, "prompts"),
-        (entry.class_keys, "class_keys"),
-    ):
-        if entry.kind == CLASSIFICATION and source is not None and source.kind != "dataset":
-            source.read(None, what)
-
-
 def check_catalog(catalog: Catalog, tasks: Sequence[str] | None = None, progress: bool = False) -> list[Finding]:
     """Check the entries of `tasks` (None: all), in their order.
 
@@ -119,35 +107,33 @@ def check_catalog(catalog: Catalog, tasks: Sequence[str] | None = None, progress
 
 
 def as_text(findings: Sequence[Finding]) -> str:
-    """Return a table of what was found, then what is wrong and what is missing, with where to get it."""
-    rows = [["task", "status", "classes", "images", "metric", "looked for in"]]
-    for one in findings:
-        counts = [_count(one.classes, one.expected_classes), _count(one.images, one.expected_images)]
-        rows.append([one.task, one.status, *counts, one.metric, one.location or "(in a package)"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    parts = ["\n".join(table)]
+    """Return a table of all entries, then what is wrong and what is missing, with where to get it."""
+    rows = [["task", "status", "classes", "images", "metric", "location"]]
+    for each in findings:
+        entry = each.entry
+        counts = [_count(each.classes, entry.num_classes), _count(each.images, entry.num_images)]
+        rows.append([entry.name, each.status, *counts, ", ".join(entry.metrics), each.location or "(in a package)"])
+    parts = [aligned_table(rows, words=len(rows[0]))]
     for status, heading in ((WRONG, "wrong:"), (MISSING, "missing, and where to get it:")):
-        lines = [_line(one) for one in findings if one.status == status]
+        lines = [_line(each) for each in findings if each.status == status]
         parts += ["\n".join([heading, *lines])] if lines else []
-    counts = [f"{sum(one.status == status for one in findings)} {status}" for status in (RIGHT, WRONG, MISSING)]
+    counts = [f"{sum(each.status == status for each in findings)} {status}" for status in (RIGHT, WRONG, MISSING)]
     return "\n\n".join([*parts, ", ".join(counts)])
 
 
-def _count(found: int | None, expected: int | None) -> str:
-    """Return `found of expected`, with what is not known left out."""
-    if expected is None:
-        return "-" if found is None else f"{found}"
-    return f"{'-' if found is None else found} of {expected}"
+def _count(number: int | None, expected: int | None) -> str:
+    shown = "-" if number is None else f"{number}"
+    return shown if expected is None else f"{shown} of {expected}"
 
 
-def _line(one: Finding) -> str:
-    source = one.source or "the entry does not say (field source)"
-    if one.status == WRONG:
-        lines = [f"  {one.task}: {one.problem}", *([f"it comes from {one.source}"] if one.source else [])]
+def _line(finding: Finding) -> str:
+    entry, problem = finding.entry, finding.problem
+    if finding.status == WRONG:
+        lines = [f"  {entry.name}: {problem}", *([f"it comes from {entry.source}"] if entry.source else [])]
     else:
-        lines = [f"  {one.task}: {source}", *([f"also: {one.problem}"] if one.problem else [])]
-    return "\n      ".join([*lines, *([one.download] if one.download else [])])
+        lines = [f"  {entry.name}: {entry.source or 'the entry does not say (field source)'}"]
+        lines += [f"also: {problem}"] if problem else []
+    return "\n      ".join([*lines, *([entry.download] if entry.download else [])])
 
 
 @program
@@ -155,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="llip catalog",
-        description="Tell for each dataset of a catalog what is on this machine, and where to get what is not.",
+        description="List which datasets of a catalog are on this machine, and where to get the others.",
         epilog="Exit code: 0 all that is there is right, 1 something there is wrong, 2 a mistake in the request.",
     )
     parser.add_argument(
@@ -166,17 +152,17 @@ def main(argv: Sequence[str]) -> int:
         metavar="CATALOG",
         help=f"a catalog of llip.clipeval or a path to a json [{DEFAULT_CATALOG}]",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these tasks alone")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
     arguments = parser.parse_args(argv)
     catalog = load_catalog(arguments.check)
     findings = check_catalog(catalog, arguments.tasks, progress=sys.stderr.isatty())
     if arguments.json:
-        tasks = {one.task: dataclasses.asdict(one) for one in findings}
+        tasks = {each.entry.name: each.to_json() for each in findings}
         print(json.dumps({"catalog": str(catalog.path), "tasks": tasks}, ensure_ascii=False))
     else:
         print(as_text(findings))
-    return EXIT_WRONG if any(one.status == WRONG for one in findings) else 0
+    return EXIT_WRONG if any(each.status == WRONG for each in findings) else 0
 
 
 if __name__ == "__main__":

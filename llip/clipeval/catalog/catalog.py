@@ -12,7 +12,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,31 +68,26 @@ class Entry:
         """classification or retrieval."""
         return self.data.kind
 
+    @property
+    def texts(self) -> dict[str, TextSource]:
+        """Field -> source of class names and prompts; none in retrieval."""
+        texts = {"classnames": self.classnames, "prompts": self.prompts, "class_keys": self.class_keys}
+        return {field: source for field, source in texts.items() if source and self.kind == CLASSIFICATION}
 
-@dataclasses.dataclass(frozen=True)
-class Catalog(Mapping[str, Entry]):
+
+class Catalog(dict[str, Entry]):
     """The entries of one catalog file, in its order."""
 
-    path: Path
-    entries: Mapping[str, Entry]
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        super().__init__(entries)
+        self.path = path
 
-    def __getitem__(self, name: str) -> Entry:
-        if name not in self.entries:
-            raise UserError(f"unknown task {name!r} in catalog {self.path}.{did_you_mean(name, self.entries)}")
-        return self.entries[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+    def __missing__(self, name: str) -> Entry:
+        raise UserError(f"unknown task {name!r} in catalog {self.path}.{did_you_mean(name, self)}")
 
     def select(self, tasks: Sequence[str] | None) -> tuple[Entry, ...]:
         """Return the entries of `tasks` (all of them for None) or raise the `UserError` of the first unknown one."""
-        return tuple(self[name] for name in (self.entries if tasks is None else tasks))
+        return tuple(self[name] for name in (self if tasks is None else tasks))
 
 
 def load_catalog(name: str | Path = DEFAULT_CATALOG) -> Catalog:

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def check(folder: Path, **entry: object) -> dict:
     entry = {"type": "imagefolder", **PROMPTS, **entry}
     (finding,) = check_catalog(load_catalog(write_catalog(folder / "catalog.json", {"task": entry})))
-    return vars(finding)
+    return finding.to_json()
 
 
 def test_right(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_program(folder: Path, capsys: pytest.CaptureFixture) -> None:
     catalog = str(write_catalog(folder / "catalog.json", {"good": good, "gone": gone}))
     assert main(["--check", catalog]) == 0  # a missing dataset is no mistake
     table, missing, counts = capsys.readouterr().out.split("\n\n")
-    assert table.splitlines()[1].split() == ["good", "right", "2", "4", "of", "4", "top1", str(folder / "good")]
+    assert table.splitlines()[2].split() == ["good", "right", "2", "4", "of", "4", "top1", str(folder / "good")]
     assert missing.splitlines()[1].strip() == "gone: https://example.org"
     assert counts.strip() == "1 right, 0 wrong, 1 missing"
     write_catalog(folder / "catalog.json", {"good": good | {"num_images": 5}, "gone": gone})
