@@ -68,6 +68,11 @@ class Config:
     caption_fill: Literal["repeat", "mask"] = _field(
         "repeat", "an image with fewer captions: repeat draws them again, mask trains on each once"
     )
+    caption_sentences: int = _field(
+        0,
+        "a caption is 1 to so many sentences of all of an image's captions, neighbours or any; 0: captions as they are",
+        bounds=Bounds("0 or more", 0, 100),
+    )
     image_transform: str | None = _field(
         None, "path/file.py:Name: maps a decoded image (uint8 [H, W, 3]) and a seed to an image, before the random crop"
     )

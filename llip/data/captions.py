@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 
 from llip.errors import UserError
@@ -12,6 +13,7 @@ from llip.errors import UserError
 MAX_CAPTION = 100_000
 """Characters. What is longer is a page, a dump, or a picture under a wrong name."""
 _MAX_MEMBER = 1_000_000  # bytes of a txt or json
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class BadSample(Exception):
@@ -93,19 +95,48 @@ def parse_caption_keys(text: str) -> tuple[CaptionSource, ...]:
 
 
 def choose_captions(
-    sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], count: int, rng: random.Random
+    sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], count: int, rng: random.Random, sentences: int = 0
 ) -> list[str]:
     """Draw captions of a sample: different ones first, and again from all of them where it has fewer.
+
+    Args:
+        sample: members by name.
+        sources: of `caption_keys`.
+        count: of captions to draw.
+        rng: decides.
+        sentences: at most so many sentences of the sample are merged to a caption; 0: captions as they are.
 
     Raises:
         BadSample: no source has a caption.
     """
+    if sentences:
+        return _merge_sentences(sample, sources, count, rng, sentences)
     captions = list(itertools.islice(_draws(sample, sources, rng), count))
     while captions and len(captions) < count:
         captions += itertools.islice(_draws(sample, sources, rng), count - len(captions))
     if not captions:
         raise BadSample("no caption")
     return captions
+
+
+def _merge_sentences(
+    sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], count: int, rng: random.Random, most: int
+) -> list[str]:
+    """Draw captions as FLAIR does (Xiao et al. 2025): 1 to `most` sentences, neighbours or any, with equal chance.
+
+    Sentences are those of all sources, whatever their weights, each source after the other.
+    """
+    captions = [caption for source in sources for caption in source.captions(sample)]
+    pool = [sentence for caption in captions for sentence in _SENTENCE_END.split(caption)]
+    if not pool:
+        raise BadSample("no caption")
+    drawn = []
+    for _ in range(count):
+        length = min(rng.randint(1, most), len(pool))
+        first = rng.randrange(len(pool) - length + 1)
+        neighbours = rng.random() < 0.5
+        drawn.append(" ".join(pool[first : first + length] if neighbours else rng.sample(pool, length)))
+    return drawn
 
 
 def _draws(sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], rng: random.Random) -> Iterator[str]:

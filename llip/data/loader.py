@@ -176,8 +176,8 @@ class CaptionedImages(IterableDataset):
             raise UserError(f"{error} (sample {name})") from error
 
     def _draw(self, sample: RawSample, draw: int, crops: RandomCrops) -> Sample:
-        count = self.config.captions_per_image
-        captions = choose_captions(sample, self.caption_sources, count, random.Random(draw))
+        count, sentences = self.config.captions_per_image, self.config.caption_sentences
+        captions = choose_captions(sample, self.caption_sources, count, random.Random(draw), sentences)
         mask = [caption not in captions[:place] for place, caption in enumerate(captions)]
         if self.caption_transform is not None:
             seeds = [zlib.crc32(f"{draw}/{place}".encode()) if place else draw for place in range(count)]

@@ -61,6 +61,24 @@ def test_the_first_of_several_is_drawn_by_weight():
     assert second == {(a, b) for a in "abte" for b in "abte" if a != b}
 
 
+def test_sentences_of_all_captions_are_merged():
+    sample = {"txt": b"A b. C d! E", "json": json.dumps({"c": ["F g?  H i.", "J"]}).encode()}
+    sources, pool = parse_caption_keys("txt,json.c:0.1"), ["A b.", "C d!", "E", "F g?", "H i.", "J"]
+    drawn = [choose_captions(sample, sources, 2, random.Random(seed), 3) for seed in range(400)]
+    assert drawn == [choose_captions(sample, sources, 2, random.Random(seed), 3) for seed in range(400)]
+    merged = {" ".join(merge) for length in (1, 2, 3) for merge in itertools.permutations(pool, length)}
+    found = [caption for captions in drawn for caption in captions]
+    assert set(found) <= merged
+    lengths = [sum(sentence in caption for sentence in pool) for caption in found]
+    assert all(0.27 < lengths.count(length) / 800 < 0.4 for length in (1, 2, 3))
+    pairs = [caption for caption, length in zip(found, lengths, strict=True) if length == 2]
+    neighbours = {" ".join(pair) for pair in itertools.pairwise(pool)}
+    assert 0.5 < sum(pair in neighbours for pair in pairs) / len(pairs) < 0.7  # a half, and 5 of 30 by chance
+    assert choose_captions({"txt": b"One."}, sources, 3, random.Random(0), 3) == ["One."] * 3
+    with pytest.raises(BadSample, match="no caption"):
+        choose_captions({"txt": b" "}, sources, 1, random.Random(0), 3)
+
+
 @pytest.mark.parametrize("keys", ["", "json", "txt.a", "json.captions:x", "txt:0", "json.a:-1", "txt:inf", "txt:nan"])
 def test_bad_caption_keys(keys):
     with pytest.raises(UserError, match="caption_keys"):
