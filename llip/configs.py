@@ -96,12 +96,16 @@ class Config:
     context_length: int | None = _field(None, "tokens per caption; none: the model's own", bounds=SIZE)
     mixture_tokens: int = _field(1, "K: outputs of the image encoder", bounds=SIZE)
     pooling: str = _field(
-        "text", "how K tokens are pooled into the image feature: first, mean, learned, text, or path/file.py:Name"
+        "text",
+        "how tokens are pooled into the image feature: first, mean, learned, text, flair, or path/file.py:Name",
+    )
+    pair_tokens: Literal["mixture", "patches", "both"] = _field(
+        "mixture", "what texts attend to: the mixture tokens, the image tower's patch outputs, or both"
     )
     pool_heads: int = _field(8, "M: heads of text-conditioned pooling", bounds=AT_LEAST_1)
     softmax_temperature: float = _field(
         5.0,
-        "tau: divides the attention logits of the pooling, instead of sqrt(d)",
+        "tau: divides the attention logits of text pooling, instead of sqrt(d)",
         bounds=Bounds("at least 0.001", 1e-3, 1e6),
     )
     patch_dropout: float = _field(0.0, "fraction of patches dropped in training", bounds=FROM_0_BELOW_1)
@@ -301,6 +305,8 @@ _PATHS = ("logs", "resume", "model", "pretrained", "tokenizer", "evals")
 """Fields in which `~` and variables are expanded; `train_data` expands its own."""
 LOGGERS = ("tensorboard", "wandb")
 TEXT_FREE_POOLINGS = ("first", "mean", "learned")
+ATTENTION_POOLINGS = ("text", "flair")
+"""Shipped poolings in which texts attend to tokens of the image."""
 
 
 def _check_names(config: Config) -> None:
@@ -319,6 +325,11 @@ def _check_names(config: Config) -> None:
         raise UserError(
             f"config field global_loss_weight = {config.global_loss_weight}: {config.pooling!r} pooling is text-free "
             "already; set global_loss_weight=0, or pooling=text"
+        )
+    if config.pair_tokens != "mixture" and config.pooling in TEXT_FREE_POOLINGS:
+        raise UserError(
+            f"config field pair_tokens = {config.pair_tokens!r}: {config.pooling!r} pooling weighs the mixture tokens; "
+            "set pair_tokens=mixture, or pooling=text"
         )
     for logger in config.report_to:
         if logger not in LOGGERS:

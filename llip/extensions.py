@@ -24,6 +24,7 @@ SHIPPED: dict[str, dict[str, str]] = {
         "mean": "llip.open_clip.pooling:MeanTokens",
         "learned": "llip.open_clip.pooling:LearnedWeights",
         "text": "llip.open_clip.pooling:TextConditionedPooling",
+        "flair": "llip.open_clip.flair:FlairPooling",
     },
     "loss": {
         "sigmoid": "llip.open_clip.objectives.objective:SIGMOID",

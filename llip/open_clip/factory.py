@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
 from open_clip.timm_model import TimmModel
 
-from llip.configs import Config
+from llip.configs import ATTENTION_POOLINGS, Config
 from llip.errors import UserError, did_you_mean
 from llip.extensions import FOLDER, portable_name, relocate
 from llip.open_clip.architecture import (
@@ -61,10 +61,11 @@ class ModelSpec:
     pool_heads: int
     softmax_temperature: float
     loss: str
+    pair_tokens: str = "mixture"
 
     def __post_init__(self) -> None:
         width = self.architecture["embed_dim"]
-        if self.pooling == "text" and width % self.pool_heads:
+        if self.pooling in ATTENTION_POOLINGS and width % self.pool_heads:
             raise UserError(f"pool_heads = {self.pool_heads} does not divide the embedding width {width} of the model")
 
     @property
@@ -95,6 +96,7 @@ def model_spec(config: Config) -> ModelSpec:
         pool_heads=config.pool_heads,
         softmax_temperature=config.softmax_temperature,
         loss=config.loss,
+        pair_tokens=config.pair_tokens,
     )
 
 
@@ -130,7 +132,11 @@ def create_model(spec: ModelSpec, pretrained: str | None = None, model_name: str
     towers = build_towers(spec.architecture)
     width = spec.architecture["embed_dim"]
     pooling = create_pooling(spec.pooling, spec.mixture_tokens, width, spec.pool_heads, spec.softmax_temperature)
-    model = Llip(_create_tower(towers.visual, spec), towers.text, pooling, spec.loss)
+    tower = _create_tower(towers.visual, spec)
+    if spec.pair_tokens != "mixture":
+        tower.give_patches()
+        pooling.first_pair_token = spec.mixture_tokens if spec.pair_tokens == "patches" else 0
+    model = Llip(tower, towers.text, pooling, spec.loss)
     model.config = spec.to_dict()
     if pretrained is not None:
         _start_from(model, find_weights(pretrained, model_name), pretrained, strict)
@@ -176,6 +182,7 @@ def create_model_and_transforms(
     *,
     mixture_tokens: int = 1,
     pooling: str = "text",
+    pair_tokens: Literal["mixture", "patches", "both"] = "mixture",
     pool_heads: int = 8,
     softmax_temperature: float = 5.0,
     loss: str = "sigmoid",
@@ -191,9 +198,10 @@ def create_model_and_transforms(
         model: an OpenCLIP ViT by name (`llip.list_models()`), one with an image tower from timm or
             another tokenizer (`llip.list_further_models()`), or a path to a json in OpenCLIP's format.
         mixture_tokens: K.
-        pooling: first, mean, learned or text.
+        pooling: first, mean, learned, text or flair.
+        pair_tokens: what texts attend to: the mixture tokens, the tower's patch outputs, or both.
         pool_heads: M, for text-conditioned pooling.
-        softmax_temperature: tau, for text-conditioned pooling.
+        softmax_temperature: tau, for text pooling.
         loss: the objective it will be trained with (sigmoid or softmax): where scale and bias start.
         image_size, context_length: replace the model's own.
         pretrained: a checkpoint file, a folder of one, or an OpenCLIP tag.
@@ -211,6 +219,7 @@ def create_model_and_transforms(
         model=model,
         mixture_tokens=mixture_tokens,
         pooling=pooling,
+        pair_tokens=pair_tokens,
         pool_heads=pool_heads,
         softmax_temperature=softmax_temperature,
         loss=loss,
@@ -260,7 +269,7 @@ def load_pretrained(path: str | Path, tokenizer: str | None = None, ema: bool = 
             raise UserError(f"checkpoint {str(path)!r} holds no average of its weights (config field ema_decay)")
         checkpoint = checkpoint["ema_state_dict"]
     fields = {field.name for field in dataclasses.fields(ModelSpec)}
-    if not isinstance(described, dict) or described.keys() != fields:
+    if not isinstance(described, dict) or not fields - {"pair_tokens"} <= described.keys() <= fields:
         raise UserError(
             f"checkpoint {str(path)!r} does not describe its model (key 'model', or config.json beside safetensors); "
             "for foreign weights use llip.create_model_and_transforms(..., pretrained=PATH)"
@@ -349,8 +358,11 @@ def check_model_matches(model: Llip, config: Config) -> None:
         fields.pop("loss")  # decides where training starts, not what the model computes
         fields.pop("vision_cfg.patch_dropout")
         fields.pop("text_cfg.hf_tokenizer_name", None)  # where it lies on this machine
+        fields.setdefault("pair_tokens", "mixture")
+        if fields["pooling"] not in ATTENTION_POOLINGS:
+            fields.pop("pool_heads")
         if fields["pooling"] != "text":
-            fields.pop("pool_heads"), fields.pop("softmax_temperature")
+            fields.pop("softmax_temperature")
     different = [
         f"{key}: {found.get(key)!r} in the checkpoint, {expected.get(key)!r} in config {config.name}"
         for key in sorted(found.keys() | expected.keys())

@@ -50,13 +50,13 @@ def check_tokens(tokens: Any, context_length: int | None) -> None:
         raise UserError(f"texts: expected at most {context_length} tokens each, got {_describe(tokens)}")
 
 
-def check_features(h: Any, t: Any, mixture_tokens: int, *, unit_norm: bool) -> None:
+def check_features(h: Any, t: Any, tokens: int | None, *, unit_norm: bool) -> None:
     """Raise a UserError for features that do not fit together.
 
     Args:
         h: expected to be mixture tokens [B, K, D].
         t: expected to be text features [T, D].
-        mixture_tokens: K.
+        tokens: of an image; None: any number (patch dropout).
         unit_norm: check the norms of the texts, too, which waits for the device.
     """
     for name, value, dimensions in (("h", h, "[B, K, D]"), ("t", t, "[T, D]")):
@@ -65,8 +65,8 @@ def check_features(h: Any, t: Any, mixture_tokens: int, *, unit_norm: bool) -> N
             raise UserError(f"{name}: expected features {dimensions} from {source}, got {_describe(value)}")
         if value.shape[0] == 0:
             raise UserError(f"{name}: expected one or more {'images' if name == 'h' else 'texts'}, got none")
-    if h.shape[1] != mixture_tokens or h.shape[2] != t.shape[1]:
-        raise UserError(f"h {list(h.shape)} and t {list(t.shape)}: expected [B, {mixture_tokens}, D] and [T, D]")
+    if h.shape[1] != (tokens or h.shape[1]) or h.shape[2] != t.shape[1]:
+        raise UserError(f"h {list(h.shape)} and t {list(t.shape)}: expected [B, {tokens or 'K'}, D] and [T, D]")
     if unit_norm and t.device.type != "meta" and not torch.compiler.is_compiling():
         norms = t.detach().float().norm(dim=-1)
         least, most = torch.stack([norms.min(), norms.max()]).tolist()

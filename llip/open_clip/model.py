@@ -67,7 +67,10 @@ class Llip(nn.Module):
         return images.float().div_(255).sub_(self.image_mean).div_(self.image_std)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised)."""
+        """Map normalised images [B, 3, H, W] to mixture tokens [B, K, D] in float32 (not normalised).
+
+        Where texts attend to patches, these follow: [B, K + L, D]; L is what patch dropout keeps in training.
+        """
         check_images(images, None if self.visual.takes_any_size else self.visual.image_size)
         return full_precision(self.visual(images.to(next(self.visual.parameters()).dtype)))
 
@@ -98,7 +101,8 @@ class Llip(nn.Module):
         return self.pooling.mixture_weights(h, t)
 
     def _check_features(self, h: Tensor, t: Tensor) -> None:
-        check_features(h, t, self.visual.mixture_tokens, unit_norm=not self.training)
+        tokens = None if self.training and self.visual.gives_patches else self.visual.output_tokens
+        check_features(h, t, tokens, unit_norm=not self.training)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return the cosine of every image and text [B, T]."""

@@ -144,7 +144,7 @@ def _as_llip(name: str, tokenizer: Tokenizer, source: Any, train: Callable, val:
     architecture["resize_mode"] = source.visual.preprocess_cfg["resize_mode"]
     model.config = {
         "architecture": architecture, "mixture_tokens": 1, "pooling": "first", "pool_heads": 1,
-        "softmax_temperature": 1.0, "loss": loss,
+        "softmax_temperature": 1.0, "loss": loss, "pair_tokens": "mixture",
     }  # fmt: skip
     model.tokenizer = tokenizer
     model.preprocess_train, model.preprocess_val = ImageTransform(train), ImageTransform(val)

@@ -29,6 +29,8 @@ class Pooling(nn.Module):
 
     optional_biases: tuple[str, ...] = ()
     """Parameters that the pooling has only if its weights bring them."""
+    first_pair_token = 0
+    """Where the tokens that texts attend to begin in `h`: at K where a config's `pair_tokens` is patches."""
 
     @classmethod
     def build(cls, mixture_tokens: int, width: int, heads: int, temperature: float) -> "Pooling":
@@ -39,7 +41,7 @@ class Pooling(nn.Module):
         """Return cosines [B, T] of images [B, K, D] and unit-norm texts [T, D], in float32.
 
         Args:
-            h: mixture tokens.
+            h: mixture tokens, followed by patches [B, K + L, D] where a config's `pair_tokens` asks for them.
             t: text features.
             memory_budget: bytes that tiles of pairs may take; the default of `scores.plan` when None.
         """
@@ -59,9 +61,12 @@ class Pooling(nn.Module):
             return z @ t.to(z.dtype).T
 
     def score_plan(
-        self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
+        self, images: int, texts: int, tokens: int, *, on_cpu: bool, memory_budget: int | None = None
     ) -> ScorePlan | None:
-        """Return how `scores` of such a shape are computed in training; None where they are plain inner products."""
+        """Return how `scores` of such a shape are computed in training; None where they are plain inner products.
+
+        `tokens` of an image are attended to: K, L or K + L.
+        """
         return None
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
@@ -71,6 +76,10 @@ class Pooling(nn.Module):
     def mixture_weights(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the weights over mixture tokens [B, T, M, K], in float32 (M = 1 without text conditioning)."""
         raise NotImplementedError
+
+    def attended(self, h: Tensor) -> Tensor:
+        """Return the tokens that texts attend to, of what `scores` takes as `h`."""
+        return h[:, self.first_pair_token :]
 
     def adopt_biases(self, state: dict[str, Tensor]) -> None:
         """Make room for those optional biases that `state` (the pooling's, without prefix) brings."""
@@ -198,12 +207,13 @@ class TextConditionedPooling(Pooling):
         return x.unflatten(-1, (self.heads, -1))
 
     def keys(self, h: Tensor) -> Tensor:
-        """Return keys [B, M, K, d] of mixture tokens [B, K, D]."""
+        """Return keys [B, M, K, d] of mixture tokens [B, K, D], or of what else texts attend to."""
+        h = self.attended(h)
         return self._split(_project(self.k_proj, unit_norm(h) * h.shape[-1] ** 0.5)).transpose(1, 2)
 
     def values(self, h: Tensor) -> Tensor:
-        """Return values [B, M, K, d] of mixture tokens [B, K, D]."""
-        return self._split(_project(self.v_proj, h)).transpose(1, 2)
+        """Return values [B, M, K, d] of mixture tokens [B, K, D], or of what else texts attend to."""
+        return self._split(_project(self.v_proj, self.attended(h))).transpose(1, 2)
 
     def queries(self, t: Tensor) -> Tensor:
         """Return queries [T, M, d] of unit-norm texts [T, D], divided by the temperature."""
@@ -237,12 +247,10 @@ class TextConditionedPooling(Pooling):
         return similarity.pairwise_scores(keys, values, t, query, out, gain, memory_budget=memory_budget)
 
     def score_plan(
-        self, images: int, texts: int, mixture_tokens: int, *, on_cpu: bool, memory_budget: int | None = None
+        self, images: int, texts: int, tokens: int, *, on_cpu: bool, memory_budget: int | None = None
     ) -> ScorePlan:
         width = self.out_proj.weight.shape[0]
-        return plan_scores(
-            images, texts, mixture_tokens, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget
-        )
+        return plan_scores(images, texts, tokens, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget)
 
 
 def _project(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Attention counts in full, although the text tower's mask leaves half of it unuse
 import dataclasses
 from typing import Any
 
-from llip.configs import Config
+from llip.configs import ATTENTION_POOLINGS, Config
 from llip.open_clip.costs.shapes import Tower, fewest_tokens, kept_patches, timm_image_tower
 from llip.open_clip.factory import ModelSpec, model_spec
 from llip.open_clip.scores.gram import upper_blocks
@@ -27,16 +27,30 @@ def image_tower(spec: ModelSpec, mixture_tokens: int | None = None) -> Tower:
         return timm_image_tower(dataclasses.replace(spec, mixture_tokens=tokens))
     width, patch = vision.get("width", 768), vision["patch_size"]
     patches = (vision["image_size"] // patch) ** 2
+    kept = kept_patches(patches, vision.get("patch_dropout", 0.0))
     return Tower(
-        tokens=tokens + kept_patches(patches, vision.get("patch_dropout", 0.0)),
+        tokens=tokens + kept,
         width=width,
         layers=vision.get("layers", 12),
         heads=width // vision.get("head_width", 64),
         hidden=int(width * vision.get("mlp_ratio", 4.0)),
         stem=2 * patches * 3 * patch**2 * width,
-        projected=tokens,
+        projected=tokens if spec.pair_tokens == "mixture" else tokens + kept,
         embedding=spec.architecture["embed_dim"],
     )
+
+
+def pair_tokens(spec: ModelSpec) -> int:
+    """Return how many tokens of an image a text attends to in training."""
+    if spec.pair_tokens == "mixture":
+        return spec.mixture_tokens
+    both = image_tower(spec).tokens
+    return both - spec.mixture_tokens if spec.pair_tokens == "patches" else both
+
+
+def attended_tokens(spec: ModelSpec) -> int:
+    """Return `pair_tokens` and FLAIR's zero key."""
+    return pair_tokens(spec) + (spec.pooling == "flair")
 
 
 def text_tower(spec: ModelSpec) -> Tower:
@@ -132,12 +146,12 @@ class StepFlops:
 def score_plan_of(config: Config, spec: ModelSpec | None = None, on_cpu: bool = False) -> ScorePlan | None:
     """Return how a process of the run computes its scores; None without text conditioning."""
     spec = spec or model_spec(config)
-    if spec.pooling != "text":
+    if spec.pooling not in ATTENTION_POOLINGS:
         return None
     budget = None if config.score_memory is None else int(config.score_memory * 2**30)
     width = spec.architecture["embed_dim"]
     return plan_scores(
-        config.batch_size * config.accum_freq, config.global_texts, spec.mixture_tokens, spec.pool_heads, width,
+        config.batch_size * config.accum_freq, config.global_texts, attended_tokens(spec), spec.pool_heads, width,
         training=True, on_cpu=on_cpu, budget=budget,
     )  # fmt: skip
 
@@ -148,7 +162,7 @@ def head_flops(config: Config, spec: ModelSpec, on_cpu: bool = False) -> Head:
     plan, product = score_plan_of(config, spec, on_cpu), 2 * images * texts * width
     if plan is None:
         return Head(product, 2 * product, 0)
-    head = text_head(images, texts, spec.mixture_tokens, spec.pool_heads, width, plan)
+    head = text_head(images, texts, attended_tokens(spec), spec.pool_heads, width, plan)
     if config.global_loss_weight:  # features conditioned on the zero text, to which no gradient goes
         tokens = images * spec.mixture_tokens * width
         forward = 4 * tokens * width + 4 * tokens + 2 * (images + 1) * width**2 + product

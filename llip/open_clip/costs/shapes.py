@@ -93,7 +93,7 @@ def _timm_image_tower(described: str) -> Tower:
         heads=block.attn.num_heads,
         hidden=hidden,
         stem=stem.get_total_flops(),
-        projected=spec.mixture_tokens,
+        projected=spec.mixture_tokens + (patches if visual.gives_patches else 0),
         embedding=spec.architecture["embed_dim"],
         counted=flops.get_total_flops(),
     )

@@ -38,12 +38,15 @@ def copies_offset(copies: Tensor) -> Tensor:
 class MixtureTower(nn.Module):
     """Base of the image towers: images [B, 3, H, W] in, mixture tokens [B, K, D] out.
 
+    After `give_patches` the outputs of the patches follow them, through the same norm and projection: [B, K + L, D].
+
     Subclasses set the sizes below and define how foreign weights become theirs (`fit_source`).
     """
 
     mixture_tokens: int
     image_size: tuple[int, int]
     grid_size: tuple[int, int]
+    gives_patches = False
     takes_any_size = False
     key_offset: Tensor | None
     pixel_scale: Tensor | None
@@ -53,6 +56,19 @@ class MixtureTower(nn.Module):
         super().__init__()
         for name in OPTIONAL_BUFFERS:
             self.register_buffer(name, None)
+
+    @property
+    def output_tokens(self) -> int:
+        """K, or K + L, without patch dropout."""
+        return self.mixture_tokens + (self.grid_size[0] * self.grid_size[1] if self.gives_patches else 0)
+
+    def give_patches(self) -> None:
+        """Return patch outputs too from now on.
+
+        Raises:
+            UserError: the tower has none in the space of the mixture tokens.
+        """
+        self.gives_patches = True
 
     def adopt_buffers(self, state: dict[str, Tensor]) -> None:
         """Make room for the optional buffers that `state` (the tower's, without prefix) brings."""

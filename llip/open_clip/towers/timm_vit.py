@@ -129,8 +129,9 @@ class TimmTokenViT(_TimmTower):
         return torch.cat([rows[:, : self.source_tokens], drawn], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised)."""
-        return self.project(self.features(images)[:, : self.mixture_tokens])
+        """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised), and patches if they are asked for."""
+        features = self.features(images)
+        return self.project(features if self.gives_patches else features[:, : self.mixture_tokens])
 
     def fit_source(self, state: dict[str, Tensor], spread: float) -> list[str]:
         """See `MixtureTower`. A file may hold class token and registers, or K mixture tokens."""
@@ -173,6 +174,12 @@ class TimmLatentViT(_TimmTower):
         nn.init.trunc_normal_(extra, std=pool.latent_dim**-0.5)
         pool.latent = nn.Parameter(torch.cat([pool.latent.detach(), extra], dim=1))
         pool.latent_len, pool.pool = mixture_tokens, ""
+
+    def give_patches(self) -> None:
+        raise UserError(
+            "the image tower pools by attention: its patch outputs are not in the space of its features; set "
+            "pair_tokens=mixture, or choose a model that pools by a class token"
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised)."""

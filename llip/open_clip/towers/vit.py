@@ -64,10 +64,10 @@ class MixtureTokenViT(MixtureTower):
         return self.ln_pre(torch.cat([mixture.expand(images.shape[0], -1, -1), patches], dim=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised)."""
+        """Map images [B, 3, H, W] to mixture tokens [B, K, D] (not normalised), and patches if they are asked for."""
         tokens = self.embed(images)
-        outputs = self.transformer(tokens, attn_mask=self.attention_mask(tokens))[:, : self.mixture_tokens]  # [B, K, W]
-        return self.ln_post(outputs) @ self.proj
+        outputs = self.transformer(tokens, attn_mask=self.attention_mask(tokens))  # [B, K + L, W]
+        return self.ln_post(outputs if self.gives_patches else outputs[:, : self.mixture_tokens]) @ self.proj
 
     def fit_source(self, state: dict[str, Tensor], spread: float) -> list[str]:
         """See `MixtureTower`. A file may hold one token or K, and one position row for them or K."""

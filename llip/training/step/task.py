@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from llip.configs import Config
 from llip.extensions import find_extension
+from llip.open_clip.costs.flops import pair_tokens
+from llip.open_clip.factory import ModelSpec
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.objectives.objective import Objective
@@ -53,7 +55,7 @@ class ContrastiveTask(nn.Module):
         """Return how the scores of `images` images of this process are computed; None without text conditioning."""
         return self.model.pooling.score_plan(
             images, images * self.processes.world_size * self.config.captions_per_image,
-            self.model.config["mixture_tokens"],
+            pair_tokens(ModelSpec(**self.model.config)),
             on_cpu=self.processes.device.type == "cpu", memory_budget=self.memory_budget,
         )  # fmt: skip
 
