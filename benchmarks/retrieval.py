@@ -1,4 +1,4 @@
-"""Retrieval: exact scores against the dense form, memory, and shortlists. `python -m benchmarks.retrieval [--json]`
+"""Retrieval: speed of exact scores, memory, and shortlists. `python -m benchmarks.retrieval [--json]`
 
 Shapes: B images, T captions, K = 32 mixture tokens, D = 512, M = 8 heads.
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.measure import benchmark_parser, in_fresh_process, peak_resident, seconds, set_up
-from benchmarks.similarity import HEADS, TEMPERATURE, Inputs, best_dense, dense
+from benchmarks.similarity import HEADS, TEMPERATURE
 from llip.clipeval.retrieval import RetrievalShare, join, recalls, score_share
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.shortlist import Shortlist, text_free_features
@@ -30,12 +30,10 @@ TOKENS, WIDTH = 32, 512
 SPEED_SHAPE = (500, 25_010)  # B, T
 COCO = (5_000, 25_010)
 RECALL_SHAPE = (1_000, 5_000)
-DENSE_TILE = (16, 1024)  # images and captions of one dense call: all pairs at once would take 100 GB
 SHARED = 0.3  # length of what an image's tokens share, next to 1 of their own
 NOISE = 3.0  # length of a caption's noise; that of its token's value is 1
 MEMORY_LIMIT = 2_000_000_000
 EXACT_IMAGES = 600  # of COCO, scored exactly: the third block of 256 takes no more memory than the second
-CLOSE = 1e-5  # largest difference between scores of two exact forms
 
 
 class Data(NamedTuple):
@@ -93,36 +91,12 @@ def by_shortlist(scorer: Scorer, data: Data, length: int) -> RetrievalShare:
     return score_share(scorer, data.h, images, data.texts, data.owners, shortlist)
 
 
-def dense_pass(form: Callable[[Inputs], Tensor], scorer: Scorer, h: Tensor, texts: Tensor) -> Tensor:
-    """Return the scores [B, T] of a dense form, in tiles that fit in memory."""
-    pooling, upstream = scorer.model.pooling, torch.empty(0)
-    rows = []
-    for images in h.split(DENSE_TILE[0]):
-        tokens = images.to(scorer.device)
-        tiles = [form(Inputs(pooling, tokens, part, upstream)) for part in texts.split(DENSE_TILE[1])]
-        rows.append(torch.cat(tiles, dim=1))
-    return torch.cat(rows)
-
-
-def measure_speed(scorer: Scorer, dense_images: int) -> dict[str, Any]:
-    """Time exact retrieval of 500 x 25,010, and two dense forms on the first `dense_images` images."""
-    images, captions = SPEED_SHAPE
-    data, device = make_data(scorer, images, captions), scorer.device
-    expected = scorer.scores(data.h[: DENSE_TILE[0]].to(device), data.texts)  # warms up, too
-    rates, worst = {}, 0.0
-    for name, form in {"dense": dense, "best_dense": best_dense}.items():
-        scores = dense_pass(form, scorer, data.h[: DENSE_TILE[0]], data.texts)
-        worst = max(worst, (expected - scores).abs().max().item())
-        took = seconds(lambda form=form: dense_pass(form, scorer, data.h[:dense_images], data.texts), device)
-        rates[name] = dense_images * captions / took
-    assert worst < CLOSE, f"exact scores differ from the dense form by {worst}"
-    exact_seconds = seconds(lambda: exact(scorer, data), device)
-    ours = images * captions / exact_seconds
-    return {
-        "shape": SPEED_SHAPE, "dense_images": dense_images, "exact_seconds": exact_seconds,
-        "exact_pairs_per_second": ours, "dense_pairs_per_second": rates,
-        "ratio": {name: ours / rate for name, rate in rates.items()}, "max_error": worst,
-    }  # fmt: skip
+def measure_speed(scorer: Scorer) -> dict[str, Any]:
+    """Time exact retrieval of 500 x 25,010."""
+    data = make_data(scorer, *SPEED_SHAPE)
+    exact(scorer, Data(data.h[:16], data.texts, data.owners))  # warm-up
+    took = seconds(lambda: exact(scorer, data), scorer.device)
+    return {"shape": SPEED_SHAPE, "exact_seconds": took, "pairs_per_second": SPEED_SHAPE[0] * SPEED_SHAPE[1] / took}
 
 
 def measure_shortlists(scorer: Scorer, lengths: list[int]) -> dict[str, Any]:
@@ -169,15 +143,10 @@ def as_text(results: dict[str, Any]) -> str:
     speed, recall = results["speed"], results["recall"]
     lines = [
         f"exact, {speed['shape'][0]} x {speed['shape'][1]:,}: {speed['exact_seconds']:.1f} s, "
-        f"{speed['exact_pairs_per_second']:,.0f} pairs/s"
+        f"{speed['pairs_per_second']:,.0f} pairs/s",
+        f"shortlists, {recall['shape'][0]:,} x {recall['shape'][1]:,} (exact: {recall['exact_seconds']:.1f} s)",
+        "  " + ", ".join(f"{name} {100 * value:.1f}" for name, value in recall["exact_recalls"].items()),
     ]
-    for name, ratio in speed["ratio"].items():
-        lines.append(f"  {ratio:.2f} x {name} ({speed['dense_pairs_per_second'][name]:,.0f} pairs/s)")
-    lines.append(f"  largest difference to the dense form: {speed['max_error']:.1e}")
-    lines.append(
-        f"shortlists, {recall['shape'][0]:,} x {recall['shape'][1]:,} (exact: {recall['exact_seconds']:.1f} s)"
-    )
-    lines.append("  " + ", ".join(f"{name} {100 * value:.1f}" for name, value in recall["exact_recalls"].items()))
     for row in recall["shortlists"]:
         loss = ", ".join(f"{100 * value:.1f}" for value in row["recall_loss"].values())
         lines.append(f"  n = {row['length']}: {row['speedup']:.1f} x faster, recall lost: {loss}")
@@ -197,7 +166,6 @@ def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = benchmark_parser("retrieval", __doc__)
     parser.add_argument("--shortlists", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="lengths")
-    parser.add_argument("--dense-images", type=int, default=64, metavar="N", help="of 500, timed in the dense forms")
     parser.add_argument(
         "--exact-images", type=int, default=EXACT_IMAGES, metavar="N", help="of 5,000, scored exactly for memory"
     )
@@ -207,14 +175,14 @@ def main(arguments: Sequence[str]) -> None:
     if options.coco:
         print(json.dumps(measure_coco(*options.coco)))
         return
-    if not DENSE_TILE[0] <= options.dense_images <= SPEED_SHAPE[0] or not 1 <= options.exact_images <= COCO[0]:
-        raise UserError(f"--dense-images is {DENSE_TILE[0]} to {SPEED_SHAPE[0]} and --exact-images 1 to {COCO[0]}")
+    if not 1 <= options.exact_images <= COCO[0]:
+        raise UserError(f"--exact-images {options.exact_images}: expected 1 to {COCO[0]}")
     if min(options.shortlists) < 10:
-        raise UserError("--shortlists are at least 10 long: R@10 is measured")
+        raise UserError(f"--shortlists {min(options.shortlists)}: expected 10 or more, because R@10 is measured")
     scorer, middle = make_scorer(device), sorted(options.shortlists)[len(options.shortlists) // 2]
     threads = ("--threads", options.threads)
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: measure_speed(scorer, options.dense_images),
+        "speed": lambda: measure_speed(scorer),
         "recall": lambda: measure_shortlists(scorer, options.shortlists),
         "coco": lambda: [
             in_fresh_process("benchmarks.retrieval", *threads, "--coco", length, images, timeout=7200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -23,24 +24,24 @@ DEFAULT_NAME = ".llip_index"
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="llip search", description="Find images of a folder by a text.")
+    parser = argparse.ArgumentParser(prog="llip search", description="Find images in a folder by text.")
     commands = parser.add_subparsers(dest="command", required=True)
-    index = commands.add_parser("index", help="index a folder, or what has changed in it")
-    index.add_argument("folder", type=Path, metavar="DIR", help="images, also in folders below")
+    index = commands.add_parser("index", help="index a folder, or update its index")
+    index.add_argument("folder", type=Path, metavar="DIR", help="images, subfolders included")
     index.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL_HELP)
     index.add_argument("--out", type=Path, metavar="INDEX", help=f"folder of the index [DIR/{DEFAULT_NAME}]")
     index.add_argument("--workers", type=int, default=0, metavar="N", help="decoding processes [%(default)s]")
-    index.add_argument("--half", action="store_true", help="keep half precision: half the disk, scores within 1e-3")
-    query = commands.add_parser("query", help="find the images that fit a text best")
+    index.add_argument("--half", action="store_true", help="store half precision: half the disk, scores within 1e-3")
+    query = commands.add_parser("query", help="list the images that match a text best")
     query.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
-    query.add_argument("text", help="what to look for")
-    query.add_argument("--top", type=int, default=20, metavar="N", help="answers [%(default)s]")
+    query.add_argument("text", help="the query")
+    query.add_argument("--top", type=int, default=20, metavar="N", help="images listed [%(default)s]")
     query.add_argument("--shortlist", type=int, default=2048, metavar="N", help="images scored exactly [%(default)s]")
     query.add_argument("--exact", action="store_true", help="score every image exactly")
-    query.add_argument("--checkpoint", metavar="MODEL", help="where the model is now, if it has moved")
-    query.add_argument("--folder", type=Path, metavar="DIR", help="where the images are now, if they have moved")
-    query.add_argument("--out", type=Path, metavar="SHEET.png", help="write the answers as a contact sheet")
-    query.add_argument("--html", type=Path, metavar="PAGE.html", help="write the answers as a page")
+    query.add_argument("--checkpoint", metavar="MODEL", help="the model, if it has moved")
+    query.add_argument("--folder", type=Path, metavar="DIR", help="the image folder, if it has moved")
+    query.add_argument("--out", type=Path, metavar="SHEET.png", help="write the images as a contact sheet")
+    query.add_argument("--html", type=Path, metavar="PAGE.html", help="write the images as a web page")
     for command in (index, query):
         add_model_options(command)
         command.add_argument("--json", action="store_true", help="print one json document")
@@ -68,7 +69,7 @@ def _index(given: argparse.Namespace) -> None:
     model = open_on_device(source.model, source.pretrained, given.tokenizer, given.device)
     report = build_index(given.folder, source, out, _scorer(model, given), given.workers, given.half)
     if given.json:
-        print(json.dumps({"index": str(out), **report.to_dict()}))
+        print(json.dumps({"index": str(out), **dataclasses.asdict(report)}))
         return
     print(
         f"{out}: {report.indexed:,} images ({report.new:,} new, {report.changed:,} changed, {report.deleted:,} deleted)"

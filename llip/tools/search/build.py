@@ -1,11 +1,10 @@
-"""Making an index, and bringing one up to date.
+"""Make an index, or update one.
 
 Shapes: B images of a batch, K mixture tokens, D embedding width.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +19,16 @@ from llip.clipeval.shortlist import text_free_features
 from llip.data.images import decode_image
 from llip.errors import UserError
 from llip.open_clip.model import Llip
-from llip.tools.search.files import FileState, compare, find_images
+from llip.tools.search.files import FileState, find_images
 from llip.tools.search.store import INDEX, Index, ModelSource, Place, check_model, hash_model, lock, open_index
 
 BATCH = 64
 SEGMENT = 2048
-"""Images of one segment: what is lost, at most, when indexing is interrupted."""
+"""Images of one segment: at most so many are encoded again after an interruption."""
 
 
 class FolderImages(ImageSource):
-    """Images of a folder by relative path; damage is named as in training."""
+    """Images of a folder by relative path, decoded as in training."""
 
     def __init__(self, folder: Path, paths: list[str]) -> None:
         self.folder, self.paths = folder, paths
@@ -46,17 +45,13 @@ class FolderImages(ImageSource):
 
 @dataclasses.dataclass(frozen=True)
 class BuildReport:
-    """What one run of the indexer did. `damaged`: path -> reason, of all damaged images that are there now."""
+    """Counts of one run of the indexer. `damaged`: path -> reason, of all damaged images in the folder."""
 
     new: int
     changed: int
     deleted: int
     indexed: int  # images in the index now
     damaged: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain containers for json."""
-        return dataclasses.asdict(self)
 
 
 def _open_or_start(path: Path, folder: Path, source: ModelSource, model: str) -> Index:
@@ -68,7 +63,7 @@ def _open_or_start(path: Path, folder: Path, source: ModelSource, model: str) ->
         raise UserError(
             f"index {str(path)!r} is of the folder {str(index.folder)!r}, not of {str(folder)!r}; give another --out"
         )
-    index.folder, index.source = folder, source  # both may have moved; files are known by size and time of change
+    index.folder, index.source = folder, source
     return index
 
 
@@ -76,17 +71,18 @@ def _open_or_start(path: Path, folder: Path, source: ModelSource, model: str) ->
 def build_index(
     folder: Path, source: ModelSource, out: Path, scorer: Scorer, workers: int = 0, half: bool = False
 ) -> BuildReport:
-    """Index the images below `folder`, or only what is new, changed or deleted since the last time.
+    """Index the images below `folder`; update an index of it.
 
     Args:
+        folder: of images.
         source: of the model, for the queries.
-        out: the folder of the index.
+        out: folder of the index.
         scorer: of that model.
-        workers: decoding processes; 0 decodes in this one.
-        half: keep mixture tokens in half precision: half the disk, scores within about 1e-3.
+        workers: decoding processes; 0: this one.
+        half: store mixture tokens in half precision: half the disk, scores within about 1e-3.
 
     Raises:
-        UserError: no such folder, an index of another model or folder, or one that another process writes.
+        UserError: no such folder, an index of another model or folder, or one that another process is writing.
     """
     folder = folder.resolve()
     states = find_images(folder)
@@ -94,17 +90,19 @@ def build_index(
     try:
         with lock(out):
             index = _open_or_start(out, folder, source, hash_model(scorer.model))
-            changes = compare(index.known, states)
-            for path in [*changes.changed, *changes.deleted]:
+            known = index.known
+            new, deleted = states.keys() - known.keys(), known.keys() - states.keys()
+            changed = {path for path in states.keys() & known.keys() if states[path] != known[path]}
+            for path in changed | deleted:
                 index.forget(path)
-            _encode(index, states, changes.to_encode, scorer, workers, np.float16 if half else np.float32)
+            _encode(index, states, sorted(new | changed), scorer, workers, np.float16 if half else np.float32)
             index.save()
     except OSError as error:
         raise UserError(f"the index {str(out)!r} cannot be written: {error}") from error
     return BuildReport(
-        new=len(changes.new),
-        changed=len(changes.changed),
-        deleted=len(changes.deleted),
+        new=len(new),
+        changed=len(changed),
+        deleted=len(deleted),
         indexed=len(index.images),
         damaged={path: reason for path, (_, reason) in sorted(index.damaged.items())},
     )
@@ -113,15 +111,15 @@ def build_index(
 def _encode(
     index: Index, states: dict[str, FileState], paths: list[str], scorer: Scorer, workers: int, dtype: type
 ) -> None:
-    """Encode the images `paths` segment by segment; each is saved before the next one begins."""
+    """Encode the images `paths`; save the index after each segment."""
     with tqdm(total=len(paths), unit="img", desc="index", disable=not paths) as bar:
         for start in range(0, len(paths), SEGMENT):
-            some = paths[start : start + SEGMENT]
+            segment = paths[start : start + SEGMENT]
             tokens: list[np.ndarray] = []
             features: list[np.ndarray] = []
             encoded: list[str] = []
             for batch in image_batches(
-                FolderImages(index.folder, some), scorer.preprocess, range(len(some)), BATCH, workers
+                FolderImages(index.folder, segment), scorer.preprocess, range(len(segment)), BATCH, workers
             ):
                 for bad in batch.unreadable:
                     index.damaged[bad.name] = states[bad.name], bad.reason.removeprefix("BadSample: ")
@@ -129,7 +127,7 @@ def _encode(
                     h = scorer.encode_images(batch.images)
                     features.append(text_free_features(scorer, h).cpu().numpy())
                     tokens.append(h.cpu().numpy().astype(dtype))
-                    encoded += [some[i] for i in batch.indices]
+                    encoded += [segment[i] for i in batch.indices]
                 bar.update(len(batch.indices) + len(batch.unreadable))
             if encoded:
                 number = index.add_segment(np.concatenate(tokens), np.concatenate(features))

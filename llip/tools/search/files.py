@@ -1,26 +1,24 @@
-"""The images of a folder as they are now, and what has changed since they were last looked at."""
+"""The images of a folder, and what identifies their content."""
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from llip.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-"""Names that count as images, in either case; other files are passed over."""
+"""Names that count as images, in either case; other files are ignored."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FileState:
-    """What identifies an unchanged file."""
+class FileState(NamedTuple):
+    """Size and time of change: a file with another state is read again."""
 
     size: int  # bytes
     mtime_ns: int
 
 
 def find_images(folder: Path) -> dict[str, FileState]:
-    """Return the images below `folder` by relative path with `/`, sorted; hidden files and folders are passed over.
+    """Return the images below `folder` by relative path with `/`, sorted; hidden files and folders are ignored.
 
     Links to files are followed, links to folders are not.
 
@@ -33,7 +31,7 @@ def find_images(folder: Path) -> dict[str, FileState]:
     def refuse(error: OSError) -> None:
         raise UserError(f"image folder {str(folder)!r} cannot be listed: {error}") from error
 
-    found: dict[str, FileState] = {}
+    images: dict[str, FileState] = {}
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -42,30 +40,7 @@ def find_images(folder: Path) -> dict[str, FileState]:
             path = Path(root, name)
             try:
                 status = path.stat()
-            except OSError:  # a dangling link, or a file that went while we looked
+            except OSError:  # a dangling link, or a file that was just deleted
                 continue
-            found[path.relative_to(folder).as_posix()] = FileState(status.st_size, status.st_mtime_ns)
-    return dict(sorted(found.items()))
-
-
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """Relative paths, sorted."""
-
-    new: list[str]
-    changed: list[str]
-    deleted: list[str]
-
-    @property
-    def to_encode(self) -> list[str]:
-        """What has to be looked at again."""
-        return sorted([*self.new, *self.changed])
-
-
-def compare(before: Mapping[str, FileState], now: Mapping[str, FileState]) -> Changes:
-    """Return what changed between two scans of a folder; a file has changed if its size or modification time has."""
-    return Changes(
-        new=sorted(now.keys() - before.keys()),
-        changed=sorted(path for path in now.keys() & before.keys() if now[path] != before[path]),
-        deleted=sorted(before.keys() - now.keys()),
-    )
+            images[path.relative_to(folder).as_posix()] = FileState(status.st_size, status.st_mtime_ns)
+    return dict(sorted(images.items()))

@@ -1,4 +1,4 @@
-"""Answering a query: a shortlist by the text-independent feature, then exact scores.
+"""Answer a query: a shortlist by text-independent features, then exact scores.
 
 Shapes: N images of the index, n of the shortlist, K mixture tokens, D embedding width.
 """
@@ -18,10 +18,10 @@ from llip.tools.search.one_text import applies_to, scores_of_one_text
 from llip.tools.search.store import Index
 
 SHORTLIST = 2048
-"""Images that are scored exactly, unless a query asks for all: the cost of a query hardly grows with the index."""
+"""Images that are scored exactly by default: the cost of a query hardly grows with the index."""
 
 CLOSE = 1e-4
-"""Largest difference between the two ways to exact scores; they differ by rounding alone."""
+"""Largest difference between the two exact forms of the scores: rounding."""
 
 BLOCK = 256
 """Images whose mixture tokens are read at once."""
@@ -29,14 +29,14 @@ BLOCK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """One answer. `score` is the exact cosine of the query and the image's feature under it."""
+    """An image. `score`: exact cosine of the query and the image's feature under it."""
 
     path: Path
     score: float
 
 
 class Searcher:
-    """An index that is open for queries: its small features are in memory, its mixture tokens stay on disk."""
+    """An open index: features are in memory, mixture tokens stay on disk."""
 
     def __init__(self, index: Index, scorer: Scorer) -> None:
         """Open an index; `scorer` must be of the model that made it (see `store.check_model`)."""
@@ -62,7 +62,7 @@ class Searcher:
 
     @torch.no_grad()
     def _pooling_for_one_text(self) -> TextConditionedPooling | None:
-        """Return the pooling if the faster form of its scores equals the model's, on a few images of the index."""
+        """Return the pooling if the faster form of its scores agrees with the model on a few images; else None."""
         pooling = self.scorer.model.pooling
         if not self.places or not applies_to(pooling):
             return None
@@ -75,7 +75,7 @@ class Searcher:
         """Return the best images for a text, best first; equal scores by path.
 
         Args:
-            top: at most so many.
+            top: maximum of images returned.
             shortlist: images that are scored exactly, those with the best text-independent scores; None: all.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The answers to look at: a contact sheet, or a page that needs nothing but a browser."""
+"""Images of an answer as a contact sheet, or as a self-contained web page."""
 
 import base64
 import html
@@ -20,14 +20,14 @@ INK, FAINT, EMPTY = (38, 50, 63), (110, 122, 134), (232, 236, 240)
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:
-    """Return the image within `side` x `side` pixels; a square with the reason where it can no longer be read."""
+    """Return the image within `side` x `side` pixels; a square with the reason if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             with Image.open(path) as image:
                 image.draft("RGB", (2 * side, 2 * side))
                 return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.BICUBIC)
-    except Exception:  # PIL raises a dozen kinds for broken files; the file may be gone as well
+    except Exception:  # PIL raises many kinds for damaged files; the file may be deleted
         square = Image.new("RGB", (side, side), EMPTY)
         reason = "cannot be read" if path.is_file() else "no longer there"
         ImageDraw.Draw(square).text((side / 2, side / 2), reason, FAINT, _font(reason, 13), anchor="mm")
@@ -39,7 +39,7 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _ending(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return the end of a name that fits `width` pixels."""
+    """Return a name, or the end of it that fits `width` pixels."""
     text = text.encode("utf-8", "replace").decode()
     if font.getlength(text) <= width:
         return text
@@ -49,7 +49,7 @@ def _ending(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def contact_sheet(query: str, hits: Sequence[Hit], folder: Path, path: Path) -> None:
-    """Write a png with the answers in rows, best first, each with its score and its name.
+    """Write a png with the images in rows, best first, each with its score and name.
 
     Raises:
         UserError: it cannot be written.
@@ -76,7 +76,7 @@ def contact_sheet(query: str, hits: Sequence[Hit], folder: Path, path: Path) -> 
 
 
 def relative(path: Path, folder: Path) -> str:
-    """Return how an image is called in the answers."""
+    """Return the name of an image: its path in the folder."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
@@ -98,7 +98,7 @@ _FIGURE = (
 
 
 def html_page(query: str, hits: Sequence[Hit], folder: Path, path: Path) -> None:
-    """Write one file that holds its thumbnails and links to the images themselves.
+    """Write one file with thumbnails inside and links to the images.
 
     Raises:
         UserError: it cannot be written.

@@ -1,11 +1,11 @@
-"""The index on disk: features in segments that are only ever added, and one json that says which rows count.
+"""The index on disk: immutable segments of features, and a json that lists the rows in use.
 
     index.json          the model's hash, and each image's state, segment and row
-    tokens_<n>.npy      mixture tokens [rows, K, D]; memory-mapped, read only where a query needs them
+    tokens_<n>.npy      mixture tokens [rows, K, D], memory-mapped
     features_<n>.npy    text-independent features [rows, D], for the shortlist
 
-A segment is complete before index.json names it, and index.json is replaced in one step: an interrupted index stays
-valid, and the next start resumes it. A segment of which no row counts any more is deleted.
+A segment is complete before index.json names it, and index.json is replaced atomically: an interrupted index stays
+valid, and the next start resumes it. Segments without rows in use are deleted.
 
 Shapes: K mixture tokens, D embedding width.
 """
@@ -17,7 +17,7 @@ import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,14 +35,13 @@ INDEX = "index.json"
 def hash_model(model: Llip) -> str:
     """Return a hash of everything that decides a model's scores: both towers, the pooling, and their layout."""
     described = copy.deepcopy(model.config)
-    described["architecture"].get("text_cfg", {}).pop("hf_tokenizer_name", None)  # where it lies on this machine
+    described["architecture"].get("text_cfg", {}).pop("hf_tokenizer_name", None)  # a path on this machine
     parts = [json.dumps(described, sort_keys=True)]
     parts += [hash_weights(part) for part in (model.visual, model.text, model.pooling)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an image's features are."""
 
     segment: int
@@ -72,7 +71,7 @@ def _absolute(name: str) -> str:
 
 @dataclasses.dataclass
 class Index:
-    """An index in memory. `images` and `damaged` follow the folder; `save` writes them."""
+    """An index in memory; `save` writes it."""
 
     path: Path
     folder: Path  # of the images, absolute
@@ -83,21 +82,21 @@ class Index:
 
     @property
     def known(self) -> dict[str, FileState]:
-        """Every file that was read, as it was then."""
+        """The state of every file when it was read."""
         return {path: state for part in (self.images, self.damaged) for path, (state, _) in part.items()}
 
     def forget(self, path: str) -> None:
-        """Take a file out of the index."""
+        """Remove a file from the index."""
         self.images.pop(path, None)
         self.damaged.pop(path, None)
 
     def next_segment(self) -> int:
-        """Return a number that no segment on disk has."""
+        """Return an unused number of a segment."""
         numbers = [int(file.stem.rsplit("_", 1)[1]) for file in self.path.glob("tokens_*.npy")]
         return max(numbers, default=-1) + 1
 
     def add_segment(self, tokens: np.ndarray, features: np.ndarray) -> int:
-        """Write a segment [n, K, D] and [n, D] and return its number; nothing refers to it yet."""
+        """Write a segment [n, K, D] and [n, D] and return its number."""
         number = self.next_segment()
         for kind, values in (("features", features), ("tokens", tokens)):
             target = self.path / f"{kind}_{number}.npy"
@@ -124,9 +123,9 @@ class Index:
             ) from error
 
     def save(self) -> None:
-        """Write index.json in one step, then delete segments of which nothing is left.
+        """Write index.json, then delete segments without rows in use.
 
-        The folder is written relative to an index inside it: both may then be moved together.
+        The folder is written relative to an index inside it, so that both can be moved together.
         """
         inside = self.path.resolve().is_relative_to(self.folder)
         record = {
@@ -135,11 +134,9 @@ class Index:
             "checkpoint": self.source.model,
             "pretrained": self.source.pretrained,
             "model": self.model,
-            "images": {path: [*dataclasses.astuple(state), *dataclasses.astuple(place)]
-                       for path, (state, place) in sorted(self.images.items())},
-            "damaged": {path: [*dataclasses.astuple(state), reason]
-                        for path, (state, reason) in sorted(self.damaged.items())},
-        }  # fmt: skip
+            "images": {path: [*state, *place] for path, (state, place) in sorted(self.images.items())},
+            "damaged": {path: [*state, reason] for path, (state, reason) in sorted(self.damaged.items())},
+        }
         write_text(self.path / INDEX, json.dumps(record))
         used = {place.segment for _, place in self.images.values()}
         for file in [*self.path.glob("tokens_*.npy"), *self.path.glob("features_*.npy")]:
@@ -174,7 +171,7 @@ def open_index(path: Path) -> Index:
 
 
 def check_model(index: Index, weights: str, source: ModelSource) -> None:
-    """Raise a `UserError` when a model, by the hash of its weights, is not the one that the index was made with."""
+    """Raise a `UserError` unless a model, by the hash of its weights, is the one that the index was made with."""
     if weights != index.model:
         raise UserError(
             f"index {str(index.path)!r} was made with other weights ({index.source}, {index.model[:12]}) than "
@@ -183,10 +180,10 @@ def check_model(index: Index, weights: str, source: ModelSource) -> None:
 
 
 def lock(path: Path) -> AbstractContextManager[None]:
-    """Return a block that holds an index for writing.
+    """Return a context that locks an index for writing.
 
     Raises:
-        UserError: another process is writing it.
+        UserError: another process holds the lock.
     """
     path.mkdir(parents=True, exist_ok=True)
     return held_lock(path / "lock", f"index {str(path)!r}", "choose another --out", patience=0)

@@ -13,7 +13,6 @@ from PIL import Image
 import llip
 from llip.errors import UserError
 from llip.tools.search.__main__ import main
-from llip.tools.search.files import FileState, compare, find_images
 from llip.tools.search.show import contact_sheet
 from llip.tools.search.store import lock, open_index
 from tests.helpers import image_bytes
@@ -315,16 +314,6 @@ def test_thumbnails_stand_where_they_should(tmp_path):
     red, blue = (np.flatnonzero((middle == color).all(axis=1)) for color in ((250, 0, 0), (0, 0, 250)))
     assert len(red) == len(blue) == 200
     assert red.max() < blue.min()
-
-
-def test_files_are_compared_by_size_and_time(tmp_path):
-    before = {"a": FileState(1, 1), "b": FileState(1, 1), "c": FileState(1, 1)}
-    now = {"b": FileState(1, 2), "c": FileState(1, 1), "d": FileState(5, 5)}
-    changes = compare(before, now)
-    assert (changes.new, changes.changed, changes.deleted) == (["d"], ["b"], ["a"])
-    assert changes.to_encode == ["b", "d"]
-    with pytest.raises(UserError, match="not there"):
-        find_images(tmp_path / "nowhere")
 
 
 def test_one_writer_at_a_time(tmp_path):
