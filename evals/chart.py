@@ -1,4 +1,4 @@
-"""Bar charts of results: one bar per task and side, and lines for averages to hold them against."""
+"""Bar charts of results: one bar per task and side, and lines for reference averages."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from llip.system.files import atomic_write
 
-MOST_LABEL = 48  # characters of a name in the legend
+MAX_LABEL = 48  # characters of a name in the legend
 
 
 def bar_chart(
@@ -22,9 +22,9 @@ def bar_chart(
 
     Args:
         tasks: the groups of bars, top to bottom.
-        sides: name -> a percentage per task, None where there is none.
+        sides: name -> a percentage per task, None if unknown.
         lines: name -> percentage, drawn across all tasks.
-        rules: places of tasks above which a thin line parts the groups.
+        rules: tasks, by position, above which a thin line separates groups.
     """
     import matplotlib  # slow to import
 
@@ -60,4 +60,4 @@ def bar_chart(
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= MOST_LABEL else "..." + name[-MOST_LABEL:]
+    return name if len(name) <= MAX_LABEL else "..." + name[-MAX_LABEL:]

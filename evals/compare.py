@@ -1,10 +1,9 @@
 """Compare results: `llip compare A B ... [--json] [--out DIR]`.
 
-A, B, ... are results.json files or their folders; each of the others is held against A, value by value. A difference
-has a 95 % bootstrap interval over images where both sides kept per-sample outcomes: paired when they scored the same
-images in the same order, independent otherwise. The interval says how far the choice of test images may move the
-difference; it knows nothing of training seeds. In the interval of the mean, tasks are drawn independently: tasks that
-share images make it too narrow or too wide.
+A, B, ... are results.json files or their folders; each value of B, ... is compared with that of A. A difference has a
+95 % bootstrap interval over images where both sides kept per-sample outcomes: paired if they scored the same images in
+the same order, independent otherwise. The interval is about the choice of test images; it does not cover training
+seeds. In the interval of the mean, tasks are drawn independently: tasks that share images make it too narrow or wide.
 """
 
 import argparse
@@ -29,13 +28,13 @@ from llip.system.tables import aligned_table, markdown_table
 
 @dataclass(frozen=True)
 class Difference:
-    """One value of one side against the first side's, in fractions.
+    """A value of one side, and how it differs from the first side's, in fractions.
 
     Attributes:
         difference: this side's minus the first side's.
-        interval: of the difference; None where `note` says why there is none.
+        interval: of the difference; None where `note` gives the reason.
         paired: both sides scored the same images in the same order; None without an interval.
-        note: what to know of this difference, or None.
+        note: a caveat, or None.
     """
 
     value: float
@@ -47,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One value of one task (`mean`: over the common classification tasks): the first side's, and the others'."""
+    """One value of one task (`mean`: over the common classification tasks) on all sides."""
 
     task: str
     metric: str
@@ -57,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All differences, and for each side the tasks that not every side has."""
+    """All differences, and for each side its tasks that another side lacks."""
 
     names: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -69,7 +68,7 @@ class Comparison:
 
 
 def compare(sides: Sequence[StoredResults], seed: int = 0) -> Comparison:
-    """Hold every other side against the first; values are fractions.
+    """Compare every other side with the first.
 
     Raises:
         UserError: the sides have no task in common.
@@ -102,7 +101,7 @@ def _mean_row(means: list[float], draws: list[list[np.ndarray | None]]) -> Row:
     """Return the means over tasks, given the resampled differences [tasks][others]."""
     others = []
     for mean, drawn in zip(means[1:], zip(*draws, strict=True), strict=True):
-        known = [one for one in drawn if one is not None]
+        known = [draw for draw in drawn if draw is not None]
         complete = len(known) == len(drawn)
         bounds = interval(np.mean(known, axis=0)) if complete else None
         note = None if complete else f"{len(drawn) - len(known)} of {len(drawn)} tasks have no interval"
@@ -113,20 +112,20 @@ def _mean_row(means: list[float], draws: list[list[np.ndarray | None]]) -> Row:
 def _difference(
     first: StoredResults, side: StoredResults, task: str, name: str, seed: int
 ) -> tuple[Difference, np.ndarray | None]:
-    """Return the difference of one value, and its resampled values."""
+    """Return the difference of one value, and its resamples."""
     before, after = first.tasks[task], side.tasks[task]
     value, notes = after.values[name], []
     if (before.classnames_hash, before.prompts_hash) != (after.classnames_hash, after.prompts_hash):
-        notes.append("other class names, prompts or captions")
+        notes.append("different class names, prompts or captions")
     if before.shortlist != after.shortlist:
         notes.append(
-            "one of them is by shortlist"
+            "only one is by shortlist"
             if None in (before.shortlist, after.shortlist)
-            else "shortlists of other lengths"
+            else "shortlists of different lengths"
         )
     (parts_before, why_before), (parts_after, why_after) = _parts(first, before, name), _parts(side, after, name)
     if parts_before is None or parts_after is None:
-        reasons = [f"{reason} ({one.name})" for one, reason in ((first, why_before), (side, why_after)) if reason]
+        reasons = [f"{why} ({name})" for name, why in ((first.name, why_before), (side.name, why_after)) if why]
         note = "; ".join([*notes, "no interval: " + ", ".join(reasons)])
         return Difference(value, value - before.values[name], note=note), None
     paired = before.samples == after.samples
@@ -137,20 +136,20 @@ def _difference(
 
 
 def _parts(side: StoredResults, result: TaskResult, name: str) -> tuple[Parts | None, str | None]:
-    """Return the value as a sum over images, or why that cannot be."""
+    """Return the value as a sum over images, or the reason why it is none."""
     outcomes = load_outcomes(outcomes_file(side.path, result.task))
     if result.samples is None or outcomes is None:
         return None, "no per-sample outcomes"
     parts = parts_of(outcomes, name)
     if parts is None:
-        return None, f"{name} is no mean over images"
+        return None, f"{name} is not a mean over images"
     if outcomes.samples != result.samples or abs(parts.value() - result.values[name]) > 1e-9:
-        return None, "its per-sample outcomes are of another run"
+        return None, "the per-sample outcomes are of another run"
     return parts, None
 
 
 def as_table(comparison: Comparison, markdown: bool = False) -> str:
-    """Return the comparison in percent, with its notes and what was left out."""
+    """Return the comparison in percent, with its notes and the tasks that were not compared."""
     letters = [chr(ord("A") + index) for index in range(len(comparison.names))]
     head, body, notes = ["task", "value", "A"], [], []
     for letter in letters[1:]:
@@ -173,7 +172,7 @@ def as_table(comparison: Comparison, markdown: bool = False) -> str:
 
 
 def write_files(comparison: Comparison, folder: Path) -> None:
-    """Write compare.json, compare.md and compare.png into `folder` (made when it is not there)."""
+    """Write compare.json, compare.md and compare.png into `folder`, created if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "compare.json", json.dumps(comparison.to_json(), indent=2) + "\n")
@@ -194,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="llip compare", description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.json files or their folders; first: A")
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
-    parser.add_argument("--out", metavar="DIR", help="write compare.json, compare.md and compare.png there")
+    parser.add_argument("--out", metavar="DIR", help="folder for compare.json, compare.md and compare.png")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
     arguments = parser.parse_args(argv)
     if not 2 <= len(arguments.results) <= 26:

@@ -27,14 +27,14 @@ _GRACE = 5.0  # seconds between SIGTERM and SIGKILL for processes that remain
 
 
 class ProcessKilledError(RunError):
-    """A signal ended one of the processes, which so could not report anything."""
+    """A signal killed one of the processes before it could report anything."""
 
 
 def choose_devices(names: Sequence[str] | None) -> list[str]:
-    """Return the devices to use: `names` checked against the machine's, or all CUDA devices, or one cpu.
+    """Return the devices to use: `names`, else all CUDA devices, else one cpu.
 
     Raises:
-        UserError: an unknown or absent device, one that is named twice, or a mix of cpu and cuda.
+        UserError: an unknown or absent device, a GPU that is named twice, or a mix of cpu and cuda.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if not names:
@@ -55,7 +55,7 @@ def _unknown_device(name: str, gpus: list[str]) -> UserError:
         return UserError(f"--devices {name}: separate devices by spaces: --devices {' '.join(name.split(','))}")
     spelled = f"cuda:{name}" if name.isdecimal() else name.lower()
     if spelled in ("cpu", *gpus):
-        return UserError(f"--devices {name}: there is no such device. Did you mean {spelled!r}?")
+        return UserError(f"--devices {name}: no such device. Did you mean {spelled!r}?")
     if not gpus:
         return UserError(
             f"--devices {name}: this machine has no CUDA device; write --devices cpu (twice: two processes)"
@@ -65,7 +65,7 @@ def _unknown_device(name: str, gpus: list[str]) -> UserError:
 
 
 def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> None:
-    """Run `worker(device, *args)` on each device: in this process for one, else in a process group of new processes.
+    """Run `worker(device, *args)` on each device: in this process if there is one, else in a group of new processes.
 
     Inside a process group (a task of a SLURM job), run it on this process's device of `devices`.
 
@@ -73,7 +73,7 @@ def launch(worker: Callable[..., None], devices: Sequence[str], *args: Any) -> N
         worker: an importable function; with several devices its arguments must pickle.
 
     Raises:
-        UserError: a worker raised it. ProcessKilledError: a signal ended one. RuntimeError: another exception in one.
+        UserError: from a worker. ProcessKilledError: a signal killed a worker. RuntimeError: another exception in one.
     """
     if dist.is_initialized() or len(devices) == 1:
         device = devices[int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0]
@@ -153,7 +153,7 @@ def _raise_failure(children: Sequence[BaseProcess], devices: Sequence[str], fold
 
 
 def _end(children: Sequence[BaseProcess]) -> None:
-    """Terminate the processes that still run, and kill those that do not react."""
+    """Terminate the processes that still run, and kill those that do not end in time."""
     running = [child for child in children if child.is_alive()]
     for child in running:
         child.terminate()

@@ -22,17 +22,17 @@ from llip.system.program import program
 
 PROGRAM = "python -m evals.main_distributed"
 FROZEN = "submitted_evaluation.yaml"
-"""The file of a snapshot that holds the evaluation."""
+"""Name of the evaluation file in a snapshot."""
 
 
 class EvaluationProgram:
-    """Runs an evaluation file as one task of a job; picklable. A requeued job keeps the catalog's finished tasks."""
+    """One task of a job that runs an evaluation file; picklable. A requeued job skips what it has evaluated."""
 
     def __init__(self, fname: str, folder: str, device: str) -> None:
         """Describe the task.
 
         Args:
-            fname: the evaluation file. folder: where it was submitted; relative paths in the file belong to it.
+            fname: the evaluation file. folder: where it was submitted, the base of relative paths in the file.
             device: cuda or cpu.
         """
         self.fname, self.folder, self.device = fname, folder, device
@@ -68,7 +68,7 @@ class EvaluationProgram:
             return scaffold.program(config)(config, devices)
 
     def checkpoint(self, *_: object) -> Any:
-        """Return what submitit runs when the job is requeued: the same task."""
+        """Return what submitit runs after a requeue: the same task."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(EvaluationProgram(self.fname, self.folder, self.device))
@@ -92,7 +92,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def submit(given: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Check and submit the evaluation and print where to look; with --dry-run, print the script only.
+    """Check and submit the evaluation and print where its logs are; with --dry-run, only print the script.
 
     Args:
         given: the result of `parse_arguments(argv)`.
@@ -134,7 +134,7 @@ def job_request(given: argparse.Namespace, write: bool = True) -> JobRequest:
 
 @program
 def main(arguments: Sequence[str]) -> None:
-    """Submit an evaluation to SLURM and print where to look."""
+    """Submit an evaluation to SLURM."""
     submit(parse_arguments(arguments), arguments)
 
 

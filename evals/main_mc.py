@@ -1,7 +1,7 @@
 """Evaluate a model zero-shot: `llip eval --fname config_evals/X.yaml [--devices cuda:0 cuda:1 | cpu]`.
 
-`python -m evals.main_mc` is the same program. Exit code: 0 when every task was evaluated, 1 when some could not be, 2
-for a user's mistake, 3 when a process was killed before it could evaluate anything.
+`python -m evals.main_mc` is the same program. Exit code: 0 if every task was evaluated, 1 if some could not be, 2 for a
+user's mistake, 3 if a process was killed before the first task.
 """
 
 import argparse
@@ -17,8 +17,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llip eval",
         description="Evaluate a model zero-shot on the tasks of a catalog.",
-        epilog="Results go to <output_dir>/results.json and results.md; the same command continues an interrupted "
-        "evaluation.",
+        epilog="Results are in <output_dir>/results.json and results.md; the same command resumes an evaluation.",
     )
     parser.add_argument("--fname", required=True, metavar="YAML", help="the evaluation, e.g. config_evals/X.yaml")
     parser.add_argument(

@@ -23,7 +23,7 @@ from llip.system.processes import Processes, raise_on_all_ranks
 
 WAYS = ("image_to_text", "text_to_image")
 
-LoadModel = Callable[[Path, EvalConfig], Llip]
+LoadModel = Callable[[EvalConfig], Llip]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,13 @@ class Evaluation:
     """What to evaluate: the same on every process, and picklable.
 
     Attributes:
-        config: with model and output folder. weights: the model's file.
+        config: with model and output folder.
         entries: all tasks. tasks: names of those that are not done.
         results: of the tasks that are done. earlier: results of other evaluations, for the chart.
         load: returns the model, carrying `.preprocess_val` and `.tokenizer`; importable.
     """
 
     config: EvalConfig
-    weights: Path
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
     results: ResultsFile
@@ -75,7 +74,7 @@ def _user_message(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel) -> Iterator[Evaluation]:
-    """Check the request and yield what remains to be evaluated; the output folder is locked inside the block."""
+    """Check the request and yield what remains to be evaluated, with the output folder locked."""
     precision = model_precision(config, devices[0])
     weights = find_weights_file(config)
     entries = load_catalog(config.catalog_name).select(config.tasks)
@@ -84,8 +83,8 @@ def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel
     folder = config.output_folder
     with locked_output(folder):
         results = ResultsFile(folder, model)
-        if results.set_aside is not None:
-            print(f"earlier results are of another model or protocol; they will be kept in {results.set_aside}")
+        if results.moved_to is not None:
+            print(f"earlier results are of another model or protocol; they will be kept in {results.moved_to}")
         changes = {entry.name: results.changes(entry, config.shortlist, task_inputs(entry)) for entry in entries}
         for name, reasons in changes.items():
             if reasons:
@@ -95,11 +94,11 @@ def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel
             print(f"{kept} of {len(entries)} tasks are done already: {results.folder / 'results.json'}")
         if tasks:
             print(f"evaluating {weights} on {len(tasks)} tasks, on {' '.join(devices)}", flush=True)
-        yield Evaluation(config, weights, tuple(entries), tasks, results, earlier, load)
+        yield Evaluation(config, tuple(entries), tasks, results, earlier, load)
 
 
 def _evaluate_all(evaluation: Evaluation, devices: Sequence[str]) -> None:
-    """Evaluate on every device. A task that gets a process killed fails; new processes evaluate the tasks after it.
+    """Evaluate on every device. A task in which a process is killed fails; new processes evaluate those after it.
 
     Raises:
         ProcessKilledError: a process was killed before the first task began.
@@ -132,7 +131,7 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
     config, results = evaluation.config, evaluation.results
     processes = Processes.of_group()
     with raise_on_all_ranks(processes, CollectiveUserError, _user_message):
-        model = evaluation.load(evaluation.weights, config).to(device).eval()
+        model = evaluation.load(config).to(device).eval()
     if processes.is_main:
         progress.touch()
 
@@ -154,7 +153,7 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
 
 
 def _stored(evaluation: Evaluation) -> ResultsFile:
-    """Return the results as the evaluating processes have written them."""
+    """Read the results that the evaluating processes have written."""
     return ResultsFile(evaluation.results.folder, evaluation.results.model)
 
 
@@ -179,33 +178,37 @@ def draw(
 ) -> Path | None:
     """Write results.png: the classification tasks, their mean, and R@1 of retrieval, beside earlier results.
 
-    The mean of a side is over all tasks shown, and missing where the side lacks one; reference averages are lines.
-    Return None when no task gave a value.
+    A side that lacks one of the tasks has no mean; reference averages are lines.
+
+    Returns:
+        The file, None if no task has a value.
     """
-    found = [result for result in results.tasks(tasks) if result.values]
-    if not found:
+    done = [result for result in results.tasks(tasks) if result.values]
+    if not done:
         return None
-    classified = [result for result in found if result.value is not None]
-    retrieved = [(result, f"{way}_R@1") for result in found if result.value is None for way in WAYS]
+    classified = [(result, result.metric) for result in done if result.value is not None]
+    retrieved = [(result, f"{way}_R@1") for result in done if result.value is None for way in WAYS]
     sides = {}
-    everything = {result.task: result for result in found}
-    for name, stored in [("this evaluation", everything), *((side.name, side.tasks) for side in earlier)]:
-        values = [_percent(stored.get(one.task), one, one.metric) for one in classified]
+    current = {result.task: result for result in done}
+    for name, stored in [("this evaluation", current), *((side.name, side.tasks) for side in earlier)]:
+        values, recalls = (
+            [_percent(stored.get(result.task), result, value) for result, value in shown]
+            for shown in (classified, retrieved)
+        )
         known = [value for value in values if value is not None]
         mean = sum(known) / len(known) if known and len(known) == len(values) else None
-        recalls = [_percent(stored.get(one.task), one, value) for one, value in retrieved]
         sides[name] = [*values, *([mean] if classified else []), *recalls]
-    labels = [one.task if one.metric == "top1" else f"{one.task} ({one.metric})" for one in classified]
+    labels = [result.task if metric == "top1" else f"{result.task} ({metric})" for result, metric in classified]
     labels += [f"mean of these {len(classified)}"] if classified else []
     rules = [len(classified), len(classified) + 1] if classified else []
-    labels += [f"{one.task} ({value})" for one, value in retrieved]
+    labels += [f"{result.task} ({value})" for result, value in retrieved]
     chart = results.folder / "results.png"
     bar_chart(chart, f"Zero-shot results of {results.model.title}", labels, sides, references, rules)
     return chart
 
 
-def _percent(result: TaskResult | None, other: TaskResult, value: str) -> float | None:
-    """Return one side's value where it measured the same as the other."""
-    if result is None or (result.metric, result.shortlist) != (other.metric, other.shortlist):
+def _percent(result: TaskResult | None, like: TaskResult, value: str) -> float | None:
+    """Return a value of `result`, None if it does not measure the same as `like`."""
+    if result is None or (result.metric, result.shortlist) != (like.metric, like.shortlist):
         return None
     return 100 * result.values[value] if value in result.values else None

@@ -10,7 +10,6 @@ from llip.errors import UserError
 from llip.extensions import FOLDER
 from llip.open_clip.factory import check_model_matches, find_model_weights
 from llip.open_clip.model import Llip
-from llip.open_clip.weights.files import weights_in_folder
 from llip.system.paths import expand_path, expand_variables, unset_variables
 
 _BESIDE: tuple[str, ...] = (
@@ -22,10 +21,10 @@ _BESIDE: tuple[str, ...] = (
 
 def identify_model(config: EvalConfig, weights: Path, precision: str) -> ModelIdentity:
     """Return what results are of, given the file of weights: its content counts, not where it lies."""
-    pretrained = None if config.pretrained is None else Path(expand_variables(config.pretrained))
+    _, pretrained = _source(config)
     name, beside = config.mc_config_name, _BESIDE
     if pretrained is not None:  # an OpenCLIP model by name
-        is_tag = not pretrained.exists()
+        is_tag = not Path(pretrained).exists()
         name, beside = f"{config.model} {pretrained}" if is_tag else config.model, () if is_tag else _BESIDE
     files = sorted(path for pattern in beside for path in weights.parent.glob(pattern) if path.is_file())
     checkpoint = CheckpointIdentity.of(weights, files)
@@ -48,35 +47,31 @@ def find_weights_file(config: EvalConfig) -> Path:
     Raises:
         UserError: the file is not there, or the model is unknown.
     """
-    if config.model is not None:
-        return find_model_weights(*_model_words(config))
-    assert config.checkpoint_path is not None, "an evaluation program requires it or `model`"
-    path = expand_path(config.checkpoint_path)
-    if path.is_dir():
-        return weights_in_folder(path)
-    if path.is_file():
-        return path
-    if unset := unset_variables(path):
-        raise UserError(f"checkpoint {path} is not there: the environment variable {unset[0]} is not set")
-    train = f"llip train {config.mc_config_name}"
-    raise UserError(f"checkpoint {path} is not there; train it with `{train}`, or set checkpoint_path in the YAML")
+    model, pretrained = _source(config)
+    if config.model is None and not Path(model).exists():
+        if unset := unset_variables(model):
+            raise UserError(f"checkpoint {model} is not there: the environment variable {unset[0]} is not set")
+        train = f"llip train {config.mc_config_name}"
+        raise UserError(f"checkpoint {model} is not there; train it with `{train}`, or set checkpoint_path in the YAML")
+    return find_model_weights(model, pretrained)
 
 
-def load_model(weights: Path, config: EvalConfig) -> Llip:
-    """Load the model whose weights `find_weights_file` returned; a checkpoint must match the evaluation's run config.
+def load_model(config: EvalConfig) -> Llip:
+    """Load the model of an evaluation; a checkpoint must match the evaluation's run config.
 
     Raises:
         UserError: unreadable weights, or a model of another architecture (lists the differing fields).
     """
-    if config.model is not None:
-        return llip.open_model(*_model_words(config), ema=config.ema)
-    model = llip.load_pretrained(weights, ema=config.ema)
-    assert config.mc_config_name is not None, "an evaluation program requires it or `model`"
-    check_model_matches(model, search_config(config.mc_config_name))
+    model = llip.open_model(*_source(config), ema=config.ema)
+    if config.mc_config_name is not None:
+        check_model_matches(model, search_config(config.mc_config_name))
     return model
 
 
-def _model_words(config: EvalConfig) -> tuple[str, str | None]:
-    """Return `model` and `pretrained` with `~` and variables expanded."""
-    assert config.model is not None, "only for an evaluation that names a model"
-    return expand_variables(config.model), None if config.pretrained is None else expand_variables(config.pretrained)
+def _source(config: EvalConfig) -> tuple[str, str | None]:
+    """Return what `llip.open_model` opens, with `~` and variables expanded."""
+    if config.model is not None:
+        pretrained = None if config.pretrained is None else expand_variables(config.pretrained)
+        return expand_variables(config.model), pretrained
+    assert config.checkpoint_path is not None, "a program requires it or `model`"
+    return str(expand_path(config.checkpoint_path)), None

@@ -1,10 +1,9 @@
 """results.json and results.md of an evaluation, written after each task.
 
-`per_sample/<task>.npz` beside them holds the outcome of each image (see `llip.clipeval.outcomes`).
-
     {"model": {...}, "tasks": {name: {"metric": ..., "value": ..., "n": ..., "seconds": ..., ...}}, "mean": ...}
 
 Values are fractions in [0, 1] in the json and percentages in the tables. `mean` is over the classification tasks.
+`per_sample/<task>.npz` beside them holds the outcome of each image (see `llip.clipeval.outcomes`).
 """
 
 import hashlib
@@ -82,7 +81,7 @@ class ModelIdentity:
         return (self.config or self.checkpoint.path) + (" (averaged weights)" if self.ema else "")
 
     def describes(self, stored: Any) -> bool:
-        """Return whether a stored object is of the same model; one without the hash of its weights is not."""
+        """Return whether stored results are of this model; those without a hash of the weights are not."""
         try:
             return self == ModelIdentity(**{**stored, "checkpoint": CheckpointIdentity(**stored["checkpoint"])})
         except (KeyError, TypeError):
@@ -91,10 +90,11 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class StoredResults:
-    """A results.json as it was found: `name` is what the user calls it."""
+    """A results.json: `name` is how the user gave it, `model` what the results are of."""
 
     name: str
     path: Path
+    model: Any
     tasks: dict[str, TaskResult]
 
 
@@ -107,27 +107,13 @@ def read_results(given: str | Path) -> StoredResults:
     path = expand_path(str(given))
     path = path / "results.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"results {given} are not there; expected a results.json of evals.main_mc, or its folder")
-    return StoredResults(str(given), path, _tasks(path, _parse(path)))
-
-
-def _parse(path: Path) -> dict[str, Any]:
+        raise UserError(f"results {given} are not there; expected a results.json of llip eval, or its folder")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {"model": stored["model"], "tasks": dict(stored["tasks"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise _not_results(path, error) from error
-
-
-def _tasks(path: Path, stored: dict[str, Any]) -> dict[str, TaskResult]:
-    try:
-        return {name: TaskResult.from_json(name, task) for name, task in stored["tasks"].items()}
+        tasks = {name: TaskResult.from_json(name, task) for name, task in stored["tasks"].items()}
+        return StoredResults(str(given), path, stored["model"], tasks)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _not_results(path, error) from error
-
-
-def _not_results(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away")
+        raise UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away") from error
 
 
 @contextmanager
@@ -147,7 +133,11 @@ def locked_output(folder: Path) -> Iterator[None]:
 
 
 class ResultsFile:
-    """The results of one model in one folder; earlier results of another model are set aside, not lost."""
+    """The results of one model in one folder; earlier results of another model are moved aside, not lost.
+
+    Attributes:
+        moved_to: where results of another model will be when the first task is added, or None.
+    """
 
     def __init__(self, folder: Path, model: ModelIdentity) -> None:
         """Open `folder` (see `locked_output`) and take over the results of the same `model`.
@@ -156,27 +146,25 @@ class ResultsFile:
             UserError: a damaged results.json.
         """
         self.folder, self.model = folder, model
-        self.set_aside: Path | None = None
+        self.moved_to: Path | None = None
         self._results: dict[str, TaskResult] = {}
         self._inputs: dict[str, Mapping[str, str]] = {}
-        self._read(folder / "results.json")
-
-    def _read(self, path: Path) -> None:
+        path = folder / "results.json"
         if not path.is_file():
             return
-        stored = _parse(path)
-        if self.model.describes(stored["model"]):
-            self._results = _tasks(path, stored)
-            return
-        names = itertools.chain(["previous"], (f"previous-{number}" for number in itertools.count(2)))
-        places = (path.with_name(f"results.{name}.json") for name in names)
-        self.set_aside = next(place for place in places if not place.exists())
+        stored = read_results(path)
+        if model.describes(stored.model):
+            self._results = stored.tasks
+        else:
+            names = itertools.chain(["previous"], (f"previous-{number}" for number in itertools.count(2)))
+            paths = (path.with_name(f"results.{name}.json") for name in names)
+            self.moved_to = next(path for path in paths if not path.exists())
 
     def changes(self, entry: Entry, shortlist: int | None, inputs: Mapping[str, str]) -> list[str] | None:
         """Return why a task with a result must be evaluated again: [] if it is done, None without a result.
 
         Args:
-            shortlist: that of the evaluation; it concerns retrieval alone.
+            shortlist: that of the evaluation, which only retrieval depends on.
             inputs: what the task is evaluated on now; stored with its result.
         """
         self._inputs[entry.name] = inputs
@@ -188,13 +176,13 @@ class ResultsFile:
         return other + changed_parts(result.inputs, inputs)
 
     def tasks(self, names: Iterable[str]) -> list[TaskResult]:
-        """Return the results there are of the named tasks, in that order."""
+        """Return the results of those of the named tasks that have one, in that order."""
         return [self._results[name] for name in names if name in self._results]
 
     def add(self, result: TaskResult) -> None:
-        """Take in one task's result and write the files, each in one atomic step."""
-        if self.set_aside is not None and not self._results:  # not before there is something to put in its place
-            self._set_aside(self.folder / "results.json", self.set_aside)
+        """Add one task's result and write the files, each in one atomic step."""
+        if self.moved_to is not None and not self._results:  # not before there is a result that replaces them
+            self._move_aside(self.folder / "results.json", self.moved_to)
         self._results[result.task] = replace(result, inputs=self._inputs.get(result.task))
         if result.outcomes is not None:  # first: a result without its outcomes would stay so for good
             save_outcomes(outcomes_file(self.folder / "results.json", result.task), result.outcomes)
@@ -208,21 +196,21 @@ class ResultsFile:
         write_text(self.folder / "results.md", self._markdown(results))
 
     @staticmethod
-    def _set_aside(current: Path, previous: Path) -> None:
+    def _move_aside(current: Path, previous: Path) -> None:
         current.replace(previous)
         samples, old = (outcomes_file(path, "any").parent for path in (current, previous))
         shutil.rmtree(old, ignore_errors=True)
         if samples.is_dir():
             samples.replace(old)
 
-    def _markdown(self, results: list[TaskResult]) -> str:
+    def _markdown(self, results: Sequence[TaskResult]) -> str:
         model = self.model
-        about = (
+        failures = [f"{result.task} failed: {result.error}" for result in results if result.error]
+        sections = [
+            "# Zero-shot evaluation",
             f"Zero-shot results of {model.title}, weights `{model.checkpoint.path}`, in percent; prompts averaged by "
-            f"{model.prompt_ensemble}, {model.precision}."
-        )
-        lines = [*(f"{one.task} failed: {one.error}" for one in results if one.error), *notes(results)]
-        notes_text = "".join(f"\n- {line}" for line in lines)
-        return f"# Zero-shot evaluation\n\n{about}\n\n{format_results(results, markdown=True)}\n" + (
-            notes_text and notes_text + "\n"
-        )
+            f"{model.prompt_ensemble}, {model.precision}.",
+            format_results(results, markdown=True),
+            "\n".join(f"- {line}" for line in [*failures, *notes(results)]),
+        ]
+        return "\n\n".join(filter(None, sections)) + "\n"

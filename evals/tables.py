@@ -18,26 +18,26 @@ def format_results(results: Iterable[TaskResult], markdown: bool = False) -> str
 
 
 def notes(results: Iterable[TaskResult]) -> list[str]:
-    """Return a line for each task with images that could not be read: how many, and the first of them."""
+    """Return a line for each task with unreadable images: how many, and the first of them."""
     return [
-        f"{one.task}: {one.skipped} of {one.n + one.skipped} images cannot be read and are left out, for instance "
-        f"{one.skipped_images[0]}"
-        for one in results
-        if one.skipped
+        f"{result.task}: {result.skipped} of {result.n + result.skipped} images cannot be read and are skipped, "
+        f"for instance {result.skipped_images[0]}"
+        for result in results
+        if result.skipped
     ]
 
 
 def _classification(results: Sequence[TaskResult]) -> list[list[str]]:
     rows = [["task", "metric", "%", "images", "skipped", "seconds", "images/s"]]
-    some = [result for result in results if result.metric not in RETRIEVAL_METRICS]
-    for one in some:
-        value = "failed" if one.value is None else _percent(one.value)
-        rows.append([one.task, one.metric, value, str(one.n), str(one.skipped), *_speed(one)])
-        others = [(metric, value) for metric, value in one.values.items() if metric != one.metric]
-        rows += [[one.task, metric, _percent(value), "", "", "", ""] for metric, value in others]
-    if (mean := classification_mean(some)) is not None:
-        failed = sum(one.value is None for one in some)
-        over = f"of {len(some) - failed} classification tasks" + (f", {failed} failed" if failed else "")
+    shown = [result for result in results if result.metric not in RETRIEVAL_METRICS]
+    for result in shown:
+        first = "failed" if result.value is None else _percent(result.value)
+        rows.append([result.task, result.metric, first, str(result.n), str(result.skipped), *_speed(result)])
+        others = [(metric, value) for metric, value in result.values.items() if metric != result.metric]
+        rows += [[result.task, metric, _percent(value), "", "", "", ""] for metric, value in others]
+    if (mean := classification_mean(shown)) is not None:
+        failed = sum(result.value is None for result in shown)
+        over = f"of {len(shown) - failed} classification tasks" + (f", {failed} failed" if failed else "")
         rows.append(["mean", over, _percent(mean), "", "", "", ""])
     return rows
 
@@ -46,12 +46,13 @@ def _retrieval(results: Sequence[TaskResult]) -> list[list[str]]:
     columns = [(way, k) for way in _DIRECTIONS for k in RECALLS]
     heads = [f"{_DIRECTIONS[way]} R@{k}" if k == RECALLS[0] else f"R@{k}" for way, k in columns]
     rows = [["task", "pairs scored", *heads, "images", "texts", "skipped", "seconds", "images/s"]]
-    for one in results:
-        if one.metric in RETRIEVAL_METRICS:
-            scored = "all" if one.shortlist is None else f"shortlist {one.shortlist}"
-            found = [one.values.get(f"{way}_R@{k}") for way, k in columns]
-            values = ["failed" if value is None else _percent(value) for value in found]
-            rows.append([one.task, scored, *values, str(one.n), str(one.texts or 0), str(one.skipped), *_speed(one)])
+    for result in results:
+        if result.metric in RETRIEVAL_METRICS:
+            scored = "all" if result.shortlist is None else f"shortlist {result.shortlist}"
+            values = [result.values.get(f"{way}_R@{k}") for way, k in columns]
+            recalls = ["failed" if value is None else _percent(value) for value in values]
+            counts = [str(result.n), str(result.texts or 0), str(result.skipped)]
+            rows.append([result.task, scored, *recalls, *counts, *_speed(result)])
     return rows
 
 

@@ -98,7 +98,7 @@ def test_compares_what_is_common(tmp_path: Path) -> None:
     one, two, ranking, mean = compare([read_results(a), read_results(c)]).rows
     assert (two.others[0].interval.low, two.others[0].interval.high) == (0, 0)  # paired with itself
     assert ranking.others[0].interval is None
-    assert "roc_auc is no mean over images" in ranking.others[0].note
+    assert "roc_auc is not a mean over images" in ranking.others[0].note
     assert mean.others[0].interval is None
     assert "1 of 3 tasks have no interval" in mean.others[0].note
 
@@ -115,7 +115,7 @@ def test_poor_material_is_named(tmp_path: Path) -> None:
     assert f"of another run ({stale})" in row.others[0].note
     listed = write(tmp_path / "listed", result("one", AFTER, shortlist=64, prompts_hash="x"))
     (row, _) = compare([read_results(a), read_results(listed)]).rows
-    assert row.others[0].note == "other class names, prompts or captions; one of them is by shortlist"
+    assert row.others[0].note == "different class names, prompts or captions; only one is by shortlist"
 
 
 def test_results_set_aside_keep_their_outcomes(tmp_path: Path) -> None:

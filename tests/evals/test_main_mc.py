@@ -22,8 +22,8 @@ from tests.clipeval.fakes import FakeModel, write_catalog, write_imagefolder, wr
 CLASSES = ["ant", "bee", "cow"]
 
 
-def load_fake(path: Path, config: EvalConfig) -> FakeModel:
-    return FakeModel(seed=int(path.read_text()))
+def load_fake(config: EvalConfig) -> FakeModel:
+    return FakeModel(seed=int(Path(config.checkpoint_path).read_text()))
 
 
 class Deadly(FakeModel):
@@ -35,17 +35,17 @@ class Deadly(FakeModel):
         return super().encode_text(tokens)
 
 
-def load_deadly(path: Path, config: EvalConfig) -> FakeModel:
-    return Deadly(seed=int(path.read_text()))
+def load_deadly(config: EvalConfig) -> FakeModel:
+    return Deadly(seed=int(Path(config.checkpoint_path).read_text()))
 
 
-def load_killed(path: Path, config: EvalConfig) -> FakeModel:
+def load_killed(config: EvalConfig) -> FakeModel:
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return load_fake(path, config)
+    return load_fake(config)
 
 
-def load_nothing(path: Path, config: EvalConfig) -> FakeModel:
+def load_nothing(config: EvalConfig) -> FakeModel:
     raise UserError("no model in here")
 
 
@@ -127,7 +127,7 @@ def test_unreadable_images_are_told_and_failed_tasks_do_not_enter_the_mean_silen
     write_catalog(Path(config.catalog_name), entries)
     assert mc.run(config, ["cpu"], load_fake) == 1
     told = capsys.readouterr()
-    words = "folder: 1 of 6 images cannot be read and are left out, for instance "
+    words = "folder: 1 of 6 images cannot be read and are skipped, for instance "
     text = Path(config.output_dir, "results.md").read_text()
     for place in (told.err, text):
         assert words in place
