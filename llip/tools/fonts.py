@@ -1,4 +1,4 @@
-"""Installed fonts that can draw a text (others draw boxes for what they lack), and lines that fit a width.
+"""Installed fonts that cover a text, and text in lines of a given width.
 
 A character's display width is 2 columns for wide ones (Chinese, Japanese, Korean) and 1 for others.
 """
@@ -15,7 +15,7 @@ DEFAULT = str(font_manager.findfont("DejaVu Sans"))
 
 @functools.cache
 def _characters(path: str) -> frozenset[int]:
-    """Return the code points that a font draws; none for one that cannot be read, such as colour bitmaps."""
+    """Return the code points of a font; none if it cannot be read, as colour bitmaps cannot."""
     try:
         return frozenset(ft2font.FT2Font(path).get_charmap())
     except (OSError, RuntimeError, ValueError):
@@ -23,14 +23,14 @@ def _characters(path: str) -> frozenset[int]:
 
 
 def _needed(texts: Iterable[str]) -> set[int]:
-    """Return the code points that must be drawn: no spaces, line breaks or invisible marks."""
+    """Return the code points that need a glyph."""
     return {
         ord(c) for text in texts for c in text if unicodedata.category(c)[0] not in "CZ" and c not in "\ufe0e\ufe0f"
     }
 
 
 def covering_fonts(texts: Iterable[str]) -> tuple[list[str], str]:
-    """Return paths of fonts that draw the texts together, `DEFAULT` first, and the characters that none of them has."""
+    """Return paths of fonts that cover the texts together, `DEFAULT` first, and the characters that none has."""
     missing = _needed(texts) - _characters(DEFAULT)
     fonts = [DEFAULT]
     installed = sorted(map(str, font_manager.findSystemFonts())) if missing else []
@@ -52,18 +52,18 @@ def font_families(texts: Iterable[str]) -> list[str]:
 
 
 def best_font(text: str) -> str:
-    """Return the path of the one font that draws most of a text: PIL draws a line with one font."""
+    """Return the path of the font that covers most of a text, for PIL, which draws a line with one font."""
     needed = _needed([text])
     return max(covering_fonts([text])[0], key=lambda path: len(needed & _characters(path)))
 
 
 def missing_note(texts: Iterable[str]) -> str | None:
-    """Return a sentence that names the characters that no installed font draws; None where there are none."""
+    """Return a sentence about the characters that no installed font has; None if there are none."""
     missing = covering_fonts(texts)[1]
     if not missing:
         return None
     shown = missing[:20] + ("..." if len(missing) > 20 else "")
-    return f"no installed font draws {shown}: boxes stand for them. Install one, for instance fonts-noto-cjk"
+    return f"no installed font has {shown}, drawn as boxes. Install one, for instance fonts-noto-cjk"
 
 
 def _columns(text: str) -> int:
@@ -81,7 +81,7 @@ def shorten(text: str, columns: int) -> str:
 
 
 def wrap(text: str, columns: int, lines: int) -> str:
-    """Return a text on up to `lines` lines of `columns`, broken at spaces if it can be; "..." ends one that is cut."""
+    """Return a text on up to `lines` lines of `columns`, broken at spaces where possible; "..." ends a cut text."""
     rows = [""]
     for word in text.split():
         if rows[-1] and _columns(rows[-1]) + 1 + _columns(word) > columns:

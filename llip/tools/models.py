@@ -1,4 +1,4 @@
-"""The model that a program opens, and the device it runs on: what explain, diagnose and search share."""
+"""Open a model on a device, as explain, diagnose and search do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llip diagnose MODEL --data PATTERN`: what the mixture tokens do over a dataset.
+"""`llip diagnose MODEL --data PATTERN`: measure how a model uses its mixture tokens on a dataset.
 
 Exit code: 0, also with alarms (they are in the table, the json and the figure); 2 for a mistake in the request.
 """
@@ -22,7 +22,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Measure how a model uses its mixture tokens; docs/explain.md explains each number.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="PATTERN", help="shards, written as train_data")
+    parser.add_argument("--data", required=True, metavar="PATTERN", help="shards, as train_data")
     parser.add_argument("--caption-keys", default="txt", metavar="KEYS", help="as caption_keys [%(default)s]")
     parser.add_argument("--images", type=int, default=512, metavar="N", help="at most [%(default)s]")
     parser.add_argument("--captions-per-image", type=int, default=4, metavar="N", help="at most [%(default)s]")

@@ -1,4 +1,4 @@
-"""From shards to features: some images of a dataset with several captions each.
+"""Encode some images of a dataset, with several captions each.
 
 Shapes: B images, T captions of all of them, K mixture tokens, D embedding width.
 """
@@ -26,7 +26,7 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """Features on the CPU, and what could not be used."""
+    """Features on the CPU, and counts of what was unusable."""
 
     h: Tensor  # [B, K, D]
     t: Tensor  # [T, D]
@@ -67,14 +67,15 @@ def _usable(
 
 @torch.no_grad()
 def collect(model: Llip, data: str, caption_keys: str, images: int, captions_per_image: int) -> Collected:
-    """Encode the first usable images of a dataset, with up to so many different captions each.
+    """Encode the first usable images of a dataset, with their distinct captions.
 
     Args:
         model: as `llip.open_model` returns it, on any device.
         data, caption_keys: as `train_data` and `caption_keys` in a config.
+        images, captions_per_image: maximum of either.
 
     Raises:
-        UserError: a pattern that names nothing, or fewer than two usable samples.
+        UserError: a pattern without shards, or fewer than two usable samples.
     """
     device = next(model.parameters()).device
     damage: Counter[str] = Counter()

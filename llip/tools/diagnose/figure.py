@@ -1,7 +1,9 @@
-"""The report as a picture: usage, tokens per pair, variances of the image feature, spectra."""
+"""The report as a figure: usage, tokens per pair, variances of the image feature, spectra."""
 
 from pathlib import Path
 from typing import Any
+
+from llip.tools.fonts import font_families
 
 INK, BLUE, GRAY, ORANGE = "#26323f", "#1f6fb4", "#c3ccd6", "#d98324"
 
@@ -13,16 +15,19 @@ def draw(report: dict[str, Any], title: str, path: Path) -> None:
 
     tokens = report["mixture_tokens"]
     style: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-             "text.color": INK, "axes.edgecolor": GRAY}  # fmt: skip
+             "text.color": INK, "axes.edgecolor": GRAY, "text.parse_math": False,
+             "font.family": font_families([title])}  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(15, 3.3), layout="constrained")
         axes = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1.2))
         axes[0].bar(range(tokens), [100 * value for value in report["usage"]], color=BLUE)
         axes[0].axhline(100 / tokens, color=INK, linewidth=0.8, linestyle=":", label="even use")
-        axes[0].set(title=f"use of each token, % ({report['usage_effective']:.1f} in effect)", xlabel="mixture token")
+        axes[0].set(
+            title=f"use of each token, % (effective number {report['usage_effective']:.1f})", xlabel="mixture token"
+        )
         axes[0].legend(frameon=False)
         axes[1].hist(report["pair_effective_numbers"], bins=30, range=(1, max(tokens, 2)), color=BLUE)
-        axes[1].set(title="tokens that one head mixes for one pair", xlabel="effective number, 1 to K", yticks=[])
+        axes[1].set(title="tokens mixed by one head for one pair", xlabel="effective number, 1 to K", yticks=[])
         names = ("over captions\ntrue of an image", "over all\ncaptions", "over images")
         keys = ("z_variance_over_own_texts", "z_variance_over_texts", "z_variance_over_images")
         bars = axes[2].bar(names, [report[key] for key in keys], color=[BLUE, BLUE, GRAY])

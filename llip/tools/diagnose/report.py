@@ -21,10 +21,11 @@ from llip.open_clip.mixture_statistics import (
     weight_text_share,
 )
 from llip.open_clip.model import Llip
+from llip.open_clip.pooling import TextFreePooling
 from llip.tools.diagnose.collect import Collected
 
 GRID_IMAGES, GRID_TEXTS = 128, 256
-"""Images and texts whose pairs are all looked at; evenly spread over what was collected."""
+"""Images and texts of which all pairs are measured; evenly spread over those collected."""
 
 
 def _spread(values: Tensor) -> dict[str, float]:
@@ -38,18 +39,18 @@ def _evenly(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most)).round().long().unique()
 
 
-def _own_features(model: Llip, found: Collected, device: torch.device) -> Tensor:
+def _own_features(model: Llip, collected: Collected, device: torch.device) -> Tensor:
     """Return z of each caption with its own image [T, D]."""
     parts = []
-    for image, count in enumerate(torch.bincount(found.owners).tolist()):
-        texts = found.t[found.owners == image].to(device)
+    for image, count in enumerate(torch.bincount(collected.owners).tolist()):
+        texts = collected.t[collected.owners == image].to(device)
         assert len(texts) == count
-        parts.append(model.contextualize(found.h[image : image + 1].to(device), texts)[0].float().cpu())
+        parts.append(model.contextualize(collected.h[image : image + 1].to(device), texts)[0].float().cpu())
     return torch.cat(parts)
 
 
 def _variance_over_own(features: Tensor, owners: Tensor) -> float:
-    """Return the variance of z over the captions that are true of one image, averaged over images with several."""
+    """Return the variance of z over the captions of one image, averaged over images with several."""
     counts = torch.bincount(owners)
     means = torch.zeros(len(counts), features.shape[1]).index_add_(0, owners, features) / counts[:, None]
     within = torch.zeros(len(counts)).index_add_(0, owners, (features - means[owners]).square().sum(dim=1)) / counts
@@ -57,23 +58,23 @@ def _variance_over_own(features: Tensor, owners: Tensor) -> float:
 
 
 @torch.no_grad()
-def diagnose(model: Llip, found: Collected) -> dict[str, Any]:
+def diagnose(model: Llip, collected: Collected) -> dict[str, Any]:
     """Return every measure, as docs/explain.md explains them, and the alarms."""
     device = next(model.parameters()).device
-    h = found.h[_evenly(len(found.h), GRID_IMAGES)].to(device)
-    t = found.t[_evenly(len(found.t), GRID_TEXTS)].to(device)
+    h = collected.h[_evenly(len(collected.h), GRID_IMAGES)].to(device)
+    t = collected.t[_evenly(len(collected.t), GRID_TEXTS)].to(device)
     weights, z = model.mixture_weights(h, t).float(), model.contextualize(h, t).float()
     usage, over_heads = token_usage(weights), weights.mean(dim=2)  # [K], [B, T, K]
     per_image, per_text = over_heads.mean(dim=1), over_heads.mean(dim=0)
     over_texts, over_images, _ = grid_variances(z)
-    own = _own_features(model, found, device)
-    values, text_values = spectrum(own), spectrum(found.t)
+    own = _own_features(model, collected, device)
+    values, text_values = spectrum(own), spectrum(collected.t)
     scalars = {
         "usage_effective": effective_number(usage).item(),
         "usage_max": usage.max().item(),
         "effective_per_pair": effective_number(weights).mean().item(),
         "weight_text_share": weight_text_share(weights).item(),
-        "z_variance_over_own_texts": _variance_over_own(own, found.owners),
+        "z_variance_over_own_texts": _variance_over_own(own, collected.owners),
         "z_variance_over_texts": over_texts.item(),
         "z_variance_over_images": over_images.item(),
         "z_text_share": share(over_texts, over_images).item(),
@@ -83,11 +84,11 @@ def diagnose(model: Llip, found: Collected) -> dict[str, Any]:
     }
     pooling, tokens = model.config["pooling"], model.config["mixture_tokens"]
     return {
-        "images": len(found.h),
-        "captions": len(found.t),
+        "images": len(collected.h),
+        "captions": len(collected.t),
         "mixture_tokens": tokens,
         "pooling": pooling,
-        "damage": found.damage,
+        "damage": collected.damage,
         **scalars,
         "usage": usage.tolist(),
         "entropy_per_image": _spread(entropy(per_image)),
@@ -99,18 +100,18 @@ def diagnose(model: Llip, found: Collected) -> dict[str, Any]:
         .tolist(),
         "singular_values": values.tolist(),
         "text_singular_values": text_values.tolist(),
-        "alarms": find_alarms(scalars, tokens, pooling == "text", min(own.shape)),
+        "alarms": find_alarms(scalars, tokens, not isinstance(model.pooling, TextFreePooling), min(own.shape)),
     }
 
 
 def as_table(report: dict[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     tokens = report["mixture_tokens"]
     rows = [
         ("images, captions", f"{report['images']:,}, {report['captions']:,}"),
         ("pooling, mixture tokens", f"{report['pooling']}, {tokens}"),
         (
-            "tokens used, in effect",
+            "effective number of tokens",
             f"{report['usage_effective']:.2f} (largest share {100 * report['usage_max']:.1f} %)",
         ),
         ("tokens of one head and pair", f"{report['effective_per_pair']:.2f}"),
@@ -126,7 +127,7 @@ def as_table(report: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
-    lines += [f"not usable: {reason}: {count:,}" for reason, count in report["damage"].items()]
+    lines += [f"unusable: {reason}: {count:,}" for reason, count in report["damage"].items()]
     lines += [f"ALARM: {alarm}" for alarm in report["alarms"]] or ["no alarm"]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What a model does with single images and captions: scores, weights over mixture tokens, where the tokens look.
+"""Scores, weights over mixture tokens and attention maps of single images and captions.
 
 llip explain CHECKPOINT --images A.jpg B.jpg --captions "a red star" "a blue ring" --out explained.png
 """

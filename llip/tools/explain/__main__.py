@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
     from llip.tools.explain.explanation import Explanation
 
 MOST_IMAGES, MOST_CAPTIONS, MOST_TOKENS = 8, 8, 8
-"""What still makes a legible figure."""
+"""Limits of a legible figure."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -29,14 +29,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=f"at most {MOST_IMAGES}")
     parser.add_argument("--captions", nargs="+", metavar="TEXT", help=f"at most {MOST_CAPTIONS}")
-    parser.add_argument("--scenes", type=int, metavar="N", help="draw N scenes of the embedded dataset as images")
+    parser.add_argument("--scenes", type=int, metavar="N", help="render N scenes of the embedded dataset as images")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes [%(default)s]")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the figure; also .pdf and .svg")
     parser.add_argument(
         "--attention", choices=("last", "rollout", "none"), default="last",
-        help="where tokens look: the last block, all blocks multiplied up, or no maps [%(default)s]",
+        help="maps: of the last block, attention rollout through all blocks, or none [%(default)s]",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=4, metavar="N", help="tokens shown per image [%(default)s]")
+    parser.add_argument("--tokens", type=int, default=4, metavar="N", help="token maps per image [%(default)s]")
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print all numbers as one json document")
     return parser.parse_args(argv)
@@ -57,7 +57,7 @@ def _check(given: argparse.Namespace) -> None:
     }
     for option, (value, least, most) in counts.items():
         if not least <= value <= most:
-            raise UserError(f"{option}: {value} given, expected {max(1, least)} to {most}; more make no legible figure")
+            raise UserError(f"{option}: {value} given, expected {max(1, least)} to {most}; more would not be legible")
     if given.out is not None and given.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {str(given.out)!r}: expected a name that ends in .png, .pdf or .svg")
     if given.out is not None and not given.out.absolute().parent.is_dir():
@@ -76,7 +76,7 @@ def _as_table(explanation: Explanation) -> str:
 
 @program
 def main(argv: Sequence[str]) -> None:
-    """Explain the images of the command line; write the figure, print the numbers."""
+    """Explain images and captions: write the figure, print the numbers."""
     given = parse_arguments(argv)
     _check(given)
     from llip.tools.explain.explanation import explain

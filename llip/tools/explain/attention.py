@@ -19,12 +19,12 @@ How = Literal["last", "rollout"]
 
 _UNKNOWN = (
     "the image tower does not compute the attention of its outputs over patches by torch's own functions, so its "
-    "weights are unknown; leave out the maps with --attention none"
+    "weights are unknown; draw no maps, with --attention none"
 )
 
 
 class _Attentions(TorchFunctionMode):
-    """Keeps the weights [B, A, queries, keys] of every attention that is computed meanwhile, whoever asks for it."""
+    """Records the weights [B, A, queries, keys] of every attention that is computed in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Attentions(TorchFunctionMode):
         options = options or {}
         if function is F.scaled_dot_product_attention:
             self.weights.append(_weights(*arguments[:2], *arguments[3:4], **options))
-        elif function is F.multi_head_attention_forward:  # what torch's module calls; it can return them itself
+        elif function is F.multi_head_attention_forward:  # called by torch's module; it can return them
             asked = {"need_weights": True, "average_attn_weights": False}
             weights = function(*arguments, **(options | asked))[1]
             assert weights is not None
@@ -58,7 +58,7 @@ def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
     """
     assert not visual.training, "patches may be dropped in training mode"
     attentions, fast = _Attentions(), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it computes a whole layer at once
+    torch.backends.mha.set_fastpath_enabled(False)  # it computes a layer in one kernel
     try:
         with torch.no_grad(), attentions:
             visual(images)
@@ -104,7 +104,7 @@ def rollout(blocks: list[Tensor]) -> Tensor:
 def token_attention(visual: MixtureTower, images: Tensor, how: How = "last") -> Tensor:
     """Return where each mixture token looks [B, K, H, W], row by row from the top left.
 
-    A map sums to less than one: the rest is what the token draws from tokens that are no patches.
+    A map sums to less than one: the rest is attention to tokens that are not patches.
 
     Args:
         visual: the image tower, in eval mode.
@@ -119,7 +119,7 @@ def token_attention(visual: MixtureTower, images: Tensor, how: How = "last") -> 
     pooled = last.shape[2] != last.shape[3] and last.shape[2] == visual.mixture_tokens
     if how == "last":
         weights = last.mean(dim=1)
-    elif pooled:  # latents have no residual path, and may leave out what comes before the patches
+    elif pooled:  # latents have no residual path, and may not attend to the prefix
         flow = rollout(blocks)
         weights = last.mean(dim=1) @ flow[:, flow.shape[1] - last.shape[3] :]
     else:

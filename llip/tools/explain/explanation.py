@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from llip.open_clip.model import Llip
+from llip.open_clip.pooling import TextFreePooling
 from llip.tools.explain.attention import How, token_attention
 
 
@@ -26,8 +27,9 @@ class Explanation:
     attention: Tensor | None  # of mixture tokens over patches [B, K, H, W]
     how: str  # last, rollout or none
     pooling: str
+    text_conditioned: bool  # the weights may differ between captions
     squashed: bool  # the model sees the whole image made square, not the square in its middle
-    notes: list[str]  # what cannot be shown for this model, and why
+    notes: list[str]  # why something is not shown for this model
 
     @property
     def mean_weights(self) -> Tensor:
@@ -40,7 +42,7 @@ class Explanation:
         return torch.einsum("tk,khw->thw", self.mean_weights[image], self.attention[image])
 
     def to_dict(self, tokens: int) -> dict[str, Any]:
-        """Return plain containers for json; maps of the `tokens` that matter most for each image."""
+        """Return plain containers for json, with maps of the `tokens` of each image that matter most."""
         record: dict[str, Any] = {
             "captions": self.captions,
             "pooling": self.pooling,
@@ -75,7 +77,7 @@ def effective_tokens(weights: Tensor) -> Tensor:
 
 
 def tokens_that_matter(weights: Tensor, count: int) -> list[int]:
-    """Return up to `count` tokens, those that some caption gives the most weight first.
+    """Return up to `count` tokens, in the order of the largest weight that a caption gives them.
 
     Args:
         weights: over mixture tokens, averaged over heads [T, K].
@@ -84,11 +86,10 @@ def tokens_that_matter(weights: Tensor, count: int) -> list[int]:
 
 
 def _notes(model: Llip) -> list[str]:
-    pooling, tokens = model.config["pooling"], model.config["mixture_tokens"]
-    if tokens == 1:
-        return ["One mixture token: every caption gives it the whole weight, and is compared with the same feature."]
-    if pooling != "text":
-        return [f"Pooling '{pooling}' does not listen to the caption: one set of weights for all images and captions."]
+    if model.config["mixture_tokens"] == 1:
+        return ["One mixture token: its weight is 1, and the feature does not depend on the caption."]
+    if isinstance(model.pooling, TextFreePooling):
+        return [f"Pooling '{model.config['pooling']}' ignores the caption: an image has one set of weights."]
     return []
 
 
@@ -100,7 +101,7 @@ def explain(
     captions: Sequence[str],
     how: How | Literal["none"] = "last",
 ) -> Explanation:
-    """Score every image against every caption, and return what the scores are made of.
+    """Score every image against every caption; return scores, weights and maps.
 
     Args:
         model: as `llip.open_model` returns it, on any device.
@@ -125,6 +126,7 @@ def explain(
         attention=attention,
         how=how,
         pooling=model.config["pooling"],
+        text_conditioned=model.config["mixture_tokens"] > 1 and not isinstance(model.pooling, TextFreePooling),
         squashed=model.config["architecture"].get("resize_mode") == "squash",
         notes=_notes(model),
     )

@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 SIDE = 192  # pixels of one image in the figure
 INK, PALE, ACCENT = "#26323f", "#c3ccd6", "#1f6fb4"
 HEAT = "Blues"
-DARK = 0.12  # light of a place that no token looks at
+DARK = 0.12  # brightness where the attention is zero
 _WRAP = 34  # characters of a caption beside the bars
-_BY_HEAD = 512  # columns of the weights by head that can still be distinguished
+_BY_HEAD = 512  # columns of the weights by head that are still legible
 
 
 def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens: int) -> None:
     """Write the figure.
 
     Args:
-        images: those that were explained, in order; shown as the model sees them (middle square, or squashed).
+        explanation: of the images.
+        images: in its order; drawn as the model sees them (center crop, or squashed).
         path: .png, .pdf or .svg.
-        tokens: maps of so many mixture tokens per image, those that matter most.
+        tokens: number of token maps per image.
 
     Raises:
         UserError: the file cannot be written.
@@ -44,7 +45,7 @@ def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens
 
     count, captions = len(images), len(explanation.captions)
     shown = min(tokens, explanation.weights.shape[-1])
-    maps = (captions if _reads_captions(explanation) else 1) + shown if explanation.attention is not None else 0
+    maps = (captions if explanation.text_conditioned else 1) + shown if explanation.attention is not None else 0
     width = max(11.0, 1.3 * maps)
     upper, lower = 0.9 + 0.42 * max(captions, 3), (min(1.8, width / maps) + 0.5 if maps else 0.0)
     style: dict[Any, Any] = {
@@ -72,13 +73,8 @@ def draw(explanation: Explanation, images: list[Image.Image], path: Path, tokens
             raise UserError(f"the figure {str(path)!r} cannot be written: {error}") from error
 
 
-def _reads_captions(explanation: Explanation) -> bool:
-    """Return whether the weights can differ between captions."""
-    return explanation.pooling == "text" and explanation.weights.shape[-1] > 1
-
-
 def _no_date(path: Path) -> dict[str, None]:
-    """Metadata that keep equal figures equal byte by byte."""
+    """Return metadata without a date, so that equal figures are equal files."""
     return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
 
 
@@ -92,7 +88,7 @@ def _footer(explanation: Explanation) -> str:
         lines.append(
             f"Maps: {source[explanation.how]}, of mixture tokens over patches; a caption's map is the average of the "
             "tokens' maps under its weights.\n"
-            "Light grows with the square root of the attention; each map's largest value is in full light."
+            "Brightness is the square root of the attention relative to each map's maximum."
         )
     return "\n".join(lines)
 
@@ -105,7 +101,7 @@ def _plain(axes: "Axes") -> None:
 
 
 def _draw_numbers(block: "SubFigure | Figure", explanation: Explanation, index: int, square: Image.Image) -> None:
-    """Image, scores, weights averaged over heads, weights by head: the captions are the rows of all three."""
+    """Draw image, scores, weights averaged over heads and weights by head, with a row per caption."""
     heads, tokens = explanation.weights.shape[2:]
     by_head = heads > 1 and heads * tokens <= _BY_HEAD
     ratios = (1.2, 1.2, 1.6, 3.2) if by_head else (1.2, 1.5, 3.0) if tokens > 1 else (1.2, 3.0)
@@ -142,7 +138,7 @@ def _draw_scores(axes: "Axes", explanation: Explanation, index: int) -> None:
 
 
 def _draw_weights(axes: "Axes", mean: Tensor) -> None:
-    """Weights [T, K], with the effective number of tokens at the right of each row."""
+    """Draw weights [T, K], with the effective number of tokens at the right of each row."""
     captions, tokens = mean.shape
     axes.imshow(mean.numpy(), aspect="auto", cmap=HEAT, vmin=0, vmax=mean.max().item(), interpolation="nearest")
     axes.set_title("weights over mixture tokens")
@@ -162,7 +158,7 @@ def _draw_weights(axes: "Axes", mean: Tensor) -> None:
 
 
 def _draw_head_weights(axes: "Axes", weights: Tensor) -> None:
-    """Weights [T, M, K] side by side, head by head."""
+    """Draw weights [T, M, K], heads side by side."""
     heads, tokens = weights.shape[1:]
     axes.imshow(weights.flatten(1).numpy(), aspect="auto", cmap=HEAT, vmin=0, interpolation="nearest")
     for head in range(1, heads):
@@ -176,12 +172,12 @@ def _draw_head_weights(axes: "Axes", weights: Tensor) -> None:
 
 
 def _draw_maps(block: "SubFigure", explanation: Explanation, index: int, square: Image.Image, shown: int) -> None:
-    """A row of maps: where each caption looks, then where each token that matters looks."""
-    assert explanation.attention is not None, "there are no maps"
+    """Draw a row of maps: of each caption, then of the tokens that matter most."""
+    assert explanation.attention is not None
     attention = explanation.attention[index]
     chosen = tokens_that_matter(explanation.mean_weights[index], shown)
     titles = ["every caption"]
-    if _reads_captions(explanation):
+    if explanation.text_conditioned:
         titles = [wrap(caption, 20, lines=3) for caption in explanation.captions]
     captions = len(titles)
     maps = [*explanation.caption_maps(index)[:captions], *attention[chosen]]
@@ -198,7 +194,7 @@ def _draw_maps(block: "SubFigure", explanation: Explanation, index: int, square:
 
 
 def _spotlight(square: Image.Image, values: Tensor) -> np.ndarray:
-    """Light the image where a map [H, W] is high: its largest value in full light, zero almost dark."""
+    """Darken the image where a map [H, W] is low."""
     scaled = (values / values.max().clamp_min(1e-12)).sqrt().numpy()  # the eye sees small differences of dark tones
     light = np.asarray(Image.fromarray(np.float32(scaled)).resize(square.size, Image.Resampling.BICUBIC)).clip(0, 1)
     return np.asarray(square, np.float32) / 255 * (DARK + (1 - DARK) * light[:, :, None])

@@ -1,4 +1,4 @@
-"""The images and captions to explain: files, or scenes drawn on the spot."""
+"""The images and captions to explain: files, or rendered scenes."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def read_image(path: Path) -> Image.Image:
     """Return an image file as RGB, decoded as in training.
 
     Raises:
-        UserError: no such file (names the nearest beside it), or none that can be decoded.
+        UserError: no such file (with the nearest name beside it), or it cannot be decoded.
     """
     if not path.is_file():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -34,7 +34,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def draw_scenes(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[str]]:
-    """Return `count` scenes of `size` pixels, and captions of which each is true of one of them at least."""
+    """Return `count` scenes of `size` pixels, and captions that are each true of at least one of them."""
     images, captions = [], []
     for index in range(count):
         rng = np.random.default_rng([seed, index])

@@ -24,19 +24,19 @@ def export(
     name: str | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Write `checkpoint` to the folder `out`; nothing appears there unless all of it could be written and checked.
+    """Write `checkpoint` to the folder `out`; nothing appears there unless everything is written and checked.
 
     Args:
         checkpoint: a checkpoint of this project, or a folder of an earlier export.
         out: a new folder, or one that an export wrote.
         results: a `results.json` for the model card.
-        torch_export, onnx: write the two encoders and the scorer as programs, too.
-        name: title of the model card; the checkpoint's run folder by default.
-        tokenizer: folder of the tokenizer's files, if they have moved since the checkpoint was written.
+        torch_export, onnx: also write the two encoders and the scorer as programs.
+        name: title of the model card; by default that of the run's folder.
+        tokenizer: folder of the tokenizer's files, if they have moved.
 
     Returns:
-        What was written: files with their bytes, largest differences found by the checks, and why there is no form for
-        plain OpenCLIP if there is none.
+        Files with their bytes, the largest differences that the checks measured, and why there is no form for plain
+        OpenCLIP, if there is none.
 
     Raises:
         UserError: an unreadable checkpoint, results of another one, a folder with other files, or missing packages.
@@ -50,7 +50,7 @@ def export(
 
     if onnx:
         programs.require_onnx()
-    found = read_results(results, checkpoint) if results else None
+    task_results = read_results(results, checkpoint) if results else None
     model = load_pretrained(checkpoint, tokenizer)
     checks: dict[str, float] = {}
     with layout.staged(out) as folder:
@@ -60,7 +60,7 @@ def export(
             checks[plain_openclip.WEIGHTS] = plain_openclip.write_plain(folder, model)
         parameters = sum(p.numel() for p in model.parameters())
         title = name or _title(checkpoint)
-        card = model_card(title, model.config, parameters, found, reason)
+        card = model_card(title, model.config, parameters, task_results, reason)
         (folder / "README.md").write_text(card, encoding="utf-8")
         writers = [(programs.write_torch_program, ".pt2")] * torch_export
         writers += [(programs.write_onnx_program, ".onnx")] * onnx
@@ -72,13 +72,13 @@ def export(
 
 
 def _title(checkpoint: Path) -> str:
-    """Return the run's name of `<logs>/<name>/checkpoints/<file>`, else the file's own."""
+    """Return `<name>` of `<logs>/<name>/checkpoints/<file>`, otherwise the file's name."""
     path = checkpoint.resolve()
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
 
 
 def as_table(outcome: dict[str, Any]) -> str:
-    """Return what was written as lines for people."""
+    """Return what was written as text."""
     width = max(map(len, outcome["files"]))
     lines = []
     for name, size in outcome["files"].items():
@@ -90,16 +90,16 @@ def as_table(outcome: dict[str, Any]) -> str:
 
 
 @program
-def main(argv: Sequence[str]) -> int:
-    """Run the program and return its exit code."""
+def main(argv: Sequence[str]) -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(prog="llip export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or an exported folder")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder, or that of an export")
     parser.add_argument(
         "--results", metavar="FILE", type=Path, help="results.json of evals.main_mc, for the model card"
     )
-    parser.add_argument("--torch-export", action="store_true", help="write encoders and scorer as .pt2 programs, too")
-    parser.add_argument("--onnx", action="store_true", help="write encoders and scorer as ONNX programs, too")
+    parser.add_argument("--torch-export", action="store_true", help="also write encoders and scorer as .pt2 programs")
+    parser.add_argument("--onnx", action="store_true", help="also write encoders and scorer as ONNX programs")
     parser.add_argument("--name", help="title of the model card [the run's name]")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer's files, if they have moved")
     parser.add_argument("--json", action="store_true", help="exactly one line of JSON on standard output")
@@ -114,7 +114,6 @@ def main(argv: Sequence[str]) -> int:
         tokenizer=given.tokenizer,
     )
     print(json.dumps(outcome) if given.json else as_table(outcome))
-    return 0
 
 
 if __name__ == "__main__":

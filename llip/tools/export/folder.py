@@ -25,24 +25,25 @@ from llip.open_clip.factory import ModelSpec
 from llip.open_clip.model import Llip
 from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD
 from llip.open_clip.weights.files import LIBRARY
+from llip.system.files import write_json
 
 _OPTIONAL = ("open_clip_config.json", "open_clip_model.safetensors", "*.pt2", "*.onnx", "*.onnx.data")
-"""Files that not every export writes."""
+"""Files that some exports write."""
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Give a folder to write into; what is there at the end moves to `out` file by file, on an error nothing does.
+    """Yield a folder to write into, whose files move to `out` at the end, and not after an error.
 
-    Files that an earlier export wrote and this one did not are removed: they are of other weights.
+    Files of an earlier export that this one does not write are removed: they belong to other weights.
 
     Raises:
-        UserError: `out` holds something that no export wrote, or cannot be written.
+        UserError: `out` holds other files than those of an export, or cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not _is_export(out):
-        raise UserError(f"--out {str(out)!r} holds files that no export wrote; give a new folder")
+        raise UserError(f"--out {str(out)!r} holds other files than those of an export; give a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
@@ -66,19 +67,14 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a json object for people and machines."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def save_weights(path: Path, state: dict[str, Tensor], library: str) -> None:
-    """Write tensors as safetensors, each with its own contiguous memory, and say which library they are for."""
-    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    save_file(own, path, metadata={"format": "pt", "library_name": library})
+    """Write tensors as safetensors, unshared and contiguous, with the name of the library that reads them."""
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt", "library_name": library})
 
 
 def preprocessing(image_size: int, resize_mode: str) -> dict[str, Any]:
-    """Return the evaluation transform in the words of the hub's CLIP image processor."""
+    """Return the evaluation transform as a config of the hub's CLIP image processor."""
     square = {"height": image_size, "width": image_size}
     squash = resize_mode == "squash"
     return {
@@ -98,13 +94,13 @@ def preprocessing(image_size: int, resize_mode: str) -> dict[str, Any]:
 
 
 def write_model(folder: Path, model: Llip) -> None:
-    """Write weights, config, preprocessing, and the tokenizer's files where it is not OpenCLIP's own."""
+    """Write weights, config, preprocessing, and the files of a tokenizer that OpenCLIP does not ship."""
     described = copy.deepcopy(model.config)
     text = described["architecture"]["text_cfg"]
     if text.get("hf_tokenizer_name"):
         assert isinstance(model.tokenizer, HFTokenizer)
         model.tokenizer.save_pretrained(str(folder))
-        text["hf_tokenizer_name"] = "."  # in this folder, wherever it goes
+        text["hf_tokenizer_name"] = "."  # relative to this folder
     copy_extensions(extension_files(described).values(), folder / FOLDER)
     save_weights(folder / "model.safetensors", model.state_dict(), LIBRARY)
     write_json(

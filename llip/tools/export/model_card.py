@@ -14,7 +14,7 @@ def read_results(path: Path, checkpoint: Path) -> list[TaskResult]:
 
     Args:
         path: the file or its folder.
-        checkpoint: what is exported: results of a file of another size are refused.
+        checkpoint: exported; results of a file of another size are refused.
 
     Raises:
         UserError: no such file, not a results file, or results of another checkpoint.
@@ -22,7 +22,7 @@ def read_results(path: Path, checkpoint: Path) -> list[TaskResult]:
     path = path / "results.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
-            f"--results {str(path)!r} are not there; expected a results.json of evals.main_mc, or its folder"
+            f"--results {str(path)!r} do not exist; expected a results.json of evals.main_mc, or its folder"
         )
     stored = read_json(path, "results")
     try:

@@ -18,7 +18,8 @@ from llip.open_clip.towers.base import OPTIONAL_BUFFERS
 from llip.open_clip.towers.vit import MixtureTokenViT
 from llip.open_clip.transforms import RESIZE_MODES
 from llip.open_clip.weights.key_names import part
-from llip.tools.export.folder import save_weights, write_json
+from llip.system.files import write_json
+from llip.tools.export.folder import save_weights
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
@@ -27,7 +28,7 @@ TOLERANCE = 1e-5
 
 
 def why_not(model: Llip) -> str | None:
-    """Say why plain OpenCLIP cannot hold this model, or None where it can."""
+    """Return why plain OpenCLIP cannot hold this model; None if it can."""
     tokens = model.visual.mixture_tokens
     if tokens > 1:
         return f"the image tower has {tokens} mixture tokens: OpenCLIP's has one class token and one feature per image"
@@ -41,7 +42,7 @@ def why_not(model: Llip) -> str | None:
 
 
 def _folded_projection(model: Llip) -> Tensor:
-    """Return the tower's projection [W, D] with W_O W_V behind it."""
+    """Return the tower's projection [W, D] times (W_O W_V)^T."""
     assert isinstance(model.visual, MixtureTokenViT)
     assert isinstance(model.pooling, TextConditionedPooling)
     assert model.visual.proj is not None
@@ -69,7 +70,7 @@ def plain_config(model: Llip) -> dict[str, Any]:
     architecture = copy.deepcopy(model.config["architecture"])
     resize_mode = architecture.pop("resize_mode", RESIZE_MODES[0])
     if architecture["text_cfg"].get("hf_tokenizer_name"):
-        architecture["text_cfg"]["hf_tokenizer_name"] = "."  # OpenCLIP looks for it in the folder it opens
+        architecture["text_cfg"]["hf_tokenizer_name"] = "."  # relative to the folder that OpenCLIP opens
     if model.logit_bias is not None:
         architecture["init_logit_bias"] = -10
     if not isinstance(model.visual, MixtureTokenViT):

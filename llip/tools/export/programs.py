@@ -1,8 +1,8 @@
-"""The two encoders and the scorer as programs without our code: torch.export (.pt2) and ONNX, each checked.
+"""The two encoders and the scorer as standalone programs, checked: torch.export (.pt2) and ONNX.
 
 Shapes: B images, T texts, K mixture tokens, D embedding width, C context length. B and T may vary.
 
-The scorer forms every z (B x T x D numbers): give it as many pairs as fit, not a whole data set at once.
+The scorer forms every z (B x T x D numbers): pass it as many pairs as fit into memory.
 """
 
 import importlib.util
@@ -59,13 +59,13 @@ class Scorer(nn.Module):
 
 
 class Program(NamedTuple):
-    """One thing to export."""
+    """A module to export, with its inputs."""
 
     name: str
     module: nn.Module
     inputs: dict[str, tuple[int, ...]]  # shapes after the first, which varies
     output: str
-    token_ids: int  # vocabulary where the inputs are token ids, else 0
+    token_ids: int  # size of the vocabulary if the inputs are token ids, otherwise 0
 
     def examples(self, count: int, seed: int) -> tuple[Tensor, ...]:
         """Return seeded inputs with `count`, `count` + 1, ... rows."""
@@ -75,17 +75,17 @@ class Program(NamedTuple):
             return tuple(torch.randint(1, self.token_ids, shape, generator=generator) for shape in shapes)
         return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
-    def check(self, found: Tensor, inputs: tuple[Tensor, ...], what: str) -> float:
-        """Return how far `found` is from the module's own output, as a share of its largest number.
+    def check(self, output: Tensor, inputs: tuple[Tensor, ...], what: str) -> float:
+        """Return the largest difference of `output` to the module's, relative to its largest number.
 
         Raises:
-            AssertionError: further than `TOLERANCE`.
+            AssertionError: more than `TOLERANCE`.
         """
         with torch.no_grad():
             expected = self.module(*inputs)
-        apart = float((found - expected).abs().max() / expected.abs().max())
-        assert apart < TOLERANCE, f"{what} {self.name} differs from the model by {apart:.1e} of its largest output"
-        return apart
+        error = float((output - expected).abs().max() / expected.abs().max())
+        assert error < TOLERANCE, f"{what} {self.name} differs from the model by {error:.1e} of its largest output"
+        return error
 
 
 def programs(model: Llip) -> list[Program]:
@@ -114,13 +114,13 @@ def write_torch_program(folder: Path, program: Program) -> float:
     torch.export.save(exported, path)
     inputs = program.examples(5, seed=1)
     with torch.no_grad():
-        found = torch.export.load(path).module()(*inputs)
-    return program.check(found, inputs, "torch.export's")
+        output = torch.export.load(path).module()(*inputs)
+    return program.check(output, inputs, "torch.export's")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress out of the program's output."""
+    """Silence the exporter's progress messages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -131,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 
 def require_onnx() -> None:
-    """Raise a `UserError` that says what to install where ONNX export cannot work."""
+    """Raise a `UserError` that names the packages to install for ONNX export, if any is missing."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs packages that are not installed: pip install {' '.join(missing)}")

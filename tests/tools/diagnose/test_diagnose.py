@@ -83,7 +83,7 @@ def test_program_writes_json_and_figure(checkpoint, shards, tmp_path, capsys):
     assert main(command[:-2]) == 0
     table = capsys.readouterr().out
     assert "effective rank" in table
-    assert "not usable" in table
+    assert "unusable" in table
 
 
 def test_a_plain_open_clip_model(plain_model, shards, capsys):

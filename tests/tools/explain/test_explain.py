@@ -73,15 +73,26 @@ def test_figure_is_written_and_repeats(checkpoint, images, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "note"),
-    [({"pooling": "mean", "mixture_tokens": 3}, "does not listen"), ({"mixture_tokens": 1}, "One mixture token")],
+    [({"pooling": "mean", "mixture_tokens": 3}, "ignores the caption"), ({"mixture_tokens": 1}, "One mixture token")],
 )
-def test_other_poolings_say_what_they_can_show(tmp_path, tiny_model, images, capsys, options, note):
+def test_text_free_poolings_are_noted(tmp_path, tiny_model, images, capsys, options, note):
     checkpoint = write_checkpoint(tmp_path, tiny_model, **options)
     command = [str(checkpoint), "--images", images[0], "--captions", "a", "b", "--out", str(tmp_path / "x.svg")]
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert note in record["notes"][0]
     assert note in (tmp_path / "x.svg").read_text()  # svg text stays text
+
+
+def test_a_users_text_conditioned_pooling_has_weights_per_caption(tmp_path, tiny_model, images, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from llip.open_clip.pooling import TextConditionedPooling\n\n\nclass Mine(TextConditionedPooling):\n    pass\n"
+    )
+    checkpoint = write_checkpoint(tmp_path, tiny_model, mixture_tokens=3, pooling=f"{tmp_path}/mine.py:Mine")
+    command = [str(checkpoint), "--images", images[0], "--captions", "a", "b", "--out", str(tmp_path / "x.svg")]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+    assert "every caption" not in (tmp_path / "x.svg").read_text()
 
 
 def test_a_plain_open_clip_model(plain_model, images, tmp_path, capsys):
@@ -122,7 +133,7 @@ def test_captions_in_other_scripts_and_with_dollars(checkpoint, images, tmp_path
     assert "note:" not in capsys.readouterr().err
     assert r"costs $5 and $\nothing" in figure.read_text()
     assert main([str(checkpoint), "--images", images[0], "--captions", *captions, "--out", str(figure)]) == 0
-    assert "note: no installed font draws 在" in capsys.readouterr().err
+    assert "note: no installed font has 在" in capsys.readouterr().err
     assert "'DejaVu Sans', 'Test CJK'" in figure.read_text()
     assert "红星在左边" in figure.read_text()
 

@@ -175,7 +175,7 @@ def test_folders_of_others_are_left_alone(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert main([str(path), "--out", str(tmp_path / "out")]) == 2
-    assert "no export wrote" in capsys.readouterr().err
+    assert "other files than those of an export" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     new = tmp_path / "new"
     assert main([str(path), "--out", str(new)]) == 0
