@@ -142,7 +142,7 @@ class Download(io.RawIOBase):
                 if error.code not in _TRANSIENT:
                     raise ShardError(MISSING if error.code in (404, 410) else UNREADABLE, cause) from error
             except (OSError, http.client.HTTPException) as error:
-                cause = str(getattr(error, "reason", error)) or type(error).__name__
+                cause = str(getattr(error, "reason", error))[:200] or type(error).__name__
             self._disconnect()
             delay = _BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1.5)  # not from the run's random state
             late = time.monotonic() + delay - began > _PATIENCE

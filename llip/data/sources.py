@@ -3,23 +3,28 @@
 import dataclasses
 import functools
 import glob
+import math
+import os
 import re
+import stat
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
-from llip.errors import UserError
+from llip.errors import UserError, shown
 from llip.system.paths import expand_variables
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 SCENES_SCHEME = "scenes:"
 _REMOTE = re.compile(r"^(pipe|https?|hf|gs|file|hdfs|ais|s3):")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
+_MOST_SHARDS = 10_000_000
 _WEIGHT = re.compile(r"@(\d*\.?\d+(?:[eE][-+]?\d+)?)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSource:
-    """One dataset: its shards, ordered by name, and how often it is drawn from beside the others."""
+    """One dataset: its shards, ordered by name, and its sampling weight."""
 
     pattern: str
     urls: tuple[str, ...]
@@ -56,14 +61,13 @@ def parse_train_data(train_data: str) -> DataSpec:
             datasets joined by `::`, each with an optional weight `@0.7` (default 1).
 
     Raises:
-        UserError: `train_data` is empty, a pattern matches no file, or every weight is 0.
+        UserError: `train_data` is empty, has unbalanced braces or too many shards, a pattern matches no file, a weight
+            is infinite, or all are 0.
     """
     if not train_data:
         raise UserError("train_data is empty; set it to shards, for instance train_data='/data/{00000..00099}.tar'")
     sources = []
     for pattern in train_data.split("::"):
-        if pattern.count("{") != pattern.count("}") and is_local(pattern):
-            raise UserError(f"train_data {pattern!r}: unbalanced braces; expected a form like '{{00000..00099}}.tar'")
         weight = _WEIGHT.search(pattern)
         if weight:
             pattern = pattern[: weight.start()]
@@ -72,8 +76,8 @@ def parse_train_data(train_data: str) -> DataSpec:
             raise UserError(f"train_data {pattern!r} matches no file (searched from {Path.cwd()})")
         # By name, so that the order of samples does not depend on folders; equal names keep the order given.
         sources.append(ShardSource(pattern, tuple(sorted(urls, key=shard_name)), float(weight[1]) if weight else 1.0))
-    if not any(source.weight > 0 for source in sources):
-        raise UserError(f"train_data {train_data!r}: every dataset has weight 0")
+    if not 0 < sum(source.weight for source in sources) < math.inf:
+        raise UserError(f"train_data {train_data!r}: expected weights that are finite and not all 0")
     return DataSpec(tuple(source for source in sources if source.weight > 0))
 
 
@@ -93,31 +97,52 @@ def _expand(pattern: str) -> list[str]:
             "(braces are expanded there too)"
         )
     if not is_local(pattern):
-        return list(expand_urls(pattern))
-    pattern = expand_variables(pattern)
-    urls = expand_urls(pattern) if "{" in pattern else [pattern]
+        return _expand_braces(pattern)
+    urls = _expand_braces(expand_variables(pattern))
     return [path for url in urls for path in (sorted(glob.glob(url)) if glob.has_magic(url) else [url])]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
+    if count > _MOST_SHARDS:
+        raise UserError(f"train_data {pattern!r} names {count:,} shards; expected at most {_MOST_SHARDS:,}")
+    try:
+        return expand_urls(pattern)
+    except ValueError as error:
+        raise UserError(
+            f"train_data {pattern!r}: unbalanced braces; expected a form like '{{00000..00099}}.tar'"
+        ) from error
 
 
 def check_shards_exist(data: DataSpec) -> None:
     """Raise a `UserError` that names the local shards that are missing, empty, or of a kind that is not read."""
-    local = [url for url in data.urls if is_local(url)]
-    missing = [url for url in local if not Path(url).exists()]
+    files = {url: _stat(url) for url in data.urls if is_local(url)}
+    missing = [url for url, file in files.items() if file is None]
     if missing:
         raise UserError(
-            f"train_data: {len(missing)} of {len(local)} shards are missing, the first is {missing[0]!r} "
+            f"train_data: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]!r} "
             f"(searched from {Path.cwd()})"
         )
-    folder = next((url for url in local if Path(url).is_dir()), None)
+    folder = next((url for url, file in files.items() if file and stat.S_ISDIR(file.st_mode)), None)
     if folder:
         pattern = folder.rstrip("/") + "/*.tar"
         raise UserError(f"train_data: {folder!r} is a folder; expected shards, for instance {pattern!r}")
-    packed = next((url for url in local if url.endswith((".zst", ".zstd"))), None)
+    packed = next((url for url in files if url.endswith((".zst", ".zstd"))), None)
     if packed:
         raise UserError(f"train_data: {packed!r} is compressed with zstd; use 'pipe:zstd -dc {packed}' (braces expand)")
-    empty = [url for url in local if Path(url).is_file() and Path(url).stat().st_size == 0]
+    empty = [url for url, file in files.items() if file and stat.S_ISREG(file.st_mode) and file.st_size == 0]
     if empty:
-        raise UserError(f"train_data: {len(empty)} of {len(local)} shards are empty files, the first is {empty[0]!r}")
+        raise UserError(f"train_data: {len(empty)} of {len(files)} shards are empty files, the first is {empty[0]!r}")
+
+
+def _stat(url: str) -> os.stat_result | None:
+    """Return what the file system knows of a local shard, None where it is not there."""
+    try:
+        return os.stat(url)  # once for each shard: on a network file system that is most of the start
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"train_data: {shown(url)} cannot be read: {getattr(error, 'strerror', error)}") from error
 
 
 def shard_name(url: str) -> str:

@@ -27,8 +27,14 @@ def test_train_data_forms(tmp_path, monkeypatch):
         ("nowhere/*.tar", "matches no file"),
         ("nowhere/{00..03}.tar", "4 of 4 shards are missing"),
         ("s3://bucket/{0..1}.tar", "pipe:aws s3 cp"),
-        ("a.tar@0::b.tar@0", "weight 0"),
+        ("a.tar@0::b.tar@0", "weights that are finite and not all 0"),
+        ("a.tar@1e400::b.tar", "weights that are finite and not all 0"),
         ("d/{00000..00007.tar", "unbalanced braces"),
+        ("http://host/{0..1.tar", "unbalanced braces"),
+        ("{00000..99999999}.tar", "names 100,000,000 shards"),
+        ("{0..9999}/{0..9999}.tar", "names 100,000,000 shards"),
+        ("x" * 300 + ".tar", "cannot be read: File name too long"),
+        ("a\0b.tar", r"'a\\x00b.tar' cannot be read: embedded null byte"),
         ("/tmp", r"'/tmp' is a folder; expected shards, for instance '/tmp/\*\.tar'"),
     ],
 )
@@ -42,6 +48,12 @@ def test_zstd_is_answered_with_the_command(tmp_path):
     path.write_bytes(b"\x28\xb5\x2f\xfd")
     with pytest.raises(UserError, match=r"0\.tar\.zst' is compressed with zstd; use 'pipe:zstd -dc .*0\.tar\.zst'"):
         check_shards_exist(parse_train_data(str(tmp_path / "*.zst")))
+
+
+def test_a_loop_of_links_is_named(tmp_path):
+    (tmp_path / "0.tar").symlink_to("0.tar")
+    with pytest.raises(UserError, match=r"0\.tar' cannot be read: Too many levels of symbolic links"):
+        check_shards_exist(parse_train_data(str(tmp_path / "0.tar")))
 
 
 def test_empty_shards_are_named(tmp_path):
