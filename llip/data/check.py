@@ -1,4 +1,4 @@
-"""Before training: whether the shards are there, suffice for the workers, and how the schedule compares with them."""
+"""Checks before training: the shards exist and suffice for the workers; how often the schedule visits them."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ def check_schedule(config: Config) -> None:
 
 
 def check_data(config: Config, data: DataSpec) -> None:
-    """Compare the config with what its shards hold, as far as that is known or quickly counted.
+    """Compare a config with what its shards hold, as far as that is known or quickly counted.
 
     Raises:
         UserError: missing or empty shards, fewer samples than one global batch, or more workers than samples.
@@ -103,7 +103,7 @@ def _keep(entries: dict[str, ShardEntry]) -> None:
 
 
 def _check_workers(config: Config, source: ShardSource, counts: dict[str, int]) -> None:
-    """Refuse more data workers than samples: some would have nothing to read."""
+    """Raise a `UserError` if there are more data workers than samples: some would have nothing to read."""
     workers = config.processes * max(1, config.workers)
     if len(source.urls) >= workers or any(url not in counts for url in source.urls):
         return

@@ -1,8 +1,8 @@
 """Encoded image bytes to the pixels a model trains on: decoded, randomly cropped, resized. Fast, on one thread.
 
-The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not cut off), crop, bicubic resize, with
-EXIF orientation ignored as OpenCLIP does. An ordinary JPEG takes a fast decoder that gives the same pixels; whatever
-that decoder does not take or complains about, be it unusual or damaged, goes to PIL, whose word is final.
+The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not clipped), crop, bicubic resize, EXIF
+orientation ignored as OpenCLIP does. An ordinary JPEG takes a fast decoder that gives the same pixels; what that
+decoder does not support or warns about goes to PIL, which decides whether it is an image.
 
 Shapes: H, W of the picture, S image size. Tensors are views of row-major RGB memory: their strides are channels-last.
 """
@@ -27,7 +27,7 @@ from llip.data.captions import BadSample
 from llip.open_clip.pixels import to_rgb
 
 MAX_PIXELS = 89_478_485
-"""Pictures of more pixels are refused unread. It is where PIL starts to warn of decompression bombs."""
+"""Pictures of more pixels are not decoded. Here PIL starts to warn of decompression bombs."""
 
 EMPTY, NOT_AN_IMAGE, TRUNCATED, DAMAGED, TOO_LARGE = (
     "empty image",
@@ -36,15 +36,15 @@ EMPTY, NOT_AN_IMAGE, TRUNCATED, DAMAGED, TOO_LARGE = (
     "damaged image",
     "image of too many pixels",
 )
-"""Reasons of a `BadSample` that is raised here."""
+"""Reasons of the `BadSample`s raised here."""
 
 _JPEG_START = b"\xff\xd8\xff"
-_JPEG_COLORS = ("YCbCr", "Gray", "RGB")  # not the four-channel ones, which PIL inverts or not by the Adobe marker
-_SCRATCH_BYTES = 24 * 2**20  # largest picture that is decoded into the kept memory, so that a worker stays small
+_JPEG_COLORS = ("YCbCr", "Gray", "RGB")  # not four channels, which PIL inverts or not by the Adobe marker
+_SCRATCH_BYTES = 24 * 2**20  # largest picture that is decoded into reused memory, so that a worker stays small
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not all of PIL's: for EPS it starts a program
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, for which PIL starts a program
 
 
 class CropBox(NamedTuple):
@@ -57,7 +57,7 @@ class CropBox(NamedTuple):
 
 
 class RandomCrops:
-    """Reads pictures as randomly cropped training images. Keeps memory between pictures: for one thread."""
+    """Reads pictures as randomly cropped training images. Reuses memory between pictures: for one thread."""
 
     def __init__(self, size: int, scale: tuple[float, float], max_pixels: int = MAX_PIXELS) -> None:
         """Prepare for images of `size` pixels a side that show a share within `scale` of a picture's area."""
@@ -77,7 +77,7 @@ class RandomCrops:
         return resize_crop(pixels, crop_box(height, width, rng, self.scale), self.size)
 
     def _decode(self, data: bytes) -> Tensor:
-        """As `decode_image`, but the result may share the kept memory: it is good until the next picture."""
+        """As `decode_image`, but the result may lie in the reused memory: it is valid until the next picture."""
         shape = _jpeg_shape(data)
         if shape is None:
             return _decode_other(data, self.max_pixels)
@@ -97,7 +97,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
         max_pixels: largest H x W that is decoded. What PIL reads must also be within PIL's own limit.
 
     Raises:
-        BadSample: no bytes, not an image, a torn or damaged one, or one of too many pixels.
+        BadSample: no bytes, not an image, a truncated or damaged one, or one of too many pixels.
     """
     shape = _jpeg_shape(data)
     return _decode_other(data, max_pixels) if shape is None else _decode_jpeg(data, shape, max_pixels)
@@ -112,8 +112,8 @@ def crop_box(
 ) -> CropBox:
     """Draw a box inside a picture of `height` x `width`, distributed as by torchvision's `RandomResizedCrop`.
 
-    The share of the area is uniform in `scale` and the logarithm of width / height uniform over `ratio`. When no draw
-    fits into the picture, the box is the largest one in the middle whose aspect ratio is allowed.
+    The fraction of the area is uniform in `scale`, and the logarithm of width / height is uniform over `ratio`. If no
+    draw fits into the picture, the box is the largest central one whose aspect ratio is allowed.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_TRIES):
@@ -131,17 +131,17 @@ def crop_box(
 def resize_crop(image: Tensor, box: CropBox, size: int) -> Tensor:
     """Return the part `box` of `image` [3, H, W] uint8, resized to [3, size, size] uint8 (bicubic, antialiased).
 
-    Only pixels inside the box count, as in PIL's crop and resize. The result never shares memory with `image`.
+    Pixels outside the box have no influence, as in PIL's crop and resize. The result never shares memory with `image`.
     """
     assert image.dtype == torch.uint8, f"expected uint8 pixels, got {image.dtype}"
     part = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
-    # torch resizes channels-last bytes with vector instructions; copying the part there costs less than it saves
+    # torch resizes channels-last bytes with vector instructions, which saves more than the copy costs
     part = part.contiguous(memory_format=torch.channels_last)
     return interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
 def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """Return (H, W) from the header of a JPEG that the fast decoder takes, None for everything else."""
+    """Return (H, W) from the header of a JPEG that the fast decoder supports, None for everything else."""
     if data[:3] != _JPEG_START:
         return None
     try:
@@ -152,19 +152,19 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
 
 
 def _decode_jpeg(data: bytes, shape: tuple[int, int], max_pixels: int, buffer: np.ndarray | None = None) -> Tensor:
-    """Decode a JPEG of the given (H, W), into `buffer` (bytes, large enough) if there is one."""
+    """Decode a JPEG of the given (H, W), into `buffer` (bytes, large enough) if given."""
     if math.prod(shape) > max_pixels:
         raise BadSample(TOO_LARGE)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
-    except ValueError:  # libjpeg warned or failed; PIL ignores some of its warnings
+    except ValueError:  # libjpeg warned or failed; PIL ignores some of the warnings
         return _decode_other(data, max_pixels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    Image.init()  # imports all of PIL's formats: a fraction of a second, which a set of JPEGs never spends
+    Image.init()  # imports all of PIL's formats in a fraction of a second, which a dataset of JPEGs never spends
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
@@ -184,5 +184,5 @@ def _decode_other(data: bytes, max_pixels: int) -> Tensor:
             raise BadSample(NOT_AN_IMAGE) from error
         except Image.DecompressionBombError as error:
             raise BadSample(TOO_LARGE) from error
-        except Exception as error:  # PIL raises many kinds for damaged bytes, and describes a torn file in words only
+        except Exception as error:  # PIL raises many kinds for damaged bytes, and only its words say "truncated"
             raise BadSample(TRUNCATED if "truncated" in str(error).lower() else DAMAGED) from error

@@ -1,4 +1,4 @@
-"""A user's image and caption transforms, called with what they promise to take and held to what they promise to return.
+"""A user's image and caption transforms: what they are given, and checks of what they return.
 
 Shapes: H, W of a decoded picture, before and after.
 """
@@ -19,7 +19,7 @@ EMPTY_CAPTION = "caption_transform returned no text"
 
 
 def transform_function(field: str, name: str | None) -> Callable[[Any, int], Any] | None:
-    """Return the function that a config field names; None where it names none.
+    """Return the function that a config field names, None if it names none.
 
     Raises:
         UserError: it cannot be found, or is not callable.
@@ -31,7 +31,7 @@ def transform_caption(function: Callable[[str, int], str], caption: str, seed: i
     """Return the transformed caption.
 
     Raises:
-        BadSample: no text is left. UserError: the function fails, or returns something else than text.
+        BadSample: no text is left. UserError: the function fails, or does not return text.
     """
     result = _call("caption_transform", function, caption, seed)
     if not isinstance(result, str):
@@ -45,9 +45,9 @@ def transform_image(function: Callable[[np.ndarray, int], np.ndarray], pixels: T
     """Return the transformed picture [3, H, W] uint8 of `pixels` [3, H, W]; the function sees and returns [H, W, 3].
 
     Raises:
-        UserError: the function fails, or returns something else than uint8 pixels [H, W, 3].
+        UserError: the function fails, or does not return uint8 pixels [H, W, 3].
     """
-    image = pixels.permute(1, 2, 0).numpy().copy()  # the decoder's memory is used again for the next picture
+    image = pixels.permute(1, 2, 0).numpy().copy()  # the decoder reuses its memory
     result = _call("image_transform", function, image, seed)
     shape = getattr(result, "shape", None)
     if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.ndim != 3 or result.shape[2] != 3:

@@ -1,4 +1,4 @@
-"""What one worker saw, used and dropped, in counts and in words; and when that is too much to continue."""
+"""What one data worker read, used and dropped, in counts and in words; and when too little is usable to continue."""
 
 import os
 import time
@@ -11,8 +11,8 @@ from llip.errors import UserError
 FIRST_DEADLINE = 45.0
 """Seconds without a usable sample after which a worker gives up."""
 SLOW_DEADLINE = 150.0
-"""Seconds of one batch after which a worker gives up although data flow: before the process that waits for it does."""
-_ENOUGH_TO_JUDGE = 200  # samples seen before the share of bad ones means something
+"""Seconds of one batch after which a worker gives up although data flow, before the process that waits gives up."""
+_ENOUGH_TO_JUDGE = 200  # samples read before the fraction of bad ones means something
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -24,7 +24,7 @@ class LostShard(NamedTuple):
     reason: str
     detail: str
     first: int
-    stride: int  # 0: single samples, which count as dropped
+    stride: int  # 0: single samples were wanted, which count as dropped
     read: int
 
 
@@ -49,13 +49,13 @@ def resident_bytes() -> int:
 
 
 class WorkerStats:
-    """Counts what a worker saw and dropped, and ends the run when too little is usable."""
+    """Counts what a worker read and dropped, and ends the run if too little is usable."""
 
     def __init__(self, max_bad_fraction: float, datasets: int, wanted: str) -> None:
         """Start counting.
 
         Args:
-            max_bad_fraction: share of bad samples beyond which the run ends.
+            max_bad_fraction: fraction of bad samples above which the run ends.
             datasets: how many.
             wanted: what a usable sample has, in words.
         """
@@ -86,7 +86,7 @@ class WorkerStats:
         """Count a sample that cannot be used, with its members' names.
 
         Raises:
-            UserError: too large a share of what was seen is bad, or nothing good has come for too long.
+            UserError: too large a fraction of the samples is bad, or none was usable for too long.
         """
         self.seen += 1
         self.bad += 1
@@ -105,10 +105,10 @@ class WorkerStats:
         self._new_shards[dataset] += 1
 
     def lose_shard(self, lost: LostShard) -> None:
-        """Count a shard that was lost. The training process decides when too many are: it sees those of all workers.
+        """Count a lost shard. The training process, which sees those of all workers, decides when there are too many.
 
         Raises:
-            UserError: nothing usable has come for too long.
+            UserError: no sample was usable for too long.
         """
         self._new_lost.append(lost)
         self.dropped[lost.url, lost.reason] += 1
@@ -117,10 +117,10 @@ class WorkerStats:
         self.check_start(self.dropped)
 
     def check_start(self, bad: Counter[tuple[str, str]], sample: Iterable[str] = ()) -> None:
-        """Give up if nothing usable has come: not among the first samples, or not in time.
+        """Give up if no sample was usable: none of the first ones, or none in time.
 
         Raises:
-            UserError: what was wanted, and what came.
+            UserError: what is wanted, and what was read.
         """
         self._note_members(sample)
         seconds = time.monotonic() - self.began
@@ -134,7 +134,7 @@ class WorkerStats:
         """Give up if the current batch takes too long.
 
         Raises:
-            UserError: names the shard being read, and what came so far.
+            UserError: names the shard being read.
         """
         seconds = time.monotonic() - self.batch_began
         if seconds > SLOW_DEADLINE:
@@ -151,7 +151,7 @@ class WorkerStats:
         return WorkerReport(dropped, *new)
 
     def words(self, dropped: Counter[tuple[str, str]] | None = None) -> str:
-        """Return what was dropped, from where, and what else there was."""
+        """Return what was dropped and from where, and which members there were, as a sentence."""
         dropped = self.dropped if dropped is None else dropped
         reasons, shards = Counter[str](), Counter[str]()
         for (shard, reason), count in dropped.items():

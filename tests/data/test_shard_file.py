@@ -11,11 +11,14 @@ import threading
 import time
 
 import pytest
+import torch
 
 from llip.data import shard_file
 from llip.data.prefetch import ReadWatch, read_ahead
 from llip.data.shard_file import ShardFile
 from llip.data.tar_reader import Damage, read_samples
+from tests.data.helpers import config, dropped, ids, take
+from tests.helpers import write_pairs
 
 COUNT, SIZE = 60, 20_000
 
@@ -37,10 +40,14 @@ def shard(tmp_path_factory):
 
 
 class Server:
-    """Serves one file; `plan` has what goes wrong with each request in turn: None, or a method of the handler."""
+    """Serves `content`, or the files of `folder`.
+
+    `plan` has the trouble of each request in turn: none, a status, a URL to redirect to, or what breaks off the body.
+    """
 
     def __init__(self, content, plan=(), ranges=True, etag=None):
         self.content, self.plan, self.ranges, self.etag = content, list(plan), ranges, etag
+        self.folder = None
         self.requests = []  # (path, headers)
         server = self
 
@@ -68,7 +75,7 @@ class Server:
             handler.send_header("Location", trouble)
             handler.end_headers()
             return
-        body, start = self.content, 0
+        body, start = self.content or (self.folder / handler.path[1:]).read_bytes(), 0
         if self.ranges and "Range" in handler.headers:
             start = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             handler.send_response(206)
@@ -246,3 +253,20 @@ def test_object_stores_are_read_by_their_commands(shard, tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert without_url(read_samples("gs://bucket/it is a.tar")) == without_url(read_samples(str(shard)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_over_http_are_those_of_files(tmp_path, workers):
+    pattern = write_pairs(tmp_path, 48, 8)
+    expected = take(20, config(pattern, workers=workers, shuffle_buffer=9))
+    plan = [500, cut, None, reset, None, cut, 503] * 20
+    with serve(None, plan) as server:
+        server.folder = tmp_path
+        batches = take(20, config(f"http://{server.host}/{{00000..00005}}.tar", workers=workers, shuffle_buffer=9))
+    assert [batch.error for batch in batches] == [""] * 20
+    assert ids(batches) == ids(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.tokens, other.tokens)
+    assert len(server.requests) > 40
+    assert not dropped(batches)
