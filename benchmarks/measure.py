@@ -60,7 +60,7 @@ def peak_resident() -> int:
 
 
 def in_fresh_process(module: str, *arguments: object, timeout: float) -> Any:
-    """Run a benchmark as a program of its own, whose memory is not this one's, and return the JSON it prints."""
+    """Run a benchmark in a new process, with its own memory, and return the JSON that it prints."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True)
     return json.loads(done.stdout)

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Search a folder of pictures, and look at why
+# # Search a folder of pictures, and explain an answer
 #
 # Run it cell by cell in an editor that knows `# %%`, or as a whole, from the repository:
 #

@@ -121,34 +121,26 @@ class KeyDigests:
         return DuplicateReport(self.held - len(together), len(again), 1 / self.stride, shards)
 
 
-@dataclasses.dataclass
-class _Shard:
-    """What is kept of a shard until all are scanned."""
-
-    samples: int
-    outcomes: Counter
-    damage: Counter[str]
-    details: dict[str, str]
-
-
 class Totals:
     """Sums over shards, in any order."""
 
     def __init__(self, urls: list[str], settings: ScanSettings) -> None:
         self.urls, self.settings = urls, settings
-        self.shards: dict[str, _Shard] = {}
+        self.shards: dict[str, ShardFindings] = {}  # without what is in `sums`
         self.sums = ShardFindings("")
         self.bytes = 0
         self.keys = KeyDigests()
 
-    def add(self, found: ShardFindings) -> None:
+    def add(self, shard: ShardFindings) -> None:
         """Add one shard."""
-        self.shards[found.url] = _Shard(found.samples, found.outcomes, found.damage, found.details)
-        self.bytes += (found.entry.bytes or 0) if found.entry else 0
-        self.keys.add(found.url, found.keys)
+        self.shards[shard.url] = ShardFindings(
+            shard.url, samples=shard.samples, outcomes=shard.outcomes, damage=shard.damage, details=shard.details
+        )
+        self.bytes += (shard.entry.bytes or 0) if shard.entry else 0
+        self.keys.add(shard.url, shard.keys)
         for name in ("suffixes", "fields", "formats", "modes", "widths", "heights"):
-            getattr(self.sums, name).update(getattr(found, name))
-        for name, captions in found.captions.items():
+            getattr(self.sums, name).update(getattr(shard, name))
+        for name, captions in shard.captions.items():
             self.sums.captions.setdefault(name, CaptionFindings()).add(captions)
 
     @property
@@ -157,13 +149,13 @@ class Totals:
 
     def suggest_caption_keys(self) -> str:
         """Return `caption_keys` for these shards: list and `txt` at equal weights; '' without captions."""
-        found = self.sums.captions
-        samples = {name: sum(source.kinds.values()) for name, source in found.items()}
+        sources = self.sums.captions
+        samples = {name: sum(source.kinds.values()) for name, source in sources.items()}
         enough = sorted(
-            (name for name in found if samples[name] >= max(samples.values()) / 2),
+            (name for name in sources if samples[name] >= max(samples.values()) / 2),
             key=lambda name: (-samples[name], name),
         )
-        lists = [name for name in enough if found[name].kinds.most_common(1)[0][0] == "list of strings"]
+        lists = [name for name in enough if sources[name].kinds.most_common(1)[0][0] == "list of strings"]
         if "txt" in enough:
             return f"{lists[0]}:0.5,txt:0.5" if lists else "txt"
         return (lists or enough or [""])[0]
@@ -196,7 +188,7 @@ class Totals:
             fields.setdefault(field, {})[kind] = count
         duplicates = self.keys.report()
         per_shard = _spread(Counter(shard.samples for shard in self.shards.values()))
-        captions = {name: _caption_report(found, settings) for name, found in sorted(sums.captions.items())}
+        captions = {name: _caption_report(source, settings) for name, source in sorted(sums.captions.items())}
         return Report(
             train_data=train_data,
             shards=len(self.urls),
@@ -247,13 +239,13 @@ def _spread(counts: Counter[int]) -> Spread | None:
     return Spread(int(values[0]), int(middle), int(values[-1]))
 
 
-def _caption_report(found: CaptionFindings, settings: ScanSettings) -> CaptionReport:
-    per_image, tokens = _spread(found.per_image), _spread(found.tokens)
+def _caption_report(source: CaptionFindings, settings: ScanSettings) -> CaptionReport:
+    per_image, tokens = _spread(source.per_image), _spread(source.tokens)
     assert per_image is not None, "a caption source is listed when it has a caption"
     assert tokens is not None, "a caption has a length"
-    long = sum(count for length, count in found.tokens.items() if length > settings.context_length)
-    share = long / sum(found.tokens.values())
-    return CaptionReport(sum(found.kinds.values()), dict(found.kinds.most_common()), per_image, tokens, share)
+    long = sum(count for length, count in source.tokens.items() if length > settings.context_length)
+    share = long / sum(source.tokens.values())
+    return CaptionReport(sum(source.kinds.values()), dict(source.kinds.most_common()), per_image, tokens, share)
 
 
 def _notes(
@@ -282,9 +274,9 @@ def _notes(
     if per_shard and (per_shard.max > _UNEVEN * per_shard.median or per_shard.min * _UNEVEN < per_shard.median):
         notes.append(f"uneven shards: {per_shard} samples (min / median / max)")
     notes += [
-        f"{name}: {found.truncated:.0%} of the captions are truncated at the context length"
-        for name, found in captions.items()
-        if found.truncated >= 0.1
+        f"{name}: {source.truncated:.0%} of the captions are truncated at the context length"
+        for name, source in captions.items()
+        if source.truncated >= 0.1
     ]
     return notes
 
@@ -306,11 +298,11 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _caption_lines(report: Report) -> list[tuple[str, str]]:
     lines = []
-    for name, found in report.captions.items():
-        lines.append((f"captions {name}", f"in {found.samples:,} samples as {_counts(found.kinds)}"))
-        lines.append(("  per image", f"{found.per_image} (min / median / max)"))
-        cut = f"{found.truncated:.1%} longer than {report.context_length}"
-        lines.append(("  tokens", f"{found.tokens} (min / median / max), {cut}"))
+    for name, source in report.captions.items():
+        lines.append((f"captions {name}", f"in {source.samples:,} samples as {_counts(source.kinds)}"))
+        lines.append(("  per image", f"{source.per_image} (min / median / max)"))
+        cut = f"{source.truncated:.1%} longer than {report.context_length}"
+        lines.append(("  tokens", f"{source.tokens} (min / median / max), {cut}"))
     return lines or [("captions", "none")]
 
 

@@ -56,13 +56,11 @@ class CaptionFindings:
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
     per_image: Counter[int] = dataclasses.field(default_factory=Counter)  # captions
     tokens: Counter[int] = dataclasses.field(default_factory=Counter)  # of a caption, with start and end
-    characters: int = 0
 
     def add(self, other: "CaptionFindings") -> None:
         self.kinds += other.kinds
         self.per_image += other.per_image
         self.tokens += other.tokens
-        self.characters += other.characters
 
 
 @dataclasses.dataclass
@@ -158,7 +156,6 @@ class ShardScanner:
         counts.per_image[len(captions)] += 1
         for caption in captions:
             counts.tokens[len(self.tokenizer.encode(caption[:_CHARACTERS])) + 2] += 1
-            counts.characters += len(caption)
         if len(self.tokenizer.cache) > _CACHED_WORDS:
             self.tokenizer.cache = dict(self._known_words)
 

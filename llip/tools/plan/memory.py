@@ -122,8 +122,7 @@ def activations(config: Config, spec: ModelSpec, checkpointing: bool, norm_is_ha
 def parameters_on_gpu(config: Config, parameters: Parameters) -> tuple[int, int]:
     """Return how many parameters a GPU holds, and of how many it holds gradients and optimizer state.
 
-    Under `distributed_engine=fsdp` the towers lie in shares on all processes; one block is whole at a time, which the
-    reserve covers.
+    Under `distributed_engine=fsdp` the towers are sharded over all processes; the reserve covers the unsharded block.
     """
     processes = config.processes if config.distributed_engine == "fsdp" else 1
     image, text = parameters.image_tower + parameters.mixture_tokens, parameters.text_tower

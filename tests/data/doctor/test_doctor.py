@@ -75,11 +75,11 @@ def test_a_sound_dataset(tmp_path, capsys):
     assert report["image_modes"] == {"RGB": 2, "L": 2, "RGBA": 2}
     assert report["image_width"] == {"min": 25, "median": 40, "max": 64}
     assert report["image_height"] == {"min": 30, "median": 64, "max": 90}
-    found = report["captions"]["json.captions"]
+    findings = report["captions"]["json.captions"]
     lengths = sorted((tokenize([text], 1000) != 0).sum().item() for captions in lists for text in captions)
-    assert found["tokens"] == {"min": lengths[0], "median": statistics.median_low(lengths), "max": lengths[-1]}
-    assert found["truncated"] == pytest.approx(sum(length > 77 for length in lengths) / len(lengths))
-    assert found["per_image"] == {"min": 1, "median": 2, "max": 3}
+    assert findings["tokens"] == {"min": lengths[0], "median": statistics.median_low(lengths), "max": lengths[-1]}
+    assert findings["truncated"] == pytest.approx(sum(length > 77 for length in lengths) / len(lengths))
+    assert findings["per_image"] == {"min": 1, "median": 2, "max": 3}
     assert report["config"]["caption_keys"] == "json.captions:0.5,txt:0.5"
     assert report["config"]["train_num_samples"] == "6"
 
@@ -181,9 +181,9 @@ def test_duplicate_keys(tmp_path, capsys):
     for i, names in enumerate(keys):
         write_tar(tmp_path / f"{i}.tar", [pair(j) for j in range(len(names))], names)
     code, report = diagnose(capsys, tmp_path / "*.tar")
-    found = report["duplicate_keys"]
-    assert (found["within_shards"], found["across_shards"], found["checked"]) == (1, 2, 1.0)
-    assert found["shards"] == {str(tmp_path / "0.tar"): 2, str(tmp_path / "1.tar"): 2}
+    findings = report["duplicate_keys"]
+    assert (findings["within_shards"], findings["across_shards"], findings["checked"]) == (1, 2, 1.0)
+    assert findings["shards"] == {str(tmp_path / "0.tar"): 2, str(tmp_path / "1.tar"): 2}
     assert code == 0  # merely odd
     assert [note for note in report["notes"] if "are repeated" in note]
 
@@ -196,10 +196,10 @@ def test_duplicates_in_bounded_memory():
     for i, keys in enumerate(shards):
         digests.add(str(i), np.sort(keys))
         assert digests.held <= 10_000
-    found = digests.report()
-    assert found.checked == 1 / 8
-    assert found.across_shards == pytest.approx(500 / 8, rel=0.4)
-    assert found.shards.keys() == {"3", "40"}
+    findings = digests.report()
+    assert findings.checked == 1 / 8
+    assert findings.across_shards == pytest.approx(500 / 8, rel=0.4)
+    assert findings.shards.keys() == {"3", "40"}
 
 
 def test_the_index_is_written(tmp_path, capsys):
@@ -258,10 +258,10 @@ def test_a_process_that_dies_takes_only_its_shard_along(tmp_path, monkeypatch):
     pattern = write_pairs(tmp_path, 40, 4)
     monkeypatch.setattr(ShardScanner, "scan", die_on("00003.tar"))
     urls = list(parse_train_data(pattern).urls)
-    found = {url: answer for url, answer in doctor_pool.scan_shards(urls, HEADERS, 3) if not isinstance(answer, int)}
-    assert found.keys() == set(urls)
-    assert {url: answer.samples for url, answer in found.items()} == {url: 4 * (url != urls[3]) for url in urls}
-    assert found[urls[3]].damage == {doctor_pool.WORKER_DIED: 1}
+    findings = {url: answer for url, answer in doctor_pool.scan_shards(urls, HEADERS, 3) if not isinstance(answer, int)}
+    assert findings.keys() == set(urls)
+    assert {url: answer.samples for url, answer in findings.items()} == {url: 4 * (url != urls[3]) for url in urls}
+    assert findings[urls[3]].damage == {doctor_pool.WORKER_DIED: 1}
 
 
 def test_a_process_that_hangs_is_replaced(tmp_path, monkeypatch):
@@ -276,10 +276,10 @@ def test_a_process_that_hangs_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_pool, "_PATIENCE", 0.0)
     settings = ScanSettings(None, False, 77, deadline=1.5)
     started = time.monotonic()
-    found = dict(doctor_pool.scan_shards(urls, settings, 1))
+    findings = dict(doctor_pool.scan_shards(urls, settings, 1))
     assert time.monotonic() - started < 10
-    assert [found[url].samples for url in urls] == [0, 4, 4]
-    assert found[urls[0]].damage == {doctor_pool.WORKER_SILENT: 1}
+    assert [findings[url].samples for url in urls] == [0, 4, 4]
+    assert findings[urls[0]].damage == {doctor_pool.WORKER_SILENT: 1}
 
 
 def test_a_stalled_shard_does_not_hold_up_the_rest(tmp_path):
@@ -288,9 +288,9 @@ def test_a_stalled_shard_does_not_hold_up_the_rest(tmp_path):
     os.mkfifo(fifo)
     urls = [str(fifo), "pipe:sleep 30", str(tmp_path / "00000.tar")]
     settings = ScanSettings(None, False, 77, deadline=1.0)
-    found = dict(doctor_pool.scan_shards(urls, settings, 1))
-    assert [found[url].damage for url in urls] == [{"shard stalled": 1}, {"shard stalled": 1}, {}]
-    assert found[urls[2]].samples == 4
+    findings = dict(doctor_pool.scan_shards(urls, settings, 1))
+    assert [findings[url].damage for url in urls] == [{"shard stalled": 1}, {"shard stalled": 1}, {}]
+    assert findings[urls[2]].samples == 4
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

@@ -17,21 +17,21 @@ from tests.helpers import image_bytes
 
 def members(folder):
     """Everything in the shards of a folder: {shard: [(name, bytes)]}."""
-    found = {}
+    shards = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
-            found[path.name] = [(member.name, tar.extractfile(member).read()) for member in tar]
-    return found
+            shards[path.name] = [(member.name, tar.extractfile(member).read()) for member in tar]
+    return shards
 
 
 def samples(folder):
     """The samples of a folder's shards: [{suffix: bytes}]."""
-    found = {}
+    by_key = {}
     for content in members(folder).values():
         for name, data in content:
             key, _, suffix = name.partition(".")
-            found.setdefault(key, {})[suffix] = data
-    return list(found.values())
+            by_key.setdefault(key, {})[suffix] = data
+    return list(by_key.values())
 
 
 def picture(kind, **options):
@@ -187,8 +187,8 @@ def test_rows_of_one_image_become_its_captions(tmp_path, capsys):
     root = ["--image-root", tmp_path / "images"]
     packed = run(capsys, tmp_path / "a.csv", "--out", tmp_path / "out", "--no-shuffle", *root)
     assert (packed["caption_keys"], packed["train_num_samples"]) == ("json.captions", 2)
-    found = [(sample["png"], json.loads(sample["json"])["captions"]) for sample in samples(tmp_path / "out")]
-    assert found == [(image_bytes(1), ["b", "a"]), (image_bytes(0), ["two, lines\nof it"])]
+    packed = [(sample["png"], json.loads(sample["json"])["captions"]) for sample in samples(tmp_path / "out")]
+    assert packed == [(image_bytes(1), ["b", "a"]), (image_bytes(0), ["two, lines\nof it"])]
 
 
 def test_bad_lines_are_counted(tmp_path, capsys):

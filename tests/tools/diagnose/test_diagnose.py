@@ -39,24 +39,24 @@ def shards(tmp_path):
 
 def test_collects_images_with_all_captions(checkpoint, shards):
     model = llip.load_pretrained(checkpoint)
-    found = collect(model, shards, "json.captions", images=8, captions_per_image=2)
-    assert found.h.shape == (8, 4, 16)
-    assert found.owners.tolist() == [i for i in range(8) for _ in range(2)]
-    assert sum(found.damage.values()) == 2
+    collected = collect(model, shards, "json.captions", images=8, captions_per_image=2)
+    assert collected.h.shape == (8, 4, 16)
+    assert collected.owners.tolist() == [i for i in range(8) for _ in range(2)]
+    assert sum(collected.damage.values()) == 2
     with torch.no_grad():
         expected = model.encode_text(model.tokenizer(["caption 0 of 5", "caption 1 of 5"]))
-    torch.testing.assert_close(found.t[10:12], expected)
+    torch.testing.assert_close(collected.t[10:12], expected)
     assert len(collect(model, shards, "json.captions", images=512, captions_per_image=4).t) == 25
 
 
 def test_report_against_numpy(checkpoint, shards):
     model = llip.load_pretrained(checkpoint)
-    found = collect(model, shards, "json.captions", images=10, captions_per_image=3)
-    report = diagnose(model, found)
+    collected = collect(model, shards, "json.captions", images=10, captions_per_image=3)
+    report = diagnose(model, collected)
     with torch.no_grad():
-        z = model.contextualize(found.h, found.t).double().numpy()  # [10, 25, 16]
-        weights = model.mixture_weights(found.h, found.t).double().numpy()
-    owners = found.owners.numpy()
+        z = model.contextualize(collected.h, collected.t).double().numpy()  # [10, 25, 16]
+        weights = model.mixture_weights(collected.h, collected.t).double().numpy()
+    owners = collected.owners.numpy()
     np.testing.assert_allclose(report["usage"], weights.mean(axis=(0, 1, 2)), rtol=1e-4)
     own = z[owners, np.arange(25)]
     within = [own[owners == i].var(axis=0).sum() for i in range(10)]

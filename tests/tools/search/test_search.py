@@ -108,12 +108,12 @@ def test_only_what_has_changed_is_encoded(folder, checkpoint, capsys, monkeypatc
     report = index(folder, checkpoint, capsys)
     assert (report["new"], report["changed"], report["deleted"], report["indexed"]) == (1, 1, 1, 12)
     assert encoded == ["01.PNG", "new.png"]
-    found = {hit["path"]: hit["score"] for hit in query(capsys, folder / ".llip_index", "--exact")}
+    scores = {hit["path"]: hit["score"] for hit in query(capsys, folder / ".llip_index", "--exact")}
     (folder / "new.png").rename(folder / "new.PNG")  # as `scores_by_hand` looks for them
     expected = scores_by_hand(checkpoint, folder)
-    assert len(found) == 12
+    assert len(scores) == 12
     for path, score in expected.items():
-        assert found[path.replace("new.PNG", "new.png")] == pytest.approx(score, abs=1e-5)
+        assert scores[path.replace("new.PNG", "new.png")] == pytest.approx(score, abs=1e-5)
 
 
 def test_segments_without_images_are_deleted(folder, checkpoint, capsys):
@@ -174,9 +174,9 @@ def test_a_pooling_that_computes_otherwise_keeps_its_own_scores(folder, checkpoi
     index(folder, checkpoint, capsys)
     scores = Scorer.scores
     monkeypatch.setattr(Scorer, "scores", lambda self, h, t: 0.5 * scores(self, h, t))
-    found = {hit["path"]: hit["score"] for hit in query(capsys, folder / ".llip_index")}
+    scores = {hit["path"]: hit["score"] for hit in query(capsys, folder / ".llip_index")}
     expected = {path: 0.5 * score for path, score in scores_by_hand(checkpoint, folder).items()}
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_text_free_model_searches_too(folder, tmp_path, tiny_model, capsys):
@@ -239,7 +239,7 @@ def test_a_folder_by_any_spelling(folder, checkpoint, capsys, monkeypatch):
 
 
 def test_a_moved_folder_is_found_or_asked_for(folder, checkpoint, tmp_path, capsys):
-    """An index inside its folder moves with it; one elsewhere has to be told, and is updated by the next `index`."""
+    """An index inside its folder moves with it; one elsewhere needs `--folder`, and is updated by the next `index`."""
     outside = tmp_path / "outside"
     index(folder, checkpoint, capsys)
     index(folder, checkpoint, capsys, "--out", str(outside))
@@ -280,7 +280,7 @@ def test_an_index_of_an_earlier_version_is_read(folder, checkpoint, capsys):
 def test_a_plain_open_clip_model(plain_model, folder, capsys, monkeypatch):
     monkeypatch.chdir(plain_model.parent)
     index(folder, plain_model.name, capsys)
-    monkeypatch.chdir(folder)  # a relative path is found from anywhere
+    monkeypatch.chdir(folder)  # a relative path is resolved
     model = llip.open_model(plain_model)
     with torch.no_grad():
         t = model.encode_text(model.tokenizer([QUERY]))
