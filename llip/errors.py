@@ -24,14 +24,18 @@ class UserError(Exception):
     """A mistake in what the user asked for. The message stands on its own: no traceback is shown."""
 
     exit_code = EXIT_USER
-    on_all_ranks = False
-    """Whether every process of a run raises the same error: the main one alone prints it."""
+
+    def __init__(self, message: str, on_all_ranks: bool = False) -> None:
+        """Describe the mistake; one that every process of a run raises is printed by the main process alone."""
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 class CollectiveUserError(UserError):
     """A mistake raised on every process of a run."""
 
-    on_all_ranks = True
+    def __init__(self, message: str) -> None:
+        super().__init__(message, on_all_ranks=True)
 
 
 class RunError(UserError):

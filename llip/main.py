@@ -1,7 +1,7 @@
 """Train one config: `python -m llip.main <config> [field=value ...]`.
 
-The same command starts a run, resumes it, and says so when it is finished. On one machine it starts the processes that
-the config asks for; under torchrun or srun it joins those that are there.
+The same command starts a run and resumes it; a finished run does nothing. On one machine it starts the processes that
+the config asks for; under torchrun or srun it joins them.
 """
 
 import sys
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluation | None" = None) -> int:
-    """Resolve the config, start or join its processes, train. Returns the exit code.
+    """Resolve the config, start or join its processes, train; return the exit code.
 
     Args:
         arguments: the command line.
-        submit_evaluation: hands online evaluations to other jobs; for a process that joins others, as in a SLURM job.
+        submit_evaluation: submits online evaluations to other jobs, from a process that joins others in a SLURM job.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     exit_with_launcher()
@@ -45,11 +45,12 @@ def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluatio
 def launch(config: Config, arguments: list[str], submit_evaluation: "SubmitEvaluation | None" = None) -> int:
     """Run this process's part of the config, or start the processes that do."""
     from llip.training.distributed import launch
+    from llip.training.distributed.slurm_environment import adopt_slurm, joins_environment
 
     try:
-        launch.adopt_slurm()
+        adopt_slurm()
         device = launch.resolve_device(config)
-        if launch.joins_environment() or config.ngpus == 1:
+        if joins_environment() or config.ngpus == 1:
             return launch.exit_code(train(config, device, submit_evaluation))
         return launch.start_processes(arguments, config)
     except UserError as error:
@@ -62,13 +63,16 @@ def train(
     submit_evaluation: "SubmitEvaluation | None" = None,
     on_step: "Callable[[StepResult], None] | None" = None,
 ) -> bool:
-    """Train as one process of the run: join the others, build or restore, fit. Returns whether the run is finished.
+    """Train as one process of the run: join the others, build or restore, fit.
 
     Args:
-        config: the run.
+        config: the run's config.
         device: cuda or cpu.
         submit_evaluation: see `main`.
         on_step: called at the end of each step.
+
+    Returns:
+        Whether the run is finished.
     """
     from llip.training.checkpoints.saver import Saver
     from llip.training.distributed.launch import watched
@@ -98,7 +102,7 @@ def train(
             already = " already: nothing to do" if nothing_to_do else ""
             log.info("finished%s: %s", already, config.folder)
             draw_curves(config.folder)
-        processes.barrier()  # nobody leaves before the checkpoint is written
+        processes.barrier()  # no process exits before the checkpoint is written
         return finished
 
 

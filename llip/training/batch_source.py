@@ -1,6 +1,6 @@
 """The batches of one training process: a wait for data ends on a stop request, and each failure is one message."""
 
-import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
 import time
@@ -85,7 +85,7 @@ class BatchSource:
             self._end_on_stop()
             try:
                 batch = next(self._batches)
-            except (RuntimeError, MemoryError, OSError) as error:
+            except (RuntimeError, MemoryError, OSError, EOFError) as error:
                 if "DataLoader timed out" in str(error):
                     if time.monotonic() < deadline:
                         continue
@@ -102,8 +102,10 @@ class BatchSource:
     def _explain(self, error: Exception) -> Exception:
         """Return a worker's death and a lack of memory, threads or files as one message; other errors as they are."""
         text = str(error).strip()
-        if "unexpectedly" in text or "killed by signal" in text:
-            ends = {name_of_exit(worker.exitcode) for worker in self._workers if worker.exitcode}
+        if isinstance(error, ConnectionError | EOFError | FileNotFoundError):  # a batch comes with its worker's help
+            multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=2)
+        ends = {name_of_exit(worker.exitcode) for worker in self._workers if worker.exitcode}
+        if ends or "exited unexpectedly" in text:
             cause = self.dataset.failure.read() or f"a worker died: {', '.join(sorted(ends)) or text}"
         elif isinstance(error, MemoryError) or any(words in text for words in _SHORTAGES):
             cause = f"a worker ran out of memory, threads or files: {(text or 'MemoryError').splitlines()[-1]}"

@@ -48,9 +48,7 @@ class Run(NamedTuple):
 
 def _describe(error: Exception) -> str | None:
     if isinstance(error, OSError):
-        return (
-            f"a file cannot be read or written: {error}. Make room or fix the folder, then run the same command again"
-        )
+        return f"a file cannot be read or written: {error}; make room or fix the folder, and run the command again"
     return str(error) if isinstance(error, UserError) else None
 
 
@@ -127,15 +125,15 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
     spec = model_spec(config)
-    found = _starting_point(config, processes)
-    model = create_model(spec, None if found else config.pretrained, config.model)
-    if found:
-        load_weights(model, found, "the run's checkpoint")
+    checkpoint = _starting_point(config, processes)
+    model = create_model(spec, config.pretrained if checkpoint is None else None, config.model)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, "the run's checkpoint")
     model.to(processes.device)
     lock_towers(model, config)
     averaged = None if config.ema_decay is None else ModelEmaV3(model, config.ema_decay, use_warmup=True)
-    if averaged is not None and found and "ema_state_dict" in found:
-        load_weights(averaged.module, found["ema_state_dict"], "the run's averaged weights")
+    if averaged is not None and checkpoint is not None and "ema_state_dict" in checkpoint:
+        load_weights(averaged.module, checkpoint["ema_state_dict"], "the run's averaged weights")
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     parameters = sum(p.numel() for p in model.parameters())
@@ -156,13 +154,13 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     state = TrainState(create_optimizer(model, config), scaler, position, counts, averaged, engine)
     torch.manual_seed(config.seed + processes.rank)  # from here on each process draws its own dropout
     provenance = make_provenance(processes, _data_digest(data)) if processes.is_main else {}
-    if found:
-        note = state.restore(found, processes, layout)
+    if checkpoint is not None:
+        note = state.restore(checkpoint, processes, layout)
         log.info("resumed at step %d of %d", state.step, config.total_steps)
         if processes.is_main:
             if note:
                 log.warning(note)
-            for difference in differences(found.get("provenance", found.get("passport", {})), provenance):
+            for difference in differences(checkpoint.get("provenance", checkpoint.get("passport", {})), provenance):
                 log.info("changed since the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
     dataset = CaptionedImages(
@@ -175,7 +173,7 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
 
 
 def _data_digest(data: DataSpec) -> int:
-    """Return a number that stands for the shards' names and the sizes of local ones; counting them changes nothing."""
+    """Return a hash of the shards' names and of the sizes of local ones."""
     sizes = [os.path.getsize(url) if is_local(url) and os.path.isfile(url) else None for url in data.urls]
     names = [shard_name(url) for url in data.urls]
     return zlib.crc32(repr(list(zip(names, sizes, strict=True))).encode(errors="surrogateescape"))
@@ -199,14 +197,14 @@ def _open_log(config: Config, processes: Processes, state: TrainState, data: Dat
 
 
 def _starting_point(config: Config, processes: Processes) -> dict | None:
-    """Return the checkpoint that the run goes on from: its own newest good one, else the one that `resume` names.
+    """Return the checkpoint to continue from: the run's newest good one, else the one that `resume` names, else None.
 
     The main process chooses, and the others read the same file.
     """
     path, content = None, None
     with _all_fail_alike(processes):
-        if processes.is_main and (own := newest_good_checkpoint(config.folder / "checkpoints")):
-            path, content, warnings = own
+        if processes.is_main and (newest := newest_good_checkpoint(config.folder / "checkpoints")):
+            path, content, warnings = newest
             for warning in warnings:
                 log.warning("%s; %s is used instead", warning, path)
     path = processes.broadcast_object(path)

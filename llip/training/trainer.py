@@ -19,7 +19,7 @@ from llip.system.processes import Processes
 from llip.training.batch_source import BatchSource
 from llip.training.checkpoints.saver import Saver
 from llip.training.checkpoints.train_state import TrainState
-from llip.training.debug.nan_dump import BadStep, summary, write_nan_dump
+from llip.training.debug.nan_dump import BadStep, write_nan_dump
 from llip.training.distributed.processes import PATIENCE
 from llip.training.distributed.signals import StopRequest
 from llip.training.distributed.watchdog import Watchdog
@@ -43,7 +43,7 @@ class Outcome(enum.Enum):
 
 
 class Agreement(NamedTuple):
-    """What all processes know after a step because one of them does."""
+    """What holds for a step on all processes because it holds on one of them."""
 
     bad_loss: bool  # not finite
     bad_norm: bool
@@ -68,15 +68,11 @@ class Trainer:
         evaluate: Evaluate | None = None,
         on_step: Callable[[StepResult], None] | None = None,
     ) -> None:
-        """Wrap the task.
+        """Train `task`, which is on its device, from `state` on, which is advanced in place.
 
         Args:
-            config: the run.
-            task: on its device.
-            state: where to start; advanced in place.
-            processes: of the run.
-            run_log: takes the records.
-            saver: writes checkpoints.
+            config, task, state, processes: of the run.
+            run_log, saver: take the records and write the checkpoints.
             watch: publishes the phase of this process.
             stop: whether this process has been asked to stop.
             evaluate: called every `eval_steps` on every process, with the model (or the average of its weights, where
@@ -96,14 +92,11 @@ class Trainer:
         self.log = StepLog(config, task, state, processes, run_log)
 
     def fit(self, loader: DataLoader) -> Outcome:
-        """Train to the end of the schedule, or until a process is asked to stop.
-
-        Args:
-            loader: yields this process's batches, endlessly.
+        """Train on this process's batches to the end of the schedule, or until a process is asked to stop.
 
         Raises:
-            UserError: the data, the memory or the settings do not allow to continue.
-            RunError: numbers are not finite for too long, or the last checkpoint cannot be written.
+            UserError: the data, the memory or the settings do not permit to continue.
+            RunError: numbers are not finite for too long, a data worker died, or the last checkpoint cannot be written.
         """
         config, state = self.config, self.state
         outcome = self._evaluate_before_training()
@@ -190,15 +183,15 @@ class Trainer:
             self.saver.save(last=not failures)
         if not failures:
             return Outcome.STOPPED
-        error, step = failures[0], self.saver.saved_step
+        message, newest = str(failures[0]), self.saver.saved_step
         if self.state.step:
-            newest = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
-            error = type(error)(f"{error} (after step {self.state.step}; {newest})")
-        error.on_all_ranks = True
-        raise error
+            saved = f"the newest checkpoint is of step {newest}" if newest else "there is no checkpoint yet"
+            message += f" (after step {self.state.step}; {saved})"
+        kind = RunError if isinstance(failures[0], RunError) else UserError
+        raise kind(message, on_all_ranks=True)
 
     def _skip(self, bad: BadStep, bad_loss: bool) -> None:
-        """Count a step whose numbers are not finite; too many in a row end the run, on every process alike.
+        """Count a step whose numbers are not finite; too many in a row end the run, on every process.
 
         Args:
             bad: this process's part of the step.
@@ -214,26 +207,20 @@ class Trainer:
                 level = logging.INFO if overflow else logging.WARNING
                 log.log(level, "step %d is skipped: %s (%d in a row)", bad.step, what, state.skipped_in_a_row)
             return
-        scale = state.scaler.get_scale()
         model = state.engine.model_with_gradients(self.task.model)
-        folder, report = write_nan_dump(bad, config, model, scale, self.processes)
-        message = None
-        if report is not None:
-            record = f"nan dump: {folder}; recompute the step with: llip replay {folder}"
-            if "unwritten" in report:
-                record = f"the nan dump could not be written completely: {report['unwritten']}"
-            message = (
-                f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); {summary(report)}. "
-                f"A smaller lr or a longer warmup often helps; {record}"
-            )
-        raise RunError(self.processes.broadcast_object(message))
+        dump = write_nan_dump(bad, config, model, state.scaler.get_scale(), self.processes)
+        raise RunError(
+            f"{what}, for {state.skipped_in_a_row} steps in a row (max_bad_steps); a smaller lr or a longer warmup "
+            f"often helps; {dump}",
+            on_all_ranks=True,
+        )
 
     @contextmanager
     def _explained_shortage(self) -> Iterator[None]:
         """Raise a UserError with the predicted memory and the settings to change where a step runs out of memory."""
         try:
             yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no error class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             config, scores = self.config, self._score_plan()
@@ -250,7 +237,7 @@ class Trainer:
         return self.task.score_plan(self.config.batch_size * self.config.accum_freq)
 
     def _save_and_evaluate(self, agreed: Agreement) -> Outcome | None:
-        """Do what is due after a step; return the outcome if training ends with it."""
+        """Save and evaluate if that is due; return the outcome if training ends with the step."""
         step, done, evaluating = self.state.step, self.state.step == self.config.total_steps, self._evaluation_is_due()
         if self.saver.is_due() or agreed.save or agreed.stop or evaluating or done:  # an evaluation may outlast the job
             self.watch.enter("checkpoint", step, PATIENCE)

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -83,53 +82,43 @@ def _largest(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in list(found.items())[:_SHOWN])
 
 
-def write_nan_dump(
-    step: BadStep, config: Config, model: Llip, scale: float, processes: Processes
-) -> tuple[Path, dict[str, Any] | None]:
-    """Write the dump. Collective.
+def write_nan_dump(step: BadStep, config: Config, model: Llip, scale: float, processes: Processes) -> str:
+    """Write the dump, and return what is known of the step and how to recompute it, on every process. Collective.
+
+    A dump that cannot be written is skipped, and the message says why: the run ends anyway.
 
     Args:
         step: this process's part.
-        config: the run.
-        model: with the weights that the step began with, and its gradients.
-        scale: of the loss, 1 unless float16 is used.
+        config: the run's config.
+        model: with the weights before the step, and its gradients.
+        scale: of the loss; 1 except in float16.
         processes: of the run.
-
-    Returns:
-        (the dump's folder, the report on the main process and None elsewhere). A dump that cannot be written is
-        skipped: the run ends anyway, and `report["unwritten"]` says why.
     """
     folder = config.folder / "nan_dumps" / f"step_{step.step}"
     problem = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = {
-            "slices": [tuple(part.cpu() for part in micro_batch) for micro_batch in step.slices],
-            "rng": step.random_state[0],
-            "cuda_rng": step.random_state[1],
-        }
-        save_tensors(own, folder / f"process_{processes.rank}.pt")
+        rng, cuda_rng = step.random_state
+        slices = [tuple(part.cpu() for part in micro_batch) for micro_batch in step.slices]
+        save_tensors({"slices": slices, "rng": rng, "cuda_rng": cuda_rng}, folder / f"process_{processes.rank}.pt")
     except OSError as error:
         problem = f"process {processes.rank}: {error}"
-    everyone = processes.gather_object({"loss": step.loss, "samples": step.ids, "problem": problem})
-    if everyone is None:
-        return folder, None
-    report = describe(step, model, everyone)
-    problems = [one["problem"] for one in everyone if one["problem"]]
-    try:
-        save_tensors({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
-        about = {
-            "format": FORMAT,
-            "processes": processes.world_size,
-            "loss_scale": scale,
-            "config": dict(vars(config)),
-        }
-        (folder / "record.json").write_text(json.dumps(plain(about | report), indent=1))
-    except OSError as error:
-        problems.append(str(error))
-    if problems:
-        report["unwritten"] = "; ".join(problems)
-    return folder, report
+    by_rank = processes.gather_object({"loss": step.loss, "samples": step.ids, "problem": problem})
+    message = None
+    if by_rank is not None:
+        report = describe(step, model, by_rank)
+        problems = [each["problem"] for each in by_rank if each["problem"]]
+        try:
+            save_tensors({"model": model.config, "state_dict": model.state_dict()}, folder / "model.pt")
+            run = {"format": FORMAT, "processes": len(by_rank), "loss_scale": scale, "config": dict(vars(config))}
+            (folder / "record.json").write_text(json.dumps(plain(run | report), indent=1))
+        except OSError as error:
+            problems.append(str(error))
+        record = f"nan dump: {folder}; recompute the step with: llip replay {folder}"
+        if problems:
+            record = f"the nan dump could not be written completely: {'; '.join(problems)}"
+        message = f"{summary(report)}; {record}"
+    return processes.broadcast_object(message)
 
 
 def plain(value: Any) -> Any:

@@ -1,11 +1,10 @@
-"""Which processes a run has, and how they start: the same command on a laptop, a GPU box, torchrun and srun."""
+"""Choose and start the processes of a run: one command for a laptop, a GPU box, torchrun and srun."""
 
 import contextlib
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import uuid
@@ -19,43 +18,16 @@ from llip.system.files import write_json
 from llip.system.processes import Processes
 from llip.training.distributed.exit_with_launcher import LAUNCHER
 from llip.training.distributed.signals import STOP_SIGNALS, StopRequest
-from llip.training.distributed.slurm_environment import STEP_VARIABLES, join_step
+from llip.training.distributed.slurm_environment import joins_environment
 from llip.training.distributed.watchdog import Watchdog, name_of_exit
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 REPORTS_FOLDER = "LLIP_REPORTS_FOLDER"
-"""Environment variable: folder in which the processes started here leave their errors, so that one is printed."""
+"""Environment variable: folder to which the processes started here write their errors, so that one is printed."""
 
-_PROCESSES_PER_CORE = 4  # on the CPU; more is a typing error
-
-
-def joins_environment() -> bool:
-    """Return whether torchrun, srun or our own launcher started this process as one of several."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
-
-
-def adopt_slurm() -> None:
-    """Under srun, set the variables that torchrun would set; elsewhere do nothing.
-
-    Raises:
-        UserError: SLURM's variables are incomplete, or scontrol does not answer.
-    """
-    if "SLURM_PROCID" not in os.environ or joins_environment() or os.environ.get("SLURM_NTASKS", "1") == "1":
-        return
-    if "SLURM_STEP_ID" not in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
-        return  # a batch script's own shell, not a task of a step
-    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
-    try:
-        hosts = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-        join_step(hosts[0])
-    except (OSError, subprocess.SubprocessError, LookupError, ValueError) as error:
-        found = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name in STEP_VARIABLES)
-        raise UserError(
-            f"a SLURM step is in the environment ({found}), and its tasks cannot be found: "
-            f"{type(error).__name__}: {error}; start them with srun, or unset SLURM_PROCID to train without SLURM"
-        ) from error
+_PROCESSES_PER_CORE = 4  # on the CPU; more is taken for a typing error
 
 
 def _joined_processes() -> int | None:
@@ -74,10 +46,10 @@ def _joined_processes() -> int | None:
 
 
 def resolve_device(config: Config) -> str:
-    """Return cuda or cpu, after a comparison of what the config asks for with what this machine has.
+    """Return cuda or cpu for what the config asks for.
 
     Raises:
-        UserError: the config asks for more than there is; names the overrides to use and their effect.
+        UserError: it asks for more than this machine or the launcher has; names the overrides to use.
     """
     import torch
 
@@ -117,7 +89,7 @@ def _most_processes() -> int:
 
 
 def _smaller(config: Config, nodes: int, ngpus: int, on_cpu: bool = False) -> str:
-    """Return a sentence with the overrides to use, their global batch, and what restores the config's."""
+    """Return a sentence with the overrides to use, their global batch, and the accum_freq that restores it."""
     overrides = f"nodes={nodes} ngpus={ngpus}" + (" device=cpu" if on_cpu else "")
     slices = config.batch_size * nodes * ngpus  # pairs per micro-batch
     batch = slices * config.accum_freq
@@ -129,13 +101,10 @@ def _smaller(config: Config, nodes: int, ngpus: int, on_cpu: bool = False) -> st
 
 
 def start_processes(arguments: list[str], config: Config) -> int:
-    """Start the config's processes of `python -m llip.main` on this machine with PyTorch's elastic launcher and wait.
+    """Run the config's processes on this machine with PyTorch's elastic launcher, and return the exit code.
 
-    No process is restarted: the first failure ends all, and one message reports it. A signal is passed on, and the
-    processes may finish the step and save; a second Ctrl-C ends them at once.
-
-    Returns:
-        The exit code.
+    No process is restarted: the first failure ends all, and one message reports it. A signal is passed on, so that the
+    processes finish the step and save; a second Ctrl-C ends them at once.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -199,7 +168,7 @@ def _read_reports(folder: Path) -> list[RankFailure]:
 
 
 def _failures(folder: Path, failure: "ChildFailedError") -> list[RankFailure]:
-    """Return the failures of the run's processes, sorted, without those that only follow from another one."""
+    """Return the failures of the run's processes, sorted, without those that follow from another one."""
     reports = _read_reports(folder)
     reported = {report.rank for report in reports}
     first, _ = failure.get_first_failure()
@@ -221,7 +190,7 @@ def _report_failure(failures: list[RankFailure]) -> int:
     others = [failure for failure in failures if failure.kind != _DEATH]
     chosen = others[:1] if failures[0].kind == _MISTAKE else deaths + others[:1]
     message = ". ".join(failure.message for failure in chosen)
-    print(f"\nerror: {message}", file=sys.stderr)  # a progress bar may have been left open
+    print(f"\nerror: {message}", file=sys.stderr)  # after an unfinished progress bar
     return max(failure.code for failure in chosen)
 
 
@@ -236,7 +205,7 @@ def _stopped(folder: Path) -> bool:
 
 
 def exit_code(finished: bool) -> int:
-    """Return the exit code of a process that has ended in good order."""
+    """Return the exit code of a process that has finished or stopped."""
     if finished:
         return 0
     folder = os.environ.get(REPORTS_FOLDER)

@@ -179,7 +179,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def name_of_exit(code: int) -> str:
-    """Describe an exit code as `subprocess` reports it (negative: a signal)."""
+    """Return an exit code of `subprocess` (negative: a signal) in words."""
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

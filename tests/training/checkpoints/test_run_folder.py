@@ -149,7 +149,7 @@ def test_every_process_hears_of_a_file_that_cannot_be_written(tmp_path, pool, na
     assert first == second
     assert first[0] == "CollectiveUserError"
     assert str(tmp_path / "run" / name) in first[1]
-    assert "Make room" in first[1]
+    assert "make room" in first[1]
 
 
 def _fail_alone(rank: int, count: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from llip.configs import Config
 from llip.errors import UserError
 from llip.training.distributed import launch
+from llip.training.distributed.slurm_environment import adopt_slurm
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_slurm_tasks_join_as_torchrun_would_have_them(gpus, tmp_path):
     task = {f"SLURM_{name}": value for name, value in slurm.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with mock.patch.dict(os.environ, task):  # puts back what adopt_slurm sets, too
         os.environ.pop("SLURM_STEP_NUM_TASKS", None)
-        launch.adopt_slurm()
+        adopt_slurm()
         found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     assert found == {
         "RANK": "3",
@@ -100,7 +101,7 @@ def test_an_incomplete_step_of_slurm_is_one_message(gpus, monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     with pytest.raises(UserError, match=r"SLURM_NTASKS=2 SLURM_PROCID=0.*start them with srun, or unset SLURM_PROCID"):
-        launch.adopt_slurm()
+        adopt_slurm()
 
 
 class Failed:
