@@ -1,8 +1,8 @@
-"""What a dataset is to the evaluation, and the registry of dataset types.
+"""The interface of evaluation datasets, and the registry of their types.
 
-A type is one frozen dataclass in one file of `dataset_types/`: its fields are what a catalog entry may say (their
+A type is one frozen dataclass in one file of `dataset_types/`: its fields are those of a catalog entry (their
 annotations make the JSON Schema), `open()` finds the data. All sources are indexed, tar shards too (their headers are
-scanned once), so that process r of W takes exactly images r, r + W, ... and every count is known beforehand.
+scanned once), so that process r of W takes exactly images r, r + W, ... and every count is known before scoring.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class ImageSource(ABC):
     """Images by index with their targets; opened by each process, read by data workers.
 
     Attributes:
-        classnames: the dataset's own class names in the order of the labels; None when it has none.
-        templates: the dataset's own prompts; None when it has none.
+        classnames: the dataset's class names in the order of the labels, None if it has none.
+        templates: the dataset's prompts, None if it has none.
         multi_label: an image may be of several classes.
     """
 
@@ -40,7 +40,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what the user knows image `index` by (its path, mostly)."""
+        """Return how messages call image `index`: mostly its path."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, Any]:
@@ -50,11 +50,11 @@ class ImageSource(ABC):
         image's captions (tuple of str).
 
         Raises:
-            Exception: of any kind, when the image cannot be read; the caller counts and names it.
+            Exception: of any kind, for an image that cannot be read; the caller counts and names it.
         """
 
     def targets(self) -> Sequence[Any] | None:
-        """Return the targets of all images, or None when an image must be read to know its target."""
+        """Return the targets of all images, or None if an image must be read to know its target."""
         return None
 
 
@@ -66,10 +66,10 @@ class DatasetSpec(ABC):
     path: Path  # of those that do not define `location`
 
     def location(self) -> Path | None:
-        """Return the folder or file without which the dataset is missing, not damaged; None: it needs none."""
+        """Return the folder or file without which the dataset is missing rather than damaged, if it needs one."""
         return self.path
 
-    def found(self) -> bool:
+    def exists(self) -> bool:
         """Return whether anything of the dataset is on this machine."""
         location = self.location()
         return location is None or location.exists()
@@ -106,7 +106,7 @@ def load_dataset_types() -> dict[str, type[DatasetSpec]]:
 
 
 def readable_name(name: str, camel_case: bool = False) -> str:
-    """Return a folder's name of a class as words: `_` becomes a space, with camel_case `aB` becomes `a B`."""
+    """Return a class folder's name as words: `_` becomes a space, with camel_case `aB` becomes `a B`."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name) if camel_case else name
     return re.sub(r"[\s_]+", " ", spaced).strip()
 
@@ -128,7 +128,7 @@ def files_below(folder: Path) -> Iterator[str]:
 
 
 def require_folder(path: Path) -> Path:
-    """Return `path` when it is a folder, else raise a `UserError` that says what is there instead."""
+    """Return `path` if it is a folder, else raise a `UserError` that names what is there instead."""
     if path.is_dir():
         return path
     if unset := unset_variables(path):
@@ -138,12 +138,12 @@ def require_folder(path: Path) -> Path:
         raise UserError(f"dataset folder {path} is not there (nor is {parent})")
     siblings = sorted(child.name for child in parent.iterdir() if child.is_dir())
     close = nearest(path.name, siblings)
-    found = f"nearest: {', '.join(close)}" if close else f"it holds {', '.join(siblings[:8]) or 'no folders'}"
-    raise UserError(f"dataset folder {path.name} is not in {parent} ({found})")
+    hint = f"nearest: {', '.join(close)}" if close else f"it holds {', '.join(siblings[:8]) or 'no folders'}"
+    raise UserError(f"dataset folder {path.name} is not in {parent} ({hint})")
 
 
 def require_file(path: Path) -> Path:
-    """Return `path` when it is a file, else raise a `UserError`."""
+    """Return `path` if it is a file, else raise a `UserError`."""
     if not path.is_file():
         require_folder(path.parent)
         close = nearest(path.name, [child.name for child in path.parent.iterdir()])

@@ -20,7 +20,10 @@ PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation. Each field is a YAML key; paths may hold `~` and `$VARS` and belong to the current folder.
+    """One evaluation. Each field is a YAML key; paths may contain `~` and `$VARS`, relative to the current folder.
+
+    Raises:
+        UserError: a wrong type or value; names all of them.
 
     Attributes:
         eval_name: the program that runs it (`evals/scaffold.py` lists them).
@@ -32,12 +35,12 @@ class EvalConfig:
         precision: of the towers on GPUs; None: the run config's, fp32 without one.
         output_dir: folder of results.json and results.md.
         catalog_name: a catalog of llip.clipeval, or a path to a json.
-        ema: evaluate the moving average of the weights (training field ema_decay) in their place.
+        ema: evaluate the moving average of the weights (training field ema_decay) instead.
         tasks: names in the catalog; None: all of them.
         batch_size, workers: images per batch and decoding processes, per device.
         prompt_ensemble: feature (CLIP's protocol) or score.
         shortlist: retrieval scores exactly only this many candidates per image and per caption; None: every pair.
-        cache_dir: folder of class text features; $LLIP_CACHE when left out, else <output_dir>/cache.
+        cache_dir: folder of class text features; None: $LLIP_CACHE, else <output_dir>/cache.
         compare_with: earlier results (results.json or folder) that the bar chart shows beside this evaluation's.
         references: name -> percent, averages that the bar chart shows as lines.
     """
@@ -67,25 +70,25 @@ class EvalConfig:
 
     @property
     def output_folder(self) -> Path:
-        """Where results go; only for an evaluation with `output_dir`."""
-        assert self.output_dir is not None, "an evaluation program requires it"
+        """Folder of the results; only for an evaluation with `output_dir`."""
+        assert self.output_dir is not None, "a program requires it"
         return expand_path(self.output_dir)
 
     @property
     def cache_folder(self) -> Path:
-        """Where class text features are kept; needs `output_dir`."""
+        """Folder of class text features; only for an evaluation with `output_dir`."""
         return expand_path(self.cache_dir or os.environ.get("LLIP_CACHE") or f"{self.output_dir}/cache")
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice; YAML would silently keep the last."""
+    """Refuses a key given twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
                 line = f"line {key.start_mark.line + 1}"
-                raise UserError(f"{self.name}, {line}: key {key.value!r} is given twice; keep one of them")
+                raise UserError(f"{self.name}, {line}: key {key.value!r} is given twice; remove one of them")
             keys.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
 
@@ -120,7 +123,7 @@ def load_eval_config(fname: str | Path) -> EvalConfig:
 
 
 def _mistake(key: str, kind: Any, value: Any) -> str | None:
-    """Return what is wrong with a key's value, if anything."""
+    """Describe what is wrong with a key's value, if anything."""
     accepts, expected = _RULES.get(key) or _RULES[kind]
     if value is None and isinstance(kind, types.UnionType):
         return None
@@ -160,14 +163,14 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     "workers": _integer(0),
     "shortlist": _integer(10),  # R@10 is measured
 }
-"""Key, or type of a field without a rule -> what it accepts, in code and in words."""
+"""Key, or type of a field without a rule of its own -> (whether a value is accepted, the expected value in words)."""
 
 
 def find_eval_file(fname: str) -> Path:
-    """Return the path of an evaluation file: as written, else the one that ships as `config_evals/NAME.yaml`.
+    """Return the path of an evaluation file: as given, else the shipped `config_evals/NAME.yaml`.
 
     Raises:
-        UserError: neither is there; names the nearest ones.
+        UserError: there is neither; names the nearest files.
     """
     path = expand_path(fname)
     if path.is_file():

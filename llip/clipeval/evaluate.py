@@ -1,4 +1,4 @@
-"""Evaluate a model on the tasks of a catalog: alone, or on every process of an initialised process group.
+"""Evaluate a model on the tasks of a catalog: in one process, or on all those of an initialised process group.
 
 Each image is scored once, on one process; results are gathered exactly and are the same on every process.
 """
@@ -38,19 +38,19 @@ def evaluate_tasks(
     on_result: Callable[[TaskResult], None] | None = None,
     progress: bool = True,
 ) -> list[TaskResult]:
-    """Evaluate `model` on tasks; every process of the group (if any) must call it alike.
+    """Evaluate `model` on tasks; with a process group, all its processes must make the same call.
 
     A task that cannot be evaluated gives a result with an error, and the others run. The modules' modes and the random
-    state are left as they were.
+    state are restored.
 
     Args:
         model: answers encode_image, encode_text and similarity as `llip.open_clip.model.Llip` does; on `device`, not
             wrapped in DDP.
         entries: the tasks, of a catalog.
-        config: its batch_size, workers (per process of the group), prompt_ensemble and shortlist count.
+        config: gives batch_size and workers (per process of the group), prompt_ensemble and shortlist.
         preprocess: PIL image -> normalised tensor [3, H, W]; None: `model.preprocess_val`.
         tokenizer: texts -> token ids [T, context]; None: `model.tokenizer`.
-        cache_dir: folder of class text features, for weights that are evaluated again; None: none are kept.
+        cache_dir: folder that keeps class text features, for weights that are evaluated again; None: no cache.
         on_result: called on every process after each task.
         progress: show progress bars (on the first process).
     """
@@ -69,11 +69,11 @@ def evaluate_tasks(
 
 @contextmanager
 def _evaluating(model: Llip, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradients, and a random state that the caller does not notice."""
+    """Eval mode and no gradients; modes and random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = [device] if device.type == "cuda" else []
     try:
-        # no_grad, not inference_mode: what a model caches in here must stay usable in training
+        # no_grad, not inference_mode: what a model caches here must stay usable in training
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             model.eval()
             yield

@@ -1,4 +1,4 @@
-"""What a task is evaluated on, as hashes: results are kept as long as all of them stay the same."""
+"""Hashes of what a task is evaluated on: its result is kept as long as they stay the same."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from llip.clipeval.datasets import files_below
 
 TEXTS = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
 CHEAP = 1 << 20
-"""Bytes up to which a text file counts by its content; other files count by size and time."""
+"""Largest text file, in bytes, that is compared by content; other files are compared by size and time."""
 
 
 def task_inputs(entry: Entry) -> dict[str, str]:
-    """Return name of a part -> what identifies it: the entry, its texts, and the data files by name, size and time."""
+    """Return part -> what identifies it: the entry, its texts, and the data files by name, size and time."""
     contents = {field: source.content() for field, source in entry.texts.items()}
     return {
         "entry": entry.fingerprint,
@@ -26,9 +26,9 @@ def task_inputs(entry: Entry) -> dict[str, str]:
 
 
 def changed_parts(stored: Mapping[str, str] | None, inputs: Mapping[str, str]) -> list[str]:
-    """Return in words what differs between the inputs of a stored result and those of now; texts before the entry."""
+    """Describe what differs between the inputs of a stored result and the current ones; texts before the entry."""
     if stored is None:
-        return ["what it was evaluated on is not recorded"]
+        return ["its inputs are not recorded"]
     names = [name for name in [*inputs, *(set(stored) - set(inputs))] if stored.get(name) != inputs.get(name)]
     if len(names) > 1 and "entry" in names and set(names) & {"classnames", "prompts", "class_keys"}:
         names.remove("entry")  # its fingerprint covers the texts
@@ -43,7 +43,7 @@ def _describe_files(entry: Entry) -> str:
             status = os.stat(path)
             cheap = Path(path).suffix.lower() in TEXTS and status.st_size <= CHEAP
             identity = hashlib.sha256(Path(path).read_bytes()).hexdigest() if cheap else status.st_mtime_ns
-        except OSError as error:  # a link to nowhere, or a file of somebody else
+        except OSError as error:  # a broken link, or a file of another user
             identity, status = str(error.strerror), None
         count, size = count + 1, size + (status.st_size if status else 0)
         digest.update(json.dumps([os.path.relpath(path, root), status and status.st_size, identity]).encode())
@@ -51,7 +51,7 @@ def _describe_files(entry: Entry) -> str:
 
 
 def _data_files(entry: Entry) -> Iterator[tuple[str, str]]:
-    """Yield (root, path) of the dataset's files: below its split if that is a folder, and beside it."""
+    """Yield (root, path) of the dataset's files: below its split if it is a folder, and those beside it."""
     location, split = entry.data.location(), getattr(entry.data, "split", "")
     others = [getattr(entry.data, field.name) for field in fields(entry.data) if field.name != "path"]
     for root in [location, *(other for other in others if isinstance(other, Path) and other != location)]:

@@ -1,4 +1,4 @@
-"""From an image source to batches of tensors: decoding in data workers, unreadable images counted and named."""
+"""From an image source to batches of tensors: decoding in data workers; unreadable images are counted and named."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from llip.system.exit_with_parent import held_signals, serve_parent
 Preprocess = Callable[[Image.Image], Tensor]
 
 WORKER_TIMEOUT = 300
-"""Seconds without a batch from a data worker after which the task fails instead of waiting on."""
+"""Seconds without a batch from a data worker after which the task fails."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Unreadable:
 
 
 NAMED_UNREADABLE = 20
-"""Unreadable images that a result names; the count is always complete."""
+"""How many unreadable images a result names; it counts all of them."""
 
 
 def describe_skipped(unreadable: Sequence[Unreadable], images: int) -> dict[str, Any]:
-    """Return the fields of a result for images that were left out, of all processes together.
+    """Return the fields of a result about unreadable images, given those of all processes.
 
     Raises:
         UserError: none of the dataset's images can be read.
@@ -49,7 +49,7 @@ def describe_skipped(unreadable: Sequence[Unreadable], images: int) -> dict[str,
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images [B, 3, H, W], their targets and their indices in the dataset; and what could not be read."""
+    """Images [B, 3, H, W], their targets and indices in the dataset; and the unreadable ones."""
 
     images: Tensor
     targets: list[Any]
@@ -91,7 +91,7 @@ def image_batches(
         workers: decoding processes; 0 decodes in this one.
 
     Raises:
-        RuntimeError: a data worker died, or gave nothing for `WORKER_TIMEOUT` seconds.
+        RuntimeError: a data worker died, or returned no batch for `WORKER_TIMEOUT` seconds.
     """
     workers = min(workers, -(-len(indices) // batch_size))
     loader = DataLoader(
@@ -110,4 +110,4 @@ def image_batches(
 
 
 def _begin_worker(_: int) -> None:
-    serve_parent()  # what is sent to every process of a run, to stop it, is the run's business
+    serve_parent()  # signals that stop a run go to all its processes; its main process handles them

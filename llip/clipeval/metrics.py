@@ -1,6 +1,6 @@
-"""Metrics by name. Values are fractions in [0, 1]; tables show them as percentages.
+"""Metrics by name. Values are fractions in [0, 1]; tables show percentages.
 
-N images, C classes. A catalog entry names its metric; nothing here knows a dataset. Recall at K of retrieval is in
+N images, C classes. Catalog entries name their metrics; no code here depends on a dataset. Recall at K of retrieval is
 `recall_at`.
 """
 
@@ -19,21 +19,21 @@ RECALLS = (1, 5, 10)
 """The K of retrieval's R@K."""
 
 TOP = 5
-"""How many best classes a prediction keeps."""
+"""Number of best classes that a prediction keeps."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What zero-shot classification says of N images, on the CPU.
+    """Predictions of zero-shot classification for N images, on the CPU.
 
     Attributes:
         indices: of the images in the dataset [N], int64.
-        labels: true classes [N], int64; for an image of several classes the best-scored of them, or -1 without any.
+        labels: true classes [N], int64; of an image of several classes the best-scored one, of one without any -1.
         top: the min(5, C) best classes of each image, best first, int64.
         margin: score of class 1 minus score of class 0 [N], float32: the ranking that ROC AUC needs of two classes.
         classes: C.
-        scores: of every class [N, C], float32; only for the metrics of `NEED_SCORES`, they are large.
-        truth: which classes an image is of [N, C], bool; None where it is of one class, its label.
+        scores: of every class [N, C], float32; large, so only for the metrics of `NEED_SCORES`.
+        truth: which classes an image is of [N, C], bool; None if each image is of one class.
     """
 
     indices: Tensor
@@ -46,7 +46,7 @@ class Predictions:
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
-        """Join the batches of all processes, in the order of the dataset; all keep the same fields."""
+        """Join batches of all processes, all with the same fields, in the order of the dataset."""
         order = torch.cat([part.indices for part in parts]).argsort()
         joined: dict[str, Any] = {"classes": parts[0].classes}
         for field in fields(cls):
@@ -63,7 +63,7 @@ NEED_SCORES = frozenset({"mAP"})
 """Metrics that need the scores of all classes."""
 
 MULTI_LABEL = frozenset({"mAP"})
-"""Metrics that are defined where an image is of several classes."""
+"""Metrics that are defined for images of several classes."""
 
 
 def _metric(function: Metric) -> Metric:
@@ -73,13 +73,13 @@ def _metric(function: Metric) -> Metric:
 
 @_metric
 def top1(predictions: Predictions) -> float:
-    """Share of images whose best class is the true one."""
+    """Fraction of images whose best class is the true one."""
     return (predictions.top[:, 0] == predictions.labels).double().mean().item()
 
 
 @_metric
 def top5(predictions: Predictions) -> float:
-    """Share of images whose true class is among the five best."""
+    """Fraction of images whose true class is among the five best."""
     return (predictions.top == predictions.labels[:, None]).any(dim=1).double().mean().item()
 
 
@@ -115,7 +115,7 @@ def roc_auc(predictions: Predictions) -> float:
 
 @_metric
 def mAP(predictions: Predictions) -> float:
-    """Mean over the classes that have images of the average precision with which scores rank images within a class."""
+    """Mean average precision: each class ranks all images; averaged over the classes that have images."""
     assert predictions.scores is not None, "mAP needs the scores of all classes"
     truth = predictions.truth
     if truth is None:
@@ -130,14 +130,14 @@ def mAP(predictions: Predictions) -> float:
 def average_precision(scores: Tensor, hits: Tensor) -> float:
     """Return the sum over thresholds of precision times gain in recall; images of equal score [N] enter together."""
     values, inverse = torch.unique(scores, return_inverse=True)
-    places = len(values) - 1 - inverse  # the highest score first
-    right = torch.bincount(places, weights=hits.double(), minlength=len(values))
-    found, seen = right.cumsum(0), torch.bincount(places, minlength=len(values)).cumsum(0)
-    return (right * found / seen).sum().item() / found[-1].item()
+    positions = len(values) - 1 - inverse  # the highest score first
+    right = torch.bincount(positions, weights=hits.double(), minlength=len(values))
+    retrieved, seen = right.cumsum(0), torch.bincount(positions, minlength=len(values)).cumsum(0)
+    return (right * retrieved / seen).sum().item() / retrieved[-1].item()
 
 
 def check_metrics(metrics: Iterable[str], classes: int, multi_label: bool) -> None:
-    """Raise a `UserError` for the first metric that is not defined for so many classes, one or several per image."""
+    """Raise a `UserError` for a metric that is not defined for this number of classes, or for several per image."""
     for metric in metrics:
         if multi_label and metric not in MULTI_LABEL:
             fitting = " or ".join(sorted(MULTI_LABEL))
@@ -149,7 +149,7 @@ def check_metrics(metrics: Iterable[str], classes: int, multi_label: bool) -> No
 
 
 def recall_at(first_hits: Tensor, k: int) -> float:
-    """Share of queries whose first right answer is among the first `k`; `first_hits` [N] counts ranks from 0."""
+    """Fraction of queries with a right answer among the first `k`; `first_hits` [N] are ranks from 0."""
     return (first_hits < k).double().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""The outcome of each image of a task: small enough to keep, and enough for the confidence of a difference.
+"""The outcome of each image of a task: small, and enough for the confidence interval of a difference.
 
 Kept as `per_sample/<task>.npz` beside results.json (plain arrays, read without unpickling): a byte per image, and in
 retrieval five bytes per caption.
@@ -28,14 +28,13 @@ def _none() -> Array:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Where the right answer of each image came.
+    """The rank of each image's right answer.
 
     Attributes:
         samples: hash of the images' names and targets in their order, see `hash_samples`.
-        ranks: place of the true class, or of the image's best own caption, from 0 [N]; the number of kept places when
-            it is further down.
+        ranks: of the true class, or of the best of the image's captions, from 0 [N]; at most the depth of the ranking.
         labels: true classes [N]; empty in retrieval.
-        text_ranks: place of each caption's image [T]; owners: position of that image [T]. Empty in classification.
+        text_ranks: rank of each caption's image [T]; owners: position of that image [T]. Empty in classification.
     """
 
     samples: str
@@ -87,24 +86,24 @@ _PARTS: dict[str, Callable[[Outcomes], Parts]] = {
 
 
 def parts_of(outcomes: Outcomes, name: str) -> Parts | None:
-    """Return the value called `name` as a sum over images; None for one that is no such sum (ROC AUC)."""
+    """Return the metric `name` as a sum over images; None for one that is no such sum (ROC AUC)."""
     return _PARTS[name](outcomes) if name in _PARTS else None
 
 
 def hash_samples(names: Sequence[str], targets: Sequence[object]) -> str:
-    """Return 16 hex digits for these images in this order; folders do not count, they differ between machines."""
+    """Return 16 hex digits for these images in this order; folders are ignored, they differ between machines."""
     samples = [[name.rsplit("/", 1)[-1], target] for name, target in zip(names, targets, strict=True)]
     return hashlib.sha256(json.dumps(samples, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def outcomes_file(results: Path, task: str) -> Path:
-    """Return where the outcomes of a task of `results` (a results.json) lie: per_sample/<task>.npz beside it."""
+    """Return the file of a task's outcomes: per_sample/<task>.npz beside `results`, a results.json."""
     folder = results.with_name("per_sample" + results.stem.removeprefix("results"))
     return folder / f"{quote(task, safe=' ')}.npz"
 
 
 def save_outcomes(path: Path, outcomes: Outcomes) -> None:
-    """Write the file in one atomic step; its folder is made."""
+    """Write the file in one atomic step, and its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
@@ -118,7 +117,7 @@ def save_outcomes(path: Path, outcomes: Outcomes) -> None:
 
 
 def load_outcomes(path: Path) -> Outcomes | None:
-    """Read what `save_outcomes` wrote; None when the file is not there or damaged."""
+    """Read what `save_outcomes` wrote; None if the file is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ("ranks", "labels", "text_ranks", "owners")}

@@ -1,8 +1,8 @@
 """Retrieval between N images and T captions, several captions per image, from exact scores in blocks of images.
 
 Shapes: B images of a block, N images of this process, T captions of all processes, D embedding width.
-Only mixture tokens are kept; the N x T scores exist one block at a time, so memory beyond the features does not grow
-with N.
+Only mixture tokens are kept; the N x T scores are computed one block at a time, so memory beyond the features does not
+grow with N.
 """
 
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ def retrieve(entry: Entry, run: TaskRun) -> dict[str, Any]:
         skipped = describe_skipped([item for *_, items in shares for item in items], len(source))
     # captions in the order of their images, so that ties rank the same for any number of processes
     pairs = [pair for share, *_ in shares for pair in share]
-    order = sorted(range(len(pairs)), key=lambda place: pairs[place][0])
-    owners, strings = torch.tensor([pairs[place][0] for place in order]), [pairs[place][1] for place in order]
+    order = sorted(range(len(pairs)), key=lambda position: pairs[position][0])
+    owners, strings = torch.tensor([pairs[i][0] for i in order]), [pairs[i][1] for i in order]
     texts = torch.cat([part for _, part, _ in shares if part is not None])[order].to(scorer.device)
     h, images = torch.cat(tokens) if tokens else torch.empty(0), torch.tensor(mine, dtype=torch.int64)  # [N, K, D], [N]
     shortlist = _shortlist(h, images, texts, len(source), run)
@@ -106,7 +106,7 @@ class RetrievalShare:
 
     Attributes:
         images: indices of the images in the dataset [N].
-        first_hits: rank of each image's best own caption among all captions [N], `DEPTH` when it is further down.
+        first_hits: rank of the best of each image's captions among all captions [N], at most `DEPTH`.
         best_scores, best_images: each caption's best images of this process, best first [T, <= DEPTH].
     """
 
@@ -132,7 +132,7 @@ def score_share(
         images: their indices in the dataset [N], ascending.
         texts: features of all captions [T, D], on the device.
         owners: index of the image that each caption belongs to [T].
-        shortlist: score its candidates alone; None: every pair.
+        shortlist: score only its candidates; None: every pair.
         progress: title of a progress bar; None shows none.
     """
     images, owners = images.to(scorer.device), owners.to(scorer.device)
@@ -166,17 +166,17 @@ def best_of(scores: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_hit(hits: Tensor) -> Tensor:
-    """Return the position of the first True of each row of [n, <= DEPTH], `DEPTH` for a row without one."""
+    """Return the position of the first True in each row of [n, <= DEPTH], `DEPTH` for a row without any."""
     return torch.where(hits.any(dim=1), hits.int().argmax(dim=1), DEPTH)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where the right answers came, `DEPTH` when further down, in the order of the dataset.
+    """Ranks of the right answers, at most `DEPTH`, in the order of the dataset.
 
     Attributes:
-        images: indices of the images, ascending [N]. image_to_text: place of each one's best own caption [N].
-        text_to_image: place of each caption's image [T].
+        images: indices of the images, ascending [N]. image_to_text: rank of the best of each image's captions [N].
+        text_to_image: rank of each caption's image [T].
     """
 
     images: Tensor
@@ -189,8 +189,8 @@ def join(shares: list[RetrievalShare], owners: Tensor) -> Ranks:
     images = torch.cat([share.images for share in shares])
     order = images.argsort()
     first_hits = torch.cat([share.first_hits for share in shares])[order]
-    found = [torch.cat([getattr(share, name) for share in shares], dim=1) for name in ("best_scores", "best_images")]
-    _, best_images = best_of(*found)
+    scores = torch.cat([share.best_scores for share in shares], dim=1)
+    _, best_images = best_of(scores, torch.cat([share.best_images for share in shares], dim=1))
     return Ranks(images[order], first_hits, first_hit(best_images == owners[:, None]))
 
 

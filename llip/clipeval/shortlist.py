@@ -1,4 +1,4 @@
-"""Which image-caption pairs are worth an exact score: a text-independent score names n candidates each way.
+"""Which image-caption pairs get an exact score: a text-independent score selects n candidates each way.
 
 Shapes: B images of a block, N images of all processes (I with those that cannot be read), T captions, D embedding
 width, n the length of the shortlist.
@@ -6,8 +6,8 @@ width, n the length of the shortlist.
 The text-independent feature of an image is its feature conditioned on the zero vector: every mixture token weighs the
 same. It costs D multiply-adds per pair, where an exact score takes hundreds of times as many. Of four candidates
 (conditioned on zero, conditioned on the average caption, mean of unit-norm values, mean of the tokens) this one and the
-mean of unit-norm values kept the most recall, alike. For a pooling that ignores the text it is the very feature, and a
-shortlist loses nothing.
+mean of unit-norm values kept the most recall, equally much. For a pooling that ignores the text it is the feature
+itself, and a shortlist loses nothing.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 from llip.clipeval.scorer import Scorer
 
 CAPTIONS, IMAGES = 1024, 64
-"""Captions whose text-independent scores are in memory at once, and images whose values are."""
+"""Captions and images that are processed at once, which bounds memory."""
 
 
 def text_free_features(scorer: Scorer, h: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Shortlist:
 
     @classmethod
     def of(cls, features: Tensor, images: Tensor, texts: Tensor, length: int) -> "Shortlist":
-        """Find every caption's candidates among the indices `images` [N]; an image's are found when its block comes."""
+        """Find every caption's candidates among the images of indices `images` [N]."""
         count = min(length, len(images))
         readable = features[images]
         best = [images[(block @ readable.T).topk(count, dim=1).indices] for block in texts.split(CAPTIONS)]
@@ -51,11 +51,11 @@ class Shortlist:
     def candidates(self, images: Tensor) -> Tensor:
         """Return which captions are scored exactly against the images of indices `images` [B]: a mask [B, T]."""
         coarse = self.features[images] @ self.texts.T
-        own = coarse.topk(min(self.length, coarse.shape[1]), dim=1).indices
-        chosen = torch.zeros(coarse.shape, dtype=torch.bool, device=coarse.device).scatter_(1, own, True)
-        place = torch.full((len(self.features),), -1, device=coarse.device)
-        place[images] = torch.arange(len(images), device=coarse.device)
-        rows = place[self.best_images]  # [T, n], -1 for images of other blocks
+        best = coarse.topk(min(self.length, coarse.shape[1]), dim=1).indices
+        chosen = torch.zeros(coarse.shape, dtype=torch.bool, device=coarse.device).scatter_(1, best, True)
+        row_of = torch.full((len(self.features),), -1, device=coarse.device)
+        row_of[images] = torch.arange(len(images), device=coarse.device)
+        rows = row_of[self.best_images]  # [T, n], -1 for images of other blocks
         captions, columns = (rows >= 0).nonzero(as_tuple=True)
         chosen[rows[captions, columns], captions] = True
         return chosen

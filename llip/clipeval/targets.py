@@ -1,9 +1,11 @@
-"""From what a dataset says of an image to its class, where that is not a class number: declared in the catalog.
+"""From a dataset's annotation of an image to its class, for annotations that are not class numbers.
 
-{"values": [3, 4, 5]}               the class is the place of the value in the list
+A catalog entry declares the rule:
+
+{"values": [3, 4, 5]}               the class is the position of the annotation in the list
 {"closest": {"types": ["Car", "Van"], "field": "location", "axis": 2, "edges": [8, 20]}}
-    the value says of each object in the image its "type" and a "field" of numbers; of the objects of these types
-    the smallest field[axis] decides: class 0 up to the first edge, then one class per interval, and one more for
+    the annotation is a list of objects with a "type" and a "field" of numbers; the smallest field[axis] of the
+    objects of these types decides: class 0 up to the first edge, then one class per interval, and one more for
     images without such an object
 """
 
@@ -38,12 +40,12 @@ _RULES = {
 
 
 def class_rule(declared: Mapping[str, Any]) -> Callable[[Any], int]:
-    """Return the function from a dataset's value to a class number; for an empty rule the value is the number.
+    """Return the function from an annotation to a class number; for an empty rule the annotation is the number.
 
-    The function raises ValueError for a value that has no class.
+    The function raises ValueError for an annotation without a class.
 
     Raises:
-        UserError: a rule that is none of the above.
+        UserError: not a rule of the above form.
     """
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_RULES).iter_errors(dict(declared)))
     if error is not None:
@@ -51,7 +53,7 @@ def class_rule(declared: Mapping[str, Any]) -> Callable[[Any], int]:
             f"label = {dict(declared)!r:.120}; expected {{'values': [...]}} or {{'closest': ...}}: {error.message}"
         )
     if "values" in declared:
-        return lambda value: _place(value, declared["values"])
+        return lambda value: _position(value, declared["values"])
     if "closest" in declared:
         return lambda value: _interval(value, **declared["closest"])
     return _number
@@ -63,7 +65,7 @@ def _number(value: Any) -> int:
     return int(value)
 
 
-def _place(value: Any, values: list[Any]) -> int:
+def _position(value: Any, values: list[Any]) -> int:
     if value not in values:
         raise ValueError(f"the dataset's value {value!r:.60} is none of {', '.join(map(str, values))}")
     return values.index(value)
@@ -72,5 +74,5 @@ def _place(value: Any, values: list[Any]) -> int:
 def _interval(objects: Any, types: list[str], field: str, axis: int, edges: list[float]) -> int:
     if objects is None:
         raise ValueError("the dataset has no label for this image")
-    found = [item[field][axis] for item in objects if item["type"] in types]
-    return bisect.bisect_left(sorted(edges), min(found)) if found else len(edges) + 1
+    distances = [item[field][axis] for item in objects if item["type"] in types]
+    return bisect.bisect_left(sorted(edges), min(distances)) if distances else len(edges) + 1

@@ -18,11 +18,11 @@ class TaskResult:
         seconds: wall time of the slowest process; images_per_second: n over that, all processes together.
         skipped: images that could not be read; skipped_images: the first of them, by name and reason.
         error: why the task could not be evaluated, or None.
-        classnames_hash, prompts_hash: SHA-256 beginnings; in retrieval prompts_hash is that of the captions.
+        classnames_hash, prompts_hash: first digits of SHA-256; in retrieval prompts_hash is that of the captions.
         fingerprint: the catalog entry's. inputs: of the entry, texts and data files, see `inputs.task_inputs`.
         shortlist: candidates that retrieval scored exactly per query; None: everything was.
         samples: hash of the images scored, see `outcomes.hash_samples`.
-        outcomes: how each image came out; not part of the json. None after an error and when read back.
+        outcomes: of each image; not part of the json. None after an error and when read back.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""What all tasks of an evaluation share, and how a task fails: on every process alike, while the other tasks run."""
+"""What all tasks of an evaluation share, and how a task fails: on every process, while the other tasks run."""
 
 import logging
 import traceback
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class TaskError(Exception):
-    """One task cannot be evaluated. Raised on every process alike; the message is for the user."""
+    """One task cannot be evaluated. Raised on every process; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TaskRun:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Raise on every process what fails in the block on one of them; the block must not call a collective.
+        """Raise a failure of one process on all of them; the block must not call a collective.
 
         Raises:
             TaskError: the message is that of the first process that failed.
@@ -53,7 +53,7 @@ class TaskRun:
         return message + (f" (process {rank} of {world_size})" if world_size > 1 else "")
 
     def title(self, text: str) -> str | None:
-        """Return the title of a progress bar, None where this process shows none."""
+        """Return `text` as the title of a progress bar, None if this process shows none."""
         return text if self.progress and self.processes.is_main else None
 
     def batches(self, source: ImageSource, task: str) -> Iterator[ImageBatch]:

@@ -99,7 +99,7 @@ def test_webdataset_mistakes(tmp_path: Path) -> None:
     write_wds(tmp_path / "wds", [0, 1, 2], CLASSES, shards=2)
     test = tmp_path / "wds/test"
     (test / "nshards.txt").write_text("3")
-    with pytest.raises(UserError, match=r"nshards.txt says '3', but .* has 2"):
+    with pytest.raises(UserError, match=r"nshards.txt has '3', but .* has 2"):
         open_entry(tmp_path, **entry)
     (test / "nshards.txt").unlink()
     (test / "1.tar").write_bytes(b"not a tar, not at all" * 100)
@@ -116,7 +116,7 @@ def test_webdataset_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="keys found: cls, tiff"):
         open_entry(tmp_path, **entry)
     (test / "1.tar").unlink()
-    with pytest.raises(UserError, match=r"no \.tar shards"):
+    with pytest.raises(UserError, match=r"no shard \*\.tar"):
         open_entry(tmp_path, **entry)
     with pytest.raises(UserError, match=r"dataset folder tset is not in .*nearest: test"):
         open_entry(tmp_path, **entry, split="tset")

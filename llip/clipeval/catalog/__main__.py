@@ -65,7 +65,7 @@ def check_entry(entry: Entry) -> Finding:
     """Look for one dataset and compare it with its entry."""
     status, classes, images, problem = RIGHT, None, None, None
     try:
-        if entry.data.found():
+        if entry.data.exists():
             source = entry.data.open()
             images, classes = len(source), source.classnames and len(source.classnames)
             check_size(entry, source)

@@ -1,8 +1,8 @@
-"""The catalog: a JSON file `name -> entry` that says where each dataset is, its metric, class names and prompts.
+"""The catalog: a JSON file `name -> entry` with each dataset's path, metrics, class names and prompts.
 
-    llip catalog --check [CATALOG] [--json]      what is on this machine, and where to get the rest
+    llip catalog --check [CATALOG] [--json]      which datasets are on this machine, and where to get the others
 
-Relative paths belong to the catalog's folder; `$VARS`, `${VAR:-default}` and `~` are expanded (see `paths`). An entry
+Relative paths belong to the catalog's folder; `$VARS`, `${VAR:-default}` and `~` are expanded. An entry
 is checked by a JSON Schema: the common fields of `catalog.schema.json` and those that its dataset type declares.
 """
 
@@ -40,8 +40,8 @@ class Entry:
         class_keys: the dataset's own names of `classnames`, where it may have fewer classes; see `resolve_labels`.
         label_names: the dataset's own class names in the order of its labels, where its files have none.
         num_classes, num_images: what the dataset is expected to have; None: not checked.
-        source, download: where the dataset comes from, in words, and a command that fetches it; for people only.
-        fingerprint: hash of the entry, its paths and its texts; another one means another task.
+        source, download: where the dataset comes from, in words, and a command that fetches it; both for people.
+        fingerprint: hash of the entry, its paths and its texts.
     """
 
     name: str
@@ -155,9 +155,9 @@ def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
     classnames = TextSource.parse(raw.get("classnames", "dataset"), base)
     prompts = TextSource.parse(raw.get("prompts", "dataset"), base)
     class_keys = TextSource.parse(raw["class_keys"], base) if "class_keys" in raw else None
-    told = {key: value for key, value in raw.items() if key not in FOR_PEOPLE}
+    deciding = {key: value for key, value in raw.items() if key not in FOR_PEOPLE}
     texts = [source.content() for source in (classnames, prompts, class_keys) if source is not None]
-    identity = json.dumps([told, str(data), *texts], sort_keys=True)
+    identity = json.dumps([deciding, str(data), *texts], sort_keys=True)
     return Entry(
         name=task,
         type=kind,
@@ -190,18 +190,18 @@ def _metrics(where: str, kind: str, raw: dict[str, Any]) -> tuple[str, ...]:
 
 
 FOR_PEOPLE = ("note", "source", "download")
-"""Fields that no result depends on."""
+"""Fields that do not affect results."""
 
 
 def _with_path(command: str | None, data: DatasetSpec) -> str | None:
-    """Return a download command with the dataset's own folder in it."""
+    """Return a download command with the dataset's folder in it."""
     if command is None or not isinstance(path := getattr(data, "path", None), Path):
         return command
     return command.replace("{path}", str(path)).replace("{parent}", str(path.parent))
 
 
 def _plain_type(annotation: Any) -> Any:
-    """Return the type of a field of a dataset type, without `| None` and without what a container holds."""
+    """Return the type of a field of a dataset type, without `| None` and type arguments."""
     kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
     if isinstance(annotation, types.UnionType):
         assert len(kinds) == 1, f"a catalog field has one type, not {annotation}"
@@ -231,7 +231,7 @@ def entry_schema(spec: type[DatasetSpec]) -> dict[str, Any]:
 
 
 def _check_schema(where: str, schema: dict[str, Any], raw: dict[str, Any]) -> None:
-    """Raise the first mistake of an entry in a user's words."""
+    """Raise a `UserError` for the first mistake of an entry."""
     known = schema["properties"]
     for field in raw:
         if field not in known:

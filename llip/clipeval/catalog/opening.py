@@ -19,7 +19,7 @@ def open_source(entry: Entry) -> ImageSource:
     try:
         source = entry.data.open()
     except UserError as error:
-        if entry.data.found():
+        if entry.data.exists():
             raise
         raise UserError(f"{error}{how_to_get(entry)}") from error
     check_size(entry, source)
@@ -41,13 +41,13 @@ def _where(entry: Entry) -> str:
 
 
 def how_to_get(entry: Entry) -> str:
-    """Return the end of a sentence that says where a missing dataset comes from; empty when the entry does not say."""
+    """Return the end of a sentence about where to get a missing dataset; empty if the entry does not say."""
     source = f"; it comes from {entry.source}" if entry.source else ""
     return source + (f"; get it with `{entry.download}`" if entry.download else "")
 
 
 def labels_of(entry: Entry, source: ImageSource) -> Labels:
-    """Read the class names and prompts of an entry and hold them against the dataset's; see `resolve_labels`."""
+    """Read the class names and prompts of an entry and match them with the dataset's; see `resolve_labels`."""
     own = entry.label_names or source.classnames
     return resolve_labels(entry.classnames, entry.prompts, own, source.templates, entry.num_classes, entry.class_keys)
 

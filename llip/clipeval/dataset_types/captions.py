@@ -1,4 +1,4 @@
-"""Retrieval from image files and a json of captions: COCO's own layout, and Karpathy's splits.
+"""Retrieval from image files and a json of captions: COCO's layout and Karpathy's splits.
 
 coco_captions   {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
 karpathy        {"images": [{"filename", "filepath" (COCO), "split", "sentences": [{"raw"}]}]}
@@ -53,7 +53,7 @@ class Karpathy(DatasetSpec):
             pairs = [
                 (
                     f"{item.get('filepath', '')}/{item['filename']}".lstrip("/"),
-                    [one["raw"] for one in item["sentences"]],
+                    [sentence["raw"] for sentence in item["sentences"]],
                 )
                 for item in stored["images"]
                 if item["split"] == self.split
@@ -77,15 +77,14 @@ def _read(path: Path, *lists: str) -> dict[str, Any]:
 
 
 def _malformed(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not laid out as its type says ({type(error).__name__}: {error})")
+    return UserError(f"{path} is not in the layout of its dataset type ({type(error).__name__}: {error})")
 
 
 def _images(root: Path, pairs: Iterable[tuple[str, list[str]]], annotations: Path) -> ImageFiles:
     files, captions = [], []
     for file, texts in pairs:
-        own = tuple(" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip())
-        if not own:
+        captions.append(tuple(" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()))
+        if not captions[-1]:
             raise UserError(f"{annotations} has no caption for image {file}")
         files.append(str(root / file))
-        captions.append(own)
     return ImageFiles(files, captions)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real images that come with a package, so that a real task runs everywhere."""
+"""scikit-learn's handwritten digits: real images in a package, so that a real task runs everywhere."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ PACKAGE = "sklearn"
 
 
 class DigitImages(ImageSource):
-    """1,797 grey images of 8 x 8 pixels; their 17 levels are spread over 0 .. 255."""
+    """1,797 grey images of 8 x 8 pixels; their 17 levels are scaled to 0 .. 255."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classnames: Sequence[str]) -> None:
         self._pixels = np.round(images * (255 / 16)).astype(np.uint8)
@@ -40,11 +40,11 @@ class Digits(DatasetSpec):
     def location(self) -> Path | None:
         return None
 
-    def found(self) -> bool:
+    def exists(self) -> bool:
         return importlib.util.find_spec(PACKAGE) is not None
 
     def open(self) -> DigitImages:
-        if not self.found():
+        if not self.exists():
             raise UserError("the package scikit-learn is not installed; install it with `pip install scikit-learn`")
         from sklearn.datasets import load_digits  # optional, and slow to import
 

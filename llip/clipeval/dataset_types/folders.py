@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pg
 
 
 class ImageFiles(ImageSource):
-    """Image files with a target for each (a label, or captions); `border` pixels are cut off every side."""
+    """Image files, each with a target (a label, or captions); `border` pixels are cropped from every side."""
 
     def __init__(
         self, files: Sequence[str], targets: Sequence[Any], classnames: Sequence[str] | None = None, border: int = 0
@@ -53,15 +53,15 @@ class ImageFolder(DatasetSpec):
     """`path[/split]/<class>/<image>`; labels follow the sorted folder names, as torchvision's ImageFolder has it.
 
     Attributes:
-        listing: a text file of image paths below the folder, one per line: these images alone, in this order; the
+        listing: a text file of image paths below the folder, one per line: only these images, in this order; the
             class is the image's folder, which may then be nested.
-        class_pattern: regular expression that a class folder's whole name must match, others are no classes; its
-            first group, if any, is the class's name.
+        class_pattern: regular expression that the full name of a class folder matches; its first group, if any, is
+            the class's name.
         numbered: folders are numbers, labels follow their values (2 before 10).
         camel_case: folder names are words joined LikeThis.
         names: a json object of folder -> the dataset's name of the class.
-        only: a json list, or an object, of the (mapped) names of the classes to use; the others are left out.
-        crop_border: pixels to cut off each side of every image.
+        only: a json list, or an object, of the (mapped) names of the classes to use.
+        crop_border: pixels to crop from each side of every image.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class ImageFolder(DatasetSpec):
         return ImageFiles(paths, labels, [names[folder] for folder in order], self.crop_border)
 
     def _class_names(self, folders: set[str]) -> dict[str, str]:
-        """Return folder -> name of the folders that are classes."""
+        """Return folder -> class name for the folders that are classes."""
         try:
             pattern = re.compile(self.class_pattern)
         except re.error as error:
@@ -118,7 +118,7 @@ class ImageFolder(DatasetSpec):
             kept = set(_read_json(self.only, (dict, list)))
             names = {folder: name for folder, name in names.items() if name in kept}
             if missing := sorted(kept - set(names.values())):
-                raise UserError(f"{self.only} asks for class {missing[0]!r}, which {self.path / self.split} lacks")
+                raise UserError(f"{self.only} lists class {missing[0]!r}, which {self.path / self.split} lacks")
         return names
 
 

@@ -1,4 +1,4 @@
-"""Images as files, with their labels in a file beside them: .npy pairs (filelist) or a JSON object per line (jsonl)."""
+"""Image files with their labels in another file: .npy pairs (filelist) or a JSON object per line (jsonl)."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from llip.errors import UserError
 
 @dataset_type("filelist")
 class FileList(DatasetSpec):
-    """Two .npy files: `images`, paths as strings (relative to `path`), and `labels`, integers, one for each."""
+    """Two .npy files: `images`, paths as strings (relative to `path`), and `labels`, integers."""
 
     path: Path
     images: Path

@@ -4,7 +4,7 @@
     <path>/classnames.txt, <path>/zeroshot_classification_templates.txt ({c} stands for the class)
 
 A sample is the members `key.<extension>` of one shard. Shards are indexed by their headers, so images are read by
-position; labels and captions (small) are read while indexing, so that what is missing is known before scoring starts.
+position; labels and captions (small) are read while indexing, so that missing ones are reported before scoring starts.
 """
 
 import io
@@ -21,32 +21,25 @@ from PIL import Image
 
 from llip.clipeval.datasets import DatasetSpec, ImageSource, dataset_type, require_folder
 from llip.clipeval.metrics import RETRIEVAL
+from llip.data.tar_reader import split_name
 from llip.errors import UserError
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
-class Member:
-    """Where a file lies inside its shard."""
-
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
 class ShardSample:
-    """One sample: its shard, its key and its members by extension."""
+    """One sample: its shard, its key, and extension -> (offset, size) of its members in the shard."""
 
     shard: Path
     key: str
-    members: dict[str, Member]
+    members: dict[str, tuple[int, int]]
 
     def read(self, extension: str) -> bytes:
-        member = self.members[extension]
+        offset, size = self.members[extension]
         with self.shard.open("rb") as file:
-            file.seek(member.offset)
-            return file.read(member.size)
+            file.seek(offset)
+            return file.read(size)
 
     @property
     def image_key(self) -> str | None:
@@ -58,7 +51,7 @@ class ShardSample:
 
 
 class ShardImages(ImageSource):
-    """Images in tar shards, with a target for each (a label, or the captions)."""
+    """Images in tar shards, each with a target (a label, or captions)."""
 
     def __init__(self, samples: Sequence[ShardSample], targets: Sequence[Any]) -> None:
         self._samples, self._targets = samples, targets
@@ -85,8 +78,8 @@ class ShardImages(ImageSource):
 class WebDataset(DatasetSpec):
     """Classification shards: an image and its label under `label_key`.
 
-    `cls` (or another key) is a class number as text. `npy` is a vector of zeros and ones, one for each class: the image
-    may be of several classes.
+    `cls` (or another key) is a class number as text. `npy` is a vector of zeros and ones, one per class: an image may
+    be of several classes.
     """
 
     path: Path
@@ -117,7 +110,7 @@ class WebDataset(DatasetSpec):
 
 
 def _ones(data: bytes, where: str) -> tuple[int, ...]:
-    """Return where a stored vector is 1."""
+    """Return the positions at which a stored vector is 1."""
     try:
         vector = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -168,19 +161,18 @@ def index_shards(folder: Path) -> list[ShardSample]:
     """Return the samples of all `*.tar` in `folder`, in order; `folder` may also be one tar, or a pattern of tars.
 
     Raises:
-        UserError: no shards, fewer than nshards.txt says, an unreadable shard, or a shard without any image.
+        UserError: no shards, another number than in nshards.txt, an unreadable shard, or no sample with an image.
     """
     pattern = "*.tar"
     if folder.suffix == ".tar":
         folder, pattern = folder.parent, folder.name
     shards = sorted(require_folder(folder).glob(pattern), key=_natural)
-    if not shards and pattern != "*.tar":
-        raise UserError(f"folder {folder} has no shard {pattern}; it holds {_listing(folder)}")
     if not shards:
-        raise UserError(f"folder {folder} has no .tar shards; it holds {_listing(folder)}")
+        listing = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"folder {folder} has no shard {pattern}; it holds {listing}")
     declared = folder / "nshards.txt"
     if pattern == "*.tar" and declared.is_file() and declared.read_text().strip() != str(len(shards)):
-        raise UserError(f"{declared} says {declared.read_text().strip()!r}, but {folder} has {len(shards)} .tar shards")
+        raise UserError(f"{declared} has {declared.read_text().strip()!r}, but {folder} has {len(shards)} .tar shards")
     samples = [sample for shard in shards for sample in _index_shard(shard)]
     if samples and not any(sample.image_key for sample in samples):
         found = ", ".join(sorted({key for sample in samples[:100] for key in sample.members}))
@@ -189,18 +181,18 @@ def index_shards(folder: Path) -> list[ShardSample]:
 
 
 def _index_shard(shard: Path) -> Iterator[ShardSample]:
-    samples: dict[str, dict[str, Member]] = {}
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
-                folder, _, base = info.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not info.isfile() or not stem or not dot:
+                parts = split_name(info.name) if info.isfile() else None
+                if parts is None:
                     continue
-                members = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                if extension.lower() in members:
+                key, extension = parts
+                members = samples.setdefault(key, {})
+                if extension in members:
                     raise UserError(f"shard {shard} has two members called {info.name}")
-                members[extension.lower()] = Member(info.offset_data, info.size)
+                members[extension] = (info.offset_data, info.size)
             _check_end(shard, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} cannot be read: {error}; expected an uncompressed tar") from error
@@ -209,12 +201,12 @@ def _index_shard(shard: Path) -> Iterator[ShardSample]:
 
 
 def _check_end(shard: Path, position: int) -> None:
-    """Refuse a shard whose reading stopped at something that is no end: tarfile takes a broken header for the end."""
+    """Refuse a shard that does not end where reading stopped: tarfile takes a broken header for the end."""
     with shard.open("rb") as file:
         file.seek(position)
         block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
-        raise UserError(f"shard {shard} is damaged at byte {position}: what follows would be lost; write it again")
+        raise UserError(f"shard {shard} is damaged at byte {position}, the rest cannot be read; write it again")
 
 
 def _require_keys(sample: ShardSample, key: str) -> None:
@@ -226,10 +218,6 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
     """Sort key under which 10.tar follows 9.tar."""
     parts = re.split(r"(\d+)", path.name)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
 
 
 def _read_lines(path: Path) -> list[str] | None:

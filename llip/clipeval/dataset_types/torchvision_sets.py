@@ -1,4 +1,4 @@
-"""Any labelled dataset of `torchvision.datasets`, by the name of its class. Nothing is ever downloaded here."""
+"""Any labelled dataset of `torchvision.datasets`, by the name of its class. Nothing is downloaded."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from llip.errors import UserError, did_you_mean
 
 
 class TorchvisionImages(ImageSource):
-    """A torchvision dataset whose samples are (PIL image, what it says of the image)."""
+    """A torchvision dataset whose samples are (PIL image, annotation)."""
 
     def __init__(self, dataset: Any, label: str, class_of: Callable[[Any], int]) -> None:
         self.dataset, self.label, self.class_of = dataset, label, class_of
         self._files = _files(dataset)
-        # Kitti has the order of the disk: by name, image i is the same one on every machine
+        # Kitti is in the order of the disk; by name, image i is the same on every machine
         self._order = sorted(range(len(dataset)), key=self._files.__getitem__) if self._files else range(len(dataset))
         names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
         self.classnames = [readable_name(str(name)) for name in names] if names is not None else None
@@ -36,7 +36,7 @@ class TorchvisionImages(ImageSource):
 
 
 def _files(dataset: Any) -> list[str] | None:
-    """Return the paths of the images, where the dataset has them in a public attribute."""
+    """Return the paths of the images if the dataset has them in a public attribute."""
     files = getattr(dataset, "images", None) or [sample[0] for sample in getattr(dataset, "samples", ())]
     if len(files) != len(dataset) or not all(isinstance(file, str | Path) for file in files):
         return None
@@ -48,8 +48,8 @@ class Torchvision(DatasetSpec):
     """`torchvision.datasets.<dataset>(root=path, download=False, **kwargs)`.
 
     Attributes:
-        folder: what the dataset makes below `path`; when it is not there, the dataset is missing, not damaged.
-        label: how the dataset's value becomes a class number, see `llip.clipeval.targets`.
+        folder: the dataset's folder below `path`; without it the dataset is missing, not damaged.
+        label: how an annotation becomes a class number, see `llip.clipeval.targets`.
     """
 
     path: Path

@@ -1,9 +1,8 @@
 """Class text features on disk: a checkpoint's 1,000 classes x 80 prompts are encoded once, not once per evaluation.
 
 A file's name is the hash of everything that decides its numbers: the weights and layout of the text tower, the texts
-that are averaged, token ids, precision and kind of device. So a file is never out of date, only no longer
-asked for: deleting the folder costs time and nothing else. Files are plain arrays in a zip, whose checksums tell a
-damaged one; they are read without unpickling.
+that are averaged, token ids, precision and kind of device. So a file is never stale, and deleting the folder costs only
+time. Files are plain arrays in a zip, whose checksums reveal damage; they are read without unpickling.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from llip.clipeval.scorer import Scorer
 from llip.system.files import atomic_write
 
 FORMAT = 3
-"""Part of the name: another meaning of the files gets another number."""
+"""Part of the name; to be increased with every change of the files' meaning."""
 
 _PROBE = 8  # prompts whose token ids go into the name: they distinguish tokenizers
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class TextCache:
 
     @classmethod
     def open(cls, folder: Path, model: nn.Module) -> "TextCache":
-        """Return the cache of a model as it is now; the folder is made when something is stored."""
+        """Return the cache for a model's current weights; the folder is created with the first file."""
         return cls(folder, hash_weights(model))
 
     def path(self, scorer: Scorer, texts: Sequence[Sequence[str]]) -> Path:
@@ -59,7 +58,7 @@ class TextCache:
 
     @staticmethod
     def load(path: Path, queries: int) -> Tensor | None:
-        """Return features [Q, D], or None when the file is not there; warn when it cannot be used."""
+        """Return features [Q, D], or None if the file is missing or, with a warning, unusable."""
         if not path.is_file():
             return None
         try:

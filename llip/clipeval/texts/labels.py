@@ -9,7 +9,7 @@ from llip.clipeval.texts.sources import Texts, TextSource
 from llip.errors import UserError, did_you_mean
 
 Name = str | tuple[str, ...]
-"""What a class is called: one name, or several that stand for it alike."""
+"""The name of a class, or its synonyms."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Labels:
     templates: tuple[str, ...]
 
     def prompts_of(self, label: int) -> list[str]:
-        """Return the class's prompts: every template with every name, so classes with more names have more."""
+        """Return the class's prompts: every template with every name."""
         names = _names(self.classnames[label])
         return [template.replace("{c}", name) for template in self.templates for name in names]
 
@@ -50,7 +50,7 @@ def resolve_labels(
     num_classes: int | None,
     class_keys: TextSource | None = None,
 ) -> Labels:
-    """Read class names and templates and hold them against the dataset's.
+    """Read class names and templates and match them with the dataset's.
 
     Args:
         class_keys: the dataset's own name of each of `classnames`, in the same order; so a dataset may have fewer

@@ -14,7 +14,7 @@ from llip.errors import UserError, did_you_mean
 from llip.system.paths import expand_path
 
 Texts = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
-"""Names or prompts in order (a class may have several names), or the dataset's own name of a class -> its name."""
+"""Names or prompts in order (a class may have synonyms), or the dataset's name of a class -> the name to use."""
 
 OPEN_CLIP = {
     "imagenet": "IMAGENET_CLASSNAMES",
@@ -61,7 +61,7 @@ class TextSource:
         return Path(str(self.value).partition("#")[0])
 
     def content(self) -> str:
-        """Return what a change of shows that the texts changed: name or list, and the text of a file."""
+        """Return what changes with the texts: the name or list, and the content of a file."""
         text = self.file.read_text(encoding="utf-8", errors="replace") if self._is_readable() else ""
         return f"{self.value}{text}"
 
@@ -73,7 +73,7 @@ class TextSource:
     @overload
     def read(self, own: Sequence[str] | None, what: str) -> Texts: ...
     def read(self, own: Sequence[str] | None, what: str) -> Texts:
-        """Return the texts; `own` are the dataset's, `what` (classnames, class_keys or prompts) says what they are.
+        """Return the texts; `own` are the dataset's, `what` is classnames, class_keys or prompts.
 
         A .txt file has one text per line. A .json file has a list, or for class names an object from the dataset's own
         name of a class to the name to use; after `#`, the entry of an object of such lists.
@@ -117,7 +117,7 @@ def _entry(value: Any, key: str, where: str) -> Any:
 
 
 def _checked(value: Any, what: str, where: str) -> Texts:
-    """Return texts as they may be: a list, in class names also one with lists of synonyms, or an object of names."""
+    """Return texts that are a list; class names may also be one with lists of synonyms, or an object of names."""
     texts = list(value.values()) if isinstance(value, dict) and what == "classnames" else value
     expected = "expected a list of strings"
     if isinstance(value, dict) and any(isinstance(text, list) for text in value.values()):
@@ -127,7 +127,7 @@ def _checked(value: Any, what: str, where: str) -> Texts:
     synonyms = what == "classnames" and isinstance(value, list)
     for text in texts:
         group = text if synonyms and isinstance(text, list) else [text]
-        if not group or not all(isinstance(one, str) and one for one in group):
+        if not group or not all(isinstance(name, str) and name for name in group):
             raise UserError(f"{where} holds {text!r:.60}; {expected}")
     return value
 

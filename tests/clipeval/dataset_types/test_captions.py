@@ -77,7 +77,7 @@ def test_karpathy(folder: Path) -> None:
         ("coco_captions", {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": []}, {}, "no caption for image"),
         ("coco_captions", {"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}, {}, "KeyError: 1"),
         ("karpathy", KARPATHY, {"split": "tset"}, "no split 'tset'; it has restval, test"),
-        ("karpathy", {"images": [{"split": "test"}]}, {}, "not laid out as its type says"),
+        ("karpathy", {"images": [{"split": "test"}]}, {}, "not in the layout of its dataset type"),
     ],
 )
 def test_mistakes(folder: Path, kind: str, stored: object, fields: dict, words: str) -> None:

@@ -33,6 +33,6 @@ def test_images_and_classes() -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     entry = load_catalog()["sklearn_digits"]
-    assert not entry.data.found()
+    assert not entry.data.exists()
     with pytest.raises(UserError, match="pip install scikit-learn"):
         open_source(entry)

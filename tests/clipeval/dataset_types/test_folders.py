@@ -84,7 +84,7 @@ def test_names_and_a_subset_from_files(tmp_path: Path) -> None:
     assert source.classnames == ["Alarm"]
     assert read(source) == [(1, 0)]
     (tmp_path / "only.json").write_text(json.dumps(["Alarm", "Axe"]))
-    with pytest.raises(UserError, match=r"only.json asks for class 'Axe', which .*set lacks"):
+    with pytest.raises(UserError, match=r"only.json lists class 'Axe', which .*set lacks"):
         open_entry(tmp_path, names="names.json", only="only.json")
     (tmp_path / "names.json").write_text("[]")
     with pytest.raises(UserError, match=r"names.json holds list; expected an object"):

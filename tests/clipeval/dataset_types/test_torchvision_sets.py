@@ -265,9 +265,9 @@ def any_md5(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_read_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, any_md5: None) -> None:
     monkeypatch.setenv("LLIP_DATASETS", str(tmp_path))
     entry = load_catalog()[name]
-    assert not entry.data.found()
+    assert not entry.data.exists()
     samples = WRITERS[name](tmp_path)
-    assert entry.data.found()
+    assert entry.data.exists()
     source = entry.data.open()
     found = [source.load(index) for index in range(len(source))]
     assert [label for _, label in found] == [label for _, label in samples]
