@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -22,6 +23,8 @@ from llip.system.files import write_json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_COLORS = ("#c2410c", "#64748b", "#0d9488", "#7c3aed", "#ca8a04", "#be185d")
 
 RESULT = "benchmark.json"
 """File of a run's folder that holds its result and the values it belongs to."""
@@ -68,7 +71,7 @@ def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, 
 
 
 def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
-    name = f"{prefix}_{variant.label}_seed{seed}".replace(" = ", "").replace("+ ", "").replace(" ", "_")
+    name = f"{prefix}_{variant.label}_seed{seed}".replace(" = ", "").replace(", ", "_").replace("+ ", "").replace(" ", "_")
     return variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
 
 
@@ -213,27 +216,33 @@ def draw_curves(results: Sequence[Result], columns: dict[str, str], label: str, 
     """Draw a panel per column over a quantity: mean over seeds, its standard deviation as error bars, a dot per seed.
 
     Args:
-        results: whose variants are labelled `<name> = <number>`.
+        results: whose variants are labelled `<name> = <number>`, or `<series>, <name> = <number>` for several curves.
         columns: head of the panel -> key of `Result.values`.
         label: of the horizontal axis.
         path: of the picture.
     """
     figure, axes = _panels(len(columns))
-    by_number: dict[float, list[Result]] = {}
+    curves: dict[str, dict[float, list[Result]]] = {}
     for result in results:
-        by_number.setdefault(float(result.variant.split("=")[1]), []).append(result)
-    numbers = sorted(by_number)
+        name, number = result.variant.split(" = ")
+        curve = curves.setdefault(name.rpartition(", ")[0], {})
+        curve.setdefault(float(number), []).append(result)
+    numbers = sorted({number for curve in curves.values() for number in curve})
     for axis, (head, key) in zip(axes, columns.items(), strict=True):
-        values = [[100 * result.values[key] for result in by_number[number]] for number in numbers]
-        spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
-        axis.errorbar(numbers, [statistics.mean(each) for each in values], spread, color="#c2410c", capsize=3)
-        for number, each in zip(numbers, values, strict=True):
-            axis.scatter([number] * len(each), each, color="black", s=10, zorder=3)
+        for (name, curve), color in zip(curves.items(), itertools.cycle(_COLORS)):
+            values = {number: [100 * result.values[key] for result in curve[number]] for number in sorted(curve)}
+            means = [statistics.mean(each) for each in values.values()]
+            spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values.values()]
+            axis.errorbar(list(values), means, spread, color=color, capsize=3, label=name)
+            for number, each in values.items():
+                axis.scatter([number] * len(each), each, color=color, s=10, zorder=3)
         axis.set_title(f"{head}, %", fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_xticks(numbers, [f"{number:g}" for number in numbers])
         axis.set_xlabel(label, fontsize=9)
         axis.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 

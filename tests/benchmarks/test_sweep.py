@@ -1,13 +1,16 @@
 """Sweeps: results are reused for the same config only, and a run's processes find a user's own pooling."""
 
+import functools
+import glob
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, quickstart, sweep
+from benchmarks import ablations, captions, quickstart, sweep
 from benchmarks.sweep import Result, Variant, run_variants, table
 from llip.config_search import search_config
 from llip.configs import Config
@@ -117,3 +120,24 @@ def test_programs_write_table_figure_and_json(trained, tmp_path, monkeypatch, ca
     assert program.main(command[:-1]) == 0
     assert "figure: " in capsys.readouterr().out
     assert len(trained) == 2 * len(labels), "results are used again"
+
+
+def test_runs_of_equal_time_have_steps_by_their_speed(monkeypatch, tmp_path):
+    speeds = {1: 100.0, 4: 30.0}
+    monkeypatch.setattr(captions, "images_per_second", lambda config, logs: speeds[config.captions_per_image])
+    one, four = captions.step_variants({"Llip": BASE}, [1, 4], "time", tmp_path)
+    assert (one.label, one.config) == ("Llip, N = 1", BASE)
+    assert four.config == BASE.replace(captions_per_image=4, train_num_samples=300)
+    _, four = captions.step_variants({"Llip": BASE}, [1, 4], "images", tmp_path)
+    assert four.config == BASE.replace(captions_per_image=4)
+
+
+def test_scenes_with_fewer_captions_are_what_their_runs_train_on(monkeypatch, tmp_path):
+    small = functools.partial(captions.ensure_scenes, train=3, test=1)
+    monkeypatch.setattr(captions, "ensure_scenes", small)
+    for variant, count in zip(captions.data_variants({"Llip": BASE}, [1, 3], tmp_path), [1, 3], strict=True):
+        assert variant.label == f"Llip, captions = {count}"
+        (shard,) = glob.glob(variant.config.train_data)
+        with tarfile.open(shard) as tar:
+            record = json.load(tar.extractfile("000000.json"))
+        assert len(record["captions"]) == count
