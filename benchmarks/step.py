@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from benchmarks.measure import seconds
 from llip.config_search import search_config
-from llip.configs import Config
+from llip.configs import ATTENTION_POOLINGS, Config
 from llip.errors import UserError
 from llip.extensions import find_extension
+from llip.open_clip.costs.flops import pair_tokens
 from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.objectives.matches import Matches
@@ -81,12 +82,14 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     Raises:
         UserError: the config's own pooling is not text-conditioned, or there are fewer texts than images.
     """
-    if config.pooling != "text":
-        raise UserError(f"config {config.name!r} has pooling = {config.pooling!r}: expected one with pooling=text")
+    if config.pooling not in ATTENTION_POOLINGS:
+        expected = " or ".join(f"pooling={name}" for name in ATTENTION_POOLINGS)
+        raise UserError(f"config {config.name!r} has pooling = {config.pooling!r}: expected one with {expected}")
     own = config.batch_size * config.captions_per_image
     if texts < own or texts % config.captions_per_image:
         raise UserError(f"--texts {texts}: expected at least batch_size x captions_per_image = {own}, in whole images")
-    whole, first = Stepper(config, texts, device), Stepper(config.replace(pooling="first"), texts, device)
+    plain = config.replace(pooling="first", pair_tokens="mixture", global_loss_weight=0.0)
+    whole, first = Stepper(config, texts, device), Stepper(plain, texts, device)
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in tqdm(range(steps + 2), unit="step pair", desc=config.name):
         for stepper, into in zip((whole, first), times, strict=True):
@@ -96,9 +99,8 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     step, encoder = (statistics.median(values) for values in times)
     del first
     peak = whole.peak_bytes()
-    plan = whole.model.pooling.score_plan(
-        config.batch_size, texts, config.mixture_tokens, on_cpu=device.type == "cpu", memory_budget=whole.budget
-    )
+    tokens, on_cpu = pair_tokens(model_spec(config)), device.type == "cpu"
+    plan = whole.model.pooling.score_plan(config.batch_size, texts, tokens, on_cpu=on_cpu, memory_budget=whole.budget)
     return {
         "config": config.name,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",

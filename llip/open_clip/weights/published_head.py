@@ -1,4 +1,4 @@
-"""The head of the published Llip checkpoints, as far as it is known, in this project's parametrisation.
+"""The heads of published checkpoints, Llip's and FLAIR's, as far as they are known, in this project's parametrisation.
 
 Known (METHOD, "Published results"): the head lives under `pred.`, with `pred.out_proj`. *Our reading*: it is a
 multi-head attention as PyTorch stores one, its projections packed in `in_proj_weight` or apart as `q_proj`, `k_proj`
@@ -11,6 +11,8 @@ Biases. With attention weights that sum to one in each head,
 so value and output biases together are one vector added to every value: one more row of P_i with weight 1 in each head,
 and no change to the scores' arithmetic. W_O must reach b_O: checked, not assumed. A key bias adds the same number to
 every logit of a softmax and has no effect; a query bias has one and is kept.
+
+FLAIR's head lies under `visual_proj.` and has the names of `flair.FlairPooling`. No file of FLAIR was at hand either.
 """
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from llip.errors import UserError
 
 PREFIX = "pred."
+_FLAIR = "visual_proj."
 
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _REACHED = 1e-3  # share of the output bias that may stay out of W_O's reach
@@ -56,7 +59,7 @@ def _fold_output_bias(out_weight: Tensor, out_bias: Tensor) -> Tensor:
 
 
 def translate_head(state: dict[str, Tensor]) -> list[str]:
-    """Rename a published head to `pooling.`, in place, its biases folded; what is not understood stays under `pred.`.
+    """Rename a published head to `pooling.`, in place, Llip's biases folded; what is not understood keeps its name.
 
     Returns:
         What was done, one sentence each; empty where the file has no such head.
@@ -64,6 +67,10 @@ def translate_head(state: dict[str, Tensor]) -> list[str]:
     Raises:
         UserError: an output bias that cannot be folded.
     """
+    if flair := [key for key in state if key.startswith(_FLAIR)]:
+        for key in flair:
+            state[f"pooling.{key.removeprefix(_FLAIR)}"] = state.pop(key)
+        return ["head of FLAIR's layout (untested on the published files)"]
     head = _separate({key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)})
     if not head:
         return []

@@ -13,7 +13,7 @@ def draw(report: dict[str, Any], title: str, path: Path) -> None:
     import matplotlib  # slow to import
     from matplotlib.figure import Figure
 
-    tokens = report["mixture_tokens"]
+    tokens = len(report["usage"])
     style: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
              "text.color": INK, "axes.edgecolor": GRAY, "text.parse_math": False,
              "font.family": font_families([title])}  # fmt: skip

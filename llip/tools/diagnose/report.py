@@ -82,11 +82,11 @@ def diagnose(model: Llip, collected: Collected) -> dict[str, Any]:
         "rank": effective_rank(values).item(),
         "text_rank": effective_rank(text_values).item(),
     }
-    pooling, tokens = model.config["pooling"], model.config["mixture_tokens"]
+    pooling, tokens = model.config["pooling"], weights.shape[-1]
     return {
         "images": len(collected.h),
         "captions": len(collected.t),
-        "mixture_tokens": tokens,
+        "mixture_tokens": model.config["mixture_tokens"],
         "pooling": pooling,
         "damage": collected.damage,
         **scalars,

@@ -23,8 +23,8 @@ class Explanation:
     names: list[str]  # of the images
     captions: list[str]
     scores: Tensor  # cosines [B, T]
-    weights: Tensor  # over mixture tokens, by head [B, T, M, K]
-    attention: Tensor | None  # of mixture tokens over patches [B, K, H, W]
+    weights: Tensor  # over the tokens that captions attend to, by head [B, T, M, K]
+    attention: Tensor | None  # of these tokens over patches [B, K, H, W]
     how: str  # last, rollout or none
     pooling: str
     text_conditioned: bool  # the weights may differ between captions
@@ -86,11 +86,22 @@ def tokens_that_matter(weights: Tensor, count: int) -> list[int]:
 
 
 def _notes(model: Llip) -> list[str]:
-    if model.config["mixture_tokens"] == 1:
+    if model.config["mixture_tokens"] == 1 and model.config["pair_tokens"] == "mixture":
         return ["One mixture token: its weight is 1, and the feature does not depend on the caption."]
     if isinstance(model.pooling, TextFreePooling):
         return [f"Pooling '{model.config['pooling']}' ignores the caption: an image has one set of weights."]
     return []
+
+
+def _attended_maps(model: Llip, pixels: Tensor, how: How) -> Tensor:
+    """Return where each token that captions attend to looks [B, K, H, W]; a patch looks at its own place."""
+    which, (height, width) = model.config["pair_tokens"], model.visual.grid_size
+    patches = torch.eye(height * width, device=pixels.device).unflatten(1, (height, width))
+    patches = patches.expand(len(pixels), -1, -1, -1)
+    if which == "patches":
+        return patches
+    maps = token_attention(model.visual, pixels, how).float()
+    return torch.cat([maps, patches], dim=1) if which == "both" else maps
 
 
 @torch.no_grad()
@@ -117,16 +128,17 @@ def explain(
     pixels = torch.stack([model.preprocess_val(image) for image in images]).to(device)
     h = model.encode_image(pixels)
     t = model.encode_text(model.tokenizer(list(captions)).to(device))
-    attention = None if how == "none" else token_attention(model.visual, pixels, how).float().cpu()
+    attention = None if how == "none" else _attended_maps(model, pixels, how).cpu()
+    weights = model.mixture_weights(h, t).float().cpu()
     return Explanation(
         names=list(names),
         captions=list(captions),
         scores=model.similarity(h, t).cpu(),
-        weights=model.mixture_weights(h, t).float().cpu(),
+        weights=weights,
         attention=attention,
         how=how,
         pooling=model.config["pooling"],
-        text_conditioned=model.config["mixture_tokens"] > 1 and not isinstance(model.pooling, TextFreePooling),
+        text_conditioned=weights.shape[-1] > 1 and not isinstance(model.pooling, TextFreePooling),
         squashed=model.config["architecture"].get("resize_mode") == "squash",
         notes=_notes(model),
     )

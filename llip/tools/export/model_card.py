@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llip.clipeval.task_result import TaskResult, classification_mean
+from llip.configs import ATTENTION_POOLINGS
 from llip.errors import UserError
 from llip.open_clip.weights.files import LIBRARY, read_json
 
@@ -65,8 +66,10 @@ def _model_section(described: dict[str, Any], parameters: int) -> list[str]:
         "objective": described["loss"],
         "parameters": f"{parameters:,}",
     }
-    if described["pooling"] == "text":
+    if described["pooling"] in ATTENTION_POOLINGS:
+        rows["captions attend to"] = described.get("pair_tokens", "mixture")
         rows["heads of the pooling"] = described["pool_heads"]
+    if described["pooling"] == "text":
         rows["softmax temperature"] = described["softmax_temperature"]
     return ["## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
 

@@ -32,6 +32,8 @@ def why_not(model: Llip) -> str | None:
     tokens = model.visual.mixture_tokens
     if tokens > 1:
         return f"the image tower has {tokens} mixture tokens: OpenCLIP's has one class token and one feature per image"
+    if model.config["pair_tokens"] != "mixture" or model.config["pooling"] == "flair":
+        return "its image features depend on the caption: OpenCLIP's model has one feature per image"
     if not isinstance(model.pooling, TextConditionedPooling):
         return None
     if not isinstance(model.visual, MixtureTokenViT):

@@ -26,7 +26,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class ImageEncoder(nn.Module):
-    """Normalised images [B, 3, S, S] -> mixture tokens [B, K, D]."""
+    """Normalised images [B, 3, S, S] -> mixture tokens [B, K, D] (and patches)."""
 
     def __init__(self, model: Llip) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def programs(model: Llip) -> list[Program]:
     architecture = model.config["architecture"]
     size, width = architecture["vision_cfg"]["image_size"], architecture["embed_dim"]
     length, vocabulary = architecture["text_cfg"]["context_length"], architecture["text_cfg"]["vocab_size"]
-    features = {"h": (model.visual.mixture_tokens, width), "t": (width,)}
+    features = {"h": (model.visual.output_tokens, width), "t": (width,)}
     return [
         Program("image_encoder", ImageEncoder(model).eval(), {"images": (3, size, size)}, "h", 0),
         Program("text_encoder", TextEncoder(model).eval(), {"tokens": (length,)}, "t", vocabulary),

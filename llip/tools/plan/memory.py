@@ -149,17 +149,18 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     captions = config.captions_per_image
     towers = activations(config, spec, checkpointing)
     plan = score_plan_of(config, spec)
+    tokens = spec.mixture_tokens if spec.pair_tokens == "mixture" else image_tower(spec).tokens
     pixels = 3 * spec.image_size**2
     image, text = image_tower(spec), text_tower(spec)
     # h, its direction, keys and values, and the gradients of all these; texts, gathered, with gradients
-    features = FLOAT * (8 * images * spec.mixture_tokens * width + 3 * texts * width)
+    features = FLOAT * (8 * images * tokens * width + 3 * texts * width)
     if plan is None:
-        features = FLOAT * (images * (2 * spec.mixture_tokens + 2) * width + 3 * texts * width)
+        features = FLOAT * (images * (2 * tokens + 2) * width + 3 * texts * width)
     matrices = 4 if config.global_loss_weight else 2  # each with its gradient
     scores = FLOAT * (matrices * images * texts + 2 * min(images * texts, _LOSS_NUMBERS))
     tiles = plan.peak_bytes if plan else 0
     if config.accum_freq > 1:  # scores come when no activations are there: the larger of the two counts
-        kept = FLOAT * 2 * images * (spec.mixture_tokens + captions) * width
+        kept = FLOAT * 2 * images * (tokens + captions) * width
         if sum(towers) >= scores + tiles + features - kept:
             features, scores, tiles = kept, 0, 0
         else:

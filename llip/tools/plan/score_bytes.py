@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llip.configs import Config
-from llip.open_clip.costs.flops import score_plan_of
+from llip.open_clip.costs.flops import attended_tokens, score_plan_of
 from llip.open_clip.factory import model_spec
 from llip.open_clip.model import autocast_dtype
 from llip.open_clip.scores.similarity import pairwise_scores
@@ -45,7 +45,7 @@ def score_bytes(config: Config) -> int:
     images = all_images = config.batch_size * config.accum_freq
     if not plan.keep:
         images = min(all_images, 2 * plan.tile_images)
-    by_head = (spec.pool_heads, images, spec.mixture_tokens, width // spec.pool_heads)
+    by_head = (spec.pool_heads, images, attended_tokens(spec), width // spec.pool_heads)
     with FakeTensorMode(), ByteCounter() as counter:
         keys, values = (torch.empty(by_head, dtype=dtype, requires_grad=True) for _ in range(2))
         texts, query, out = (torch.empty(n, width, requires_grad=True) for n in (config.global_texts, width, width))

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from llip.configs import Config
+from llip.configs import ATTENTION_POOLINGS, Config
 from llip.data.loader import Batch
+from llip.open_clip.costs.flops import pair_tokens
+from llip.open_clip.factory import ModelSpec
 from llip.open_clip.mixture_alarms import find_alarms
 from llip.open_clip.mixture_statistics import mixture_measures
 from llip.system.processes import Processes
@@ -148,8 +150,11 @@ class StepLog:
 
     def _mixture_record(self) -> dict[str, float]:
         """Return statistics of the mixture tokens on the main process's last batch; warn of each collapse once."""
-        tokens, seen = self.config.mixture_tokens, self.task.seen
-        if not self.processes.is_main or seen is None or tokens == 1 or self.config.pooling != "text":
+        seen = self.task.seen
+        if not self.processes.is_main or seen is None or self.config.pooling not in ATTENTION_POOLINGS:
+            return {}
+        tokens = pair_tokens(ModelSpec(**self.task.model.config))
+        if tokens == 1:
             return {}
         measures = mixture_measures(self.task.model, seen.h, seen.t)
         if self.state.step >= self.config.warmup:

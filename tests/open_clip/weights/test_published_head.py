@@ -128,3 +128,20 @@ def test_other_rungs_take_the_towers_and_leave_the_head():
     report = load_weights(model, published(attention()), towers_only=True)
     assert report.unexpected == ()
     assert not any(key.startswith("pooling.") for key in report.loaded)
+
+
+def test_flairs_head_is_renamed():
+    model = tiny(1, "flair")
+    head = attention(add_zero_attn=True)
+    state = published(head, 1)["state_dict"]
+    parts = {key.removeprefix("pred."): value for key, value in head.state_dict().items()}
+    state = {key: value for key, value in state.items() if "pred." not in key}
+    state |= {f"visual_proj.attn.{key}": value for key, value in parts.items()}
+    for norm in ("ln_q", "ln_k", "ln_v"):
+        state |= {f"visual_proj.{norm}.weight": torch.rand(WIDTH), f"visual_proj.{norm}.bias": torch.rand(WIDTH)}
+    report = load_weights(model, state, towers_only=True)
+    assert "untested" in report.notes[0]
+    assert torch.equal(model.pooling.attn.in_proj_weight, head.in_proj_weight)
+    assert torch.equal(model.pooling.ln_v.bias, state["visual_proj.ln_v.bias"])
+    of_llip = load_weights(tiny(1), state, towers_only=True)  # another rung takes the towers
+    assert not any(name.startswith("pooling.") for name in of_llip.loaded)

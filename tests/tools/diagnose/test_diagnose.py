@@ -86,6 +86,16 @@ def test_program_writes_json_and_figure(checkpoint, shards, tmp_path, capsys):
     assert "unusable" in table
 
 
+def test_captions_that_attend_to_patches(tmp_path, tiny_model, shards, capsys):
+    model, _, _ = llip.create_model_and_transforms(tiny_model, pooling="flair", pair_tokens="both", pool_heads=2)
+    torch.save({"model": model.config, "state_dict": model.state_dict()}, tmp_path / "c.pt")
+    command = [str(tmp_path / "c.pt"), "--data", shards, "--caption-keys", "json.captions", "--out", str(tmp_path)]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["usage"]) == model.visual.output_tokens > 1
+    assert 0.5 < sum(report["usage"]) < 1  # the rest attends to nothing
+
+
 def test_a_plain_open_clip_model(plain_model, shards, capsys):
     assert main([str(plain_model), "--data", shards, "--caption-keys", "json.captions", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -95,6 +95,21 @@ def test_a_users_text_conditioned_pooling_has_weights_per_caption(tmp_path, tiny
     assert "every caption" not in (tmp_path / "x.svg").read_text()
 
 
+@pytest.mark.parametrize("which", ["patches", "both"])
+def test_captions_that_attend_to_patches(tmp_path, tiny_model, images, capsys, which):
+    checkpoint = write_checkpoint(tmp_path, tiny_model, pooling="flair", pair_tokens=which)
+    command = [str(checkpoint), "--images", images[0], "--captions", "a", "b", "--out", str(tmp_path / "x.png")]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["notes"] == []
+    image = record["images"][0]
+    weights, maps = np.array(image["weights"]), np.array(image["caption_maps"])
+    patches = weights[:, 1:] if which == "both" else weights
+    assert patches.shape[1] == maps[0].size
+    if which == "patches":  # a caption looks where its weights are
+        np.testing.assert_allclose(maps.reshape(2, -1), patches, atol=1e-5)
+
+
 def test_a_plain_open_clip_model(plain_model, images, tmp_path, capsys):
     """Its class token is the one mixture token; the map is its attention in the last block."""
     command = [str(plain_model), "--images", *images, "--captions", "a", "b", "--out", str(tmp_path / "x.png")]

@@ -18,10 +18,10 @@ from llip.tools.export.__main__ import export, main
 from tests.helpers import TINY_MODEL
 
 
-def checkpoint(folder, tokens=3, pooling="text", loss="sigmoid", pixels=None):
+def checkpoint(folder, tokens=3, pooling="text", loss="sigmoid", pixels=None, pair_tokens="mixture"):
     architecture = {**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.0}}
     torch.manual_seed(0)
-    model = create_model(ModelSpec(architecture, tokens, pooling, 4, 5.0, loss))
+    model = create_model(ModelSpec(architecture, tokens, pooling, 4, 5.0, loss, pair_tokens))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -36,6 +36,18 @@ def checkpoint(folder, tokens=3, pooling="text", loss="sigmoid", pixels=None):
 def inputs():
     torch.manual_seed(1)
     return torch.randn(3, 3, 32, 32), llip.get_tokenizer(context_length=12)(["a cat", "two dogs"])
+
+
+def test_a_model_whose_texts_attend_to_patches(tmp_path):
+    path, model = checkpoint(tmp_path, 1, "flair", pair_tokens="patches")
+    outcome = export(path, tmp_path / "out", torch_export=True)
+    loaded = llip.load_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+    assert not outcome["open_clip"]  # one token, yet no plain OpenCLIP model
+    scorer = torch.export.load(tmp_path / "out" / "scorer.pt2").module()
+    images, tokens = inputs()
+    h, t = model.encode_image(images), model.encode_text(tokens)
+    torch.testing.assert_close(scorer(h, t), model.similarity(h, t))
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean", "learned", "text"])

@@ -187,6 +187,16 @@ def test_a_text_free_model_searches_too(folder, tmp_path, tiny_model, capsys):
     assert [hit["path"] for hit in hits] == sorted(expected, key=expected.get, reverse=True)[:3]
 
 
+def test_texts_that_attend_to_patches_search_too(folder, tmp_path, tiny_model, capsys):
+    path = write_checkpoint(tmp_path / "flair.pt", tiny_model, pooling="flair", pair_tokens="patches")
+    index(folder, path, capsys)
+    expected = scores_by_hand(path, folder)
+    hits = query(capsys, folder / ".llip_index", "--top", "12")
+    assert len(hits) == 12
+    for hit in hits:
+        assert hit["score"] == pytest.approx(expected[hit["path"]], abs=1e-5)
+
+
 def test_half_precision_takes_half_the_disk(folder, checkpoint, tmp_path, capsys):
     sizes, scores = [], []
     for name, options in (("a", []), ("b", ["--half"])):

@@ -44,6 +44,43 @@ def make_model(config, patch_dropout=0.0):
     return create_model(spec).double()  # float32 rounds differently from CPU to CPU, by more than the bound
 
 
+def flair_loss(model, h, t, captions):
+    """FLAIR's two losses over all captions, from its equations: their mean, each a sum over pairs over the captions."""
+    scale, bias = model.logit_scale.exp(), model.logit_bias
+    owners = torch.arange(len(t)) // captions
+    signs = torch.where(owners == torch.arange(len(h))[:, None], 1.0, -1.0).double()
+    attention = torch.nn.MultiheadAttention(16, 4, batch_first=True, add_zero_attn=True).double()
+    head, losses = model.pooling, []
+    z = []
+    for tokens in h[:, 1:]:  # patches; the class token comes first
+        inputs = head.ln_q(t * 4.0)[None], head.ln_k(tokens)[None], head.ln_v(tokens)[None]
+        z.append(torch.func.functional_call(attention, dict(head.attn.named_parameters()), inputs)[0][0])
+    conditioned = torch.einsum("btd,td->bt", F.normalize(torch.stack(z), dim=-1), t)
+    for scores in (conditioned, F.normalize(h[:, 0], dim=-1) @ t.T):
+        losses.append(-F.logsigmoid(signs * (scale * scores + bias)).sum() / len(t))
+    return sum(losses) / 2
+
+
+def test_flairs_loss_is_that_of_its_equations():
+    config = Config(pooling="flair", pair_tokens="patches", captions_per_image=3, global_loss_weight=0.5, device="cpu")
+    torch.manual_seed(0)
+    vision = {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.0}
+    spec = ModelSpec({**TINY_MODEL, "vision_cfg": vision}, 1, "flair", 4, 5.0, "sigmoid", "patches")
+    model = create_model(spec).double()
+    for parameter in model.pooling.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    h = torch.randn(4, model.visual.output_tokens, 16, dtype=torch.float64, requires_grad=True)
+    t = F.normalize(torch.randn(12, 16, dtype=torch.float64), dim=-1).requires_grad_()
+    task = ContrastiveTask(model, config, Processes(0, 1, torch.device("cpu")))
+    value, _ = task(mask=torch.ones(4, 3, dtype=torch.bool), features=Features(h, t))
+    expected = flair_loss(model, h, t, 3)
+    torch.testing.assert_close(value, expected)
+    leaves = [h, t, model.logit_scale, model.logit_bias, *model.pooling.parameters()]
+    gradients = torch.autograd.grad(expected, leaves)
+    for computed, gradient in zip(torch.autograd.grad(value, leaves), gradients, strict=True):
+        torch.testing.assert_close(computed, gradient)
+
+
 def loss_and_gradients(rank, count, accum, patch_dropout=0.0, **fields):
     """One backward pass of this process's share, through the DDP-wrapped task as the trainer does it."""
     config = Config(**fields)
