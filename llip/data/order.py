@@ -13,6 +13,7 @@ import bisect
 import dataclasses
 import itertools
 import random
+import sys
 from collections.abc import Sequence
 
 _BLOCK = 4096  # draws from one seed: seeding costs far more than a draw
@@ -35,21 +36,17 @@ class ShardSlice:
     stride: int = 1
     listed: list[int] | None = None  # ascending
 
-    def sample(self, number: int) -> int:
-        """Return which sample of the shard is this slice's `number`-th."""
-        return self.first + self.stride * number if self.listed is None else self.listed[number]
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The samples, by their number in the shard; without end unless they are listed."""
+        return range(self.first, sys.maxsize, self.stride) if self.listed is None else self.listed
 
-    def rest(self, number: int) -> "ShardSlice":
-        """Return the slice without its first `number` samples."""
-        if self.listed is None:
-            return ShardSlice(self.shard, self.first + self.stride * number, self.stride)
-        return ShardSlice(self.shard, listed=self.listed[number:])
-
-    def split(self, index: int, count: int) -> "ShardSlice":
-        """Return part `index` of `count` of the slice."""
-        if self.listed is None:
-            return ShardSlice(self.shard, self.first + self.stride * index, self.stride * count)
-        return ShardSlice(self.shard, listed=self.listed[index::count])
+    def __getitem__(self, which: slice) -> "ShardSlice":
+        """Return a part of the slice: `[n:]` without its first n samples, `[i::n]` every n-th."""
+        numbers = self.numbers[which]
+        if isinstance(numbers, range):
+            return ShardSlice(self.shard, numbers.start, numbers.step)
+        return ShardSlice(self.shard, listed=list(numbers))
 
 
 def assign(shards: int, slot: WorkerSlot, seed: int, dataset: int, data_epoch: int) -> list[ShardSlice]:
@@ -67,7 +64,7 @@ def assign_slices(slices: list[ShardSlice], slot: WorkerSlot) -> list[ShardSlice
     """Return the share of `slot`: whole slices if there is one for each slot, otherwise a part of every slice."""
     if len(slices) >= slot.count:
         return slices[slot.index :: slot.count]
-    return [part.split(slot.index, slot.count) for part in slices]
+    return [part[slot.index :: slot.count] for part in slices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +149,9 @@ def remaining_slices(slices: list[ShardSlice], counts: list[int], state: BufferS
     """
     samples: dict[int, list[int]] = {}
     for index, number in locate(list(state.buffered.values()), counts):
-        samples.setdefault(index, []).append(slices[index].sample(number))
+        samples.setdefault(index, []).append(slices[index].numbers[number])
     buffered = [ShardSlice(slices[index].shard, listed=sorted(listed)) for index, listed in sorted(samples.items())]
     current = len(counts)
     if current == len(slices):
         return buffered
-    return [*buffered, slices[current].rest(state.arrived - sum(counts)), *slices[current + 1 :]]
+    return [*buffered, slices[current][state.arrived - sum(counts) :], *slices[current + 1 :]]

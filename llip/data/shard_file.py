@@ -204,7 +204,10 @@ def _request(url: str) -> urllib.request.Request:
     if url.startswith("hf:"):
         from huggingface_hub import HfFileSystem, get_token, hf_hub_url  # seconds to import
 
-        path: Any = HfFileSystem().resolve_path(url)
+        try:
+            path: Any = HfFileSystem().resolve_path(url)
+        except Exception as error:  # its HTTP client raises what no other does
+            raise ConnectionError(str(error)) from error
         url = hf_hub_url(path.repo_id, path.path_in_repo, repo_type=path.repo_type, revision=path.revision)
         token = get_token()
         authorization = f"Bearer {token}" if token else None

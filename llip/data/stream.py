@@ -77,7 +77,7 @@ class ShardReader:
         """Read the buffered samples again. Damage on the way has been counted before the restart."""
         shards: dict[int, dict[int, int]] = {}  # slice -> number of the sample in its shard -> buffer slot
         for slot, (index, number) in zip(state.buffered, locate(list(state.buffered.values()), counts), strict=True):
-            shards.setdefault(index, {})[slices[index].sample(number)] = slot
+            shards.setdefault(index, {})[slices[index].numbers[number]] = slot
         for index, slots in sorted(shards.items()):
             url = self.urls[slices[index].shard]
             for number, item in self._pick(url, iter(sorted(slots))):
@@ -88,9 +88,7 @@ class ShardReader:
     def _read(self, part: ShardSlice, done: int) -> Iterator[_Item]:
         """Yield the samples of a slice after the first `done`, what is damaged, and the end with the count of all."""
         url = self.urls[part.shard]
-        listed = part.listed or []
-        numbers = itertools.count(part.sample(done), part.stride) if part.listed is None else iter(listed[done:])
-        for _, item in self._pick(url, numbers):
+        for _, item in self._pick(url, iter(part.numbers[done:])):
             if not isinstance(item, Damage):
                 yield item
                 done += 1
@@ -99,7 +97,8 @@ class ShardReader:
                 yield LostShard(self.dataset, url, item.reason, item.detail, part.first, stride, done)
             else:
                 yield item
-        yield from [Damage(url, CHANGED)] * len(listed[done:])
+        if part.listed is not None:
+            yield from [Damage(url, CHANGED)] * len(part.listed[done:])
         yield _SliceEnd(done)
 
     def _pick(self, url: str, numbers: Iterator[int]) -> Iterator[tuple[int, RawSample | Damage]]:

@@ -70,12 +70,12 @@ def test_each_epoch_and_dataset_has_its_own_order():
 
 def test_slices_count_their_samples():
     split, listed = ShardSlice(3, 2, 4), ShardSlice(3, listed=[1, 5, 6, 9])
-    assert [split.sample(i) for i in range(3)] == [2, 6, 10]
-    assert split.rest(2).sample(0) == 10
-    assert [split.split(1, 2).sample(i) for i in range(2)] == [6, 14]
-    assert listed.sample(2) == 6
-    assert listed.rest(1).listed == [5, 6, 9]
-    assert listed.split(1, 3).listed == [5]
+    assert [split.numbers[i] for i in range(3)] == [2, 6, 10]
+    assert split[2:].numbers[0] == 10
+    assert [split[1::2].numbers[i] for i in range(2)] == [6, 14]
+    assert listed.numbers[2] == 6
+    assert listed[1:].listed == [5, 6, 9]
+    assert listed[1::3].listed == [5]
 
 
 def test_locate_skips_empty_slices():
@@ -86,7 +86,7 @@ def test_locate_skips_empty_slices():
 def test_what_is_left_over_is_what_was_not_emitted(emitted):
     """Pieces of 10, 0 and 30 samples: the last one every second of a shard."""
     slices, lengths, order = [ShardSlice(4), ShardSlice(2), ShardSlice(7, 1, 2)], [10, 0, 30], EpochOrder("x", 6)
-    every = [(part.shard, part.sample(i)) for part, length in zip(slices, lengths, strict=True) for i in range(length)]
+    every = [(part.shard, part.numbers[i]) for part, length in zip(slices, lengths, strict=True) for i in range(length)]
     gone = {every[sample] for sample, _ in itertools.islice(play(order, 40), emitted)}
     arrived = min(emitted + 6, 40) if emitted else 0
     counts = lengths if emitted + 6 > 40 else lengths[:2] if arrived > 10 else lengths[:1] if arrived == 10 else []

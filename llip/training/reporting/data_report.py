@@ -1,4 +1,4 @@
-"""Collects the workers' reports: what was used, what was dropped and where, and what is slow."""
+"""Gathers the data workers' reports: what was used, what was dropped and where, and what is slow."""
 
 import dataclasses
 import heapq
@@ -13,19 +13,19 @@ from llip.data.worker_stats import LostShard, WorkerReport
 from llip.errors import UserError
 
 WAIT_WORTH_A_LINE = 0.1
-"""Share of the time spent waiting for data above which the log names the slow stage."""
-_LINES = 10  # cases of damage that are logged as they come; all are counted
+"""Fraction of the time spent waiting for data above which the log names the slow stage."""
+_LINES = 10  # kinds of damage that are logged when they first occur; all are counted
 _TABLE_ROWS = 20
 _LAST_LOST = 3  # lost shards of each process that an error names
 WORST = 200
-"""Shards with damage that each process names in a checkpoint and in an epoch's table."""
+"""Places of damage that each process names in a checkpoint and in an epoch's table."""
 OTHERS = ""
-"""Stands for the shards that are not named."""
+"""Stands for all shards that are not named."""
 _ADVICE = {
     "read": "more workers, or faster storage",
     "decode": "more workers, or smaller pictures in the shards",
     "tokenize": "more workers",
-    "main_process": "the workers have batches ready; the training process takes them too slowly: check the CPU load",
+    "main_process": "the workers have batches ready, but the training process is slow to take them; check the CPU load",
 }
 
 log = logging.getLogger("llip")
@@ -33,19 +33,19 @@ log = logging.getLogger("llip")
 
 @dataclasses.dataclass
 class DataCounts:
-    """What a process has used and dropped since its run began; stored in checkpoints."""
+    """What a process has used and dropped since the run began; stored in checkpoints."""
 
     used: list[int]  # samples, per dataset
     dropped: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (shard, reason) -> how often
     shards: Counter[int] = dataclasses.field(default_factory=Counter)  # dataset -> shard slices read
     lost: Counter[int] = dataclasses.field(default_factory=Counter)  # dataset -> those not read to their end
-    lost_samples: int = 0  # in the lost shards that an index knows
+    lost_samples: int = 0  # of lost shards, as far as an index counts them
     last_lost: list[str] = dataclasses.field(default_factory=list)
 
     def plain(self, worst: int) -> dict[str, Any]:
         """Return plain containers of bounded size: the `worst` places by name, the others summed by reason.
 
-        Each process may drop samples of every shard, and log lines and checkpoints gather the counts of all processes.
+        Each process may drop samples of every shard, and log lines and checkpoints hold the counts of all processes.
         """
         named = self.dropped
         if len(named) > worst:
@@ -64,7 +64,7 @@ class DataCounts:
         }
 
     def restore(self, saved: Iterable[dict[str, Any]]) -> None:
-        """Add what `plain` described on several processes."""
+        """Add what `plain` returned on several processes."""
         for counts in saved:
             for dataset, count in enumerate(counts["used"][: len(self.used)]):
                 self.used[dataset] += count
@@ -84,7 +84,7 @@ class DataCounts:
 
 
 def sum_counts(everyone: list[dict[str, Any]]) -> DataCounts:
-    """Return the sum over processes of what `DataCounts.plain` describes."""
+    """Return the sum over processes of what `DataCounts.plain` returned."""
     total = DataCounts([0] * len(everyone[0]["used"]))
     total.restore(everyone)
     return total
@@ -107,10 +107,10 @@ class DataReport:
         Args:
             names: of the datasets, for messages.
             counts: advanced in place.
-            workers: of this process; 0 where it loads by itself.
-            shards: slices of shards that all workers read in one epoch of the data, per dataset.
-            max_bad_fraction: share of a dataset's shards beyond which their loss ends the run.
-            known: samples by shard, as far as an index has them.
+            workers: of this process; 0 if it loads its own batches.
+            shards: shard slices that all workers read in one epoch of the data, per dataset.
+            max_bad_fraction: fraction of lost shards of a dataset above which the run ends.
+            known: samples by shard, as far as an index counts them.
         """
         self.names, self.counts, self.workers = names, counts, workers
         self.shards, self.max_bad_fraction, self.known = shards, max_bad_fraction, known
@@ -121,7 +121,7 @@ class DataReport:
         self._explained: set[str] = set()  # slow stages, in this epoch
 
     def add(self, report: WorkerReport, batch: int) -> None:
-        """Count what came with batch number `batch`; a new kind of damage is logged, up to a few."""
+        """Count what came with batch number `batch`; the first few kinds of damage are logged."""
         for dataset, count in enumerate(report.used):
             self.counts.used[dataset] += count
         details = {lost.url: lost.detail for lost in report.lost}
@@ -144,9 +144,9 @@ class DataReport:
             self.counts.lost_samples += max(0, len(range(lost.first, self.known[lost.url], lost.stride)) - lost.read)
 
     def _check_lost(self, counts: DataCounts) -> None:
-        """Raise a `UserError` where more than `max_bad_fraction` of a dataset's shards were lost in an epoch of it.
+        """Raise a `UserError` if more than `max_bad_fraction` of a dataset's shards were lost in an epoch of it.
 
-        Before an epoch's end the lost shards are compared with all of its shards: what is still to come may be good.
+        Before the end of an epoch the lost shards are compared with all of its shards: those to come may be good.
         """
         before, lost_before = self._judged
         for dataset, shards in enumerate(self.shards):
@@ -169,14 +169,14 @@ class DataReport:
         if len(self._logged) <= _LINES:
             log.warning("data: dropping from %s: %s (counted from here on)", shard, reason)
         elif len(self._logged) == _LINES + 1:
-            log.warning("data: more shards have damage; it is counted, and listed at the end of the epoch")
+            log.warning("data: more shards are damaged; they are counted, and listed at the end of the epoch")
 
     def record(self, everyone: list[dict[str, Any]], wait_fraction: float) -> dict[str, Any]:
-        """Return the fields of metrics.jsonl, and start a new window.
+        """Return the fields of metrics.jsonl since the last record.
 
         Args:
             everyone: the counts of all processes, plain.
-            wait_fraction: share of the window that was spent waiting for data.
+            wait_fraction: fraction of that time spent waiting for data.
 
         Raises:
             UserError: too many shards are lost.
@@ -198,7 +198,7 @@ class DataReport:
         return record
 
     def bottleneck(self) -> str | None:
-        """Return the stage that limits the training process, None before any batch."""
+        """Return the stage that limits training, None before any batch."""
         work = {stage: self.seconds[stage] for stage in ("read", "decode", "tokenize")}
         if not any(work.values()):
             return None
@@ -216,7 +216,7 @@ class DataReport:
         total = max(1e-9, sum(work.values()))
         shares = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in work.items())
         log.info(
-            "data: %.0f %% of the time goes into waiting for data; the slowest stage is %s (%s): %s",
+            "data: %.0f %% of the time is spent waiting for data; the slowest stage is %s (%s): %s",
             100 * wait_fraction,
             slow,
             shares,
@@ -224,7 +224,7 @@ class DataReport:
         )
 
     def log_epoch(self, everyone: list[dict[str, Any]]) -> None:
-        """Log a table of what was dropped so far, and the samples of each dataset if there are several."""
+        """Log a table of what has been dropped, and the samples of each dataset if there are several."""
         counts = sum_counts(everyone)
         self._check_lost(counts)
         self._explained.clear()
