@@ -71,7 +71,8 @@ def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, 
 
 
 def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
-    name = f"{prefix}_{variant.label}_seed{seed}".replace(" = ", "").replace(", ", "_")
+    label = variant.label.replace(" = ", "").replace(", ", "_").replace("+ ", "").replace(" ", "_")
+    name = f"{prefix}_{label}_seed{seed}"
     name = name.replace("+ ", "").replace(" ", "_")
     return variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
 
