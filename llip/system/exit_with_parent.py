@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals that end a run in good order: a scheduler's or launcher's request, Ctrl-C, and SLURM's warning."""
+"""Signals that request a clean stop: from a scheduler or launcher, by Ctrl-C, and SLURM's warning."""
 
 _INTERVAL = 0.1  # seconds between checks of the parent; a dead one seems to hold its locks as long as its workers live
 
@@ -19,16 +19,16 @@ def exit_with_parent(parent: int, code: int) -> None:
 
 
 def serve_parent(cleanups: Sequence[Callable[[], object]] = ()) -> None:
-    """Make this process a worker: it exits when its parent exits or sends it SIGTERM, and ignores `STOP_SIGNALS` else.
+    """Make this process a worker: it exits when its parent exits or sends SIGTERM, and ignores other `STOP_SIGNALS`.
 
-    Schedulers and launchers signal every process of a run. The main process needs its workers to end the run in good
-    order, so the workers, and the commands that they start from here on, must not react.
+    Schedulers and launchers signal every process of a run. The main process needs its workers to stop cleanly, so the
+    workers, and the commands that they start later, must not react.
 
     Call it from a process's main thread, before other threads start.
 
     Args:
-        cleanups: called from another thread before the process exits, for instance to kill the commands that it has
-            started, which would run until their next write. An `OSError` of one does not skip the others.
+        cleanups: called from another thread before the process exits, for instance to kill commands that it has
+            started. An `OSError` of one does not skip the others.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads: only the one below takes them
     arguments = (os.getppid(), _wait_for_sigterm, cleanups, 0)  # torch reports a worker that it terminated unless 0

@@ -65,7 +65,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all; a file that holds the text already is left alone, even on a full disk.
+    """Write a UTF-8 file atomically; a file that holds the text already is not written, which a full disk permits.
 
     Raises:
         OSError: the disk cannot take the file; names `path`.
@@ -77,7 +77,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all.
+    """Write a value as indented JSON, atomically.
 
     Raises:
         OSError: the disk cannot take the file; names `path`.

@@ -1,4 +1,4 @@
-"""What git knows about a folder of code, and the commit that a copy of the code was made from."""
+"""Git facts of a folder of code, and the commit of a copy of the code."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""File locks that the operating system releases when their process dies, however it dies."""
+"""File locks, which the operating system releases when their process dies."""
 
 import contextlib
 import errno
@@ -40,7 +40,8 @@ def held_lock(path: Path, what: str, fix: str, patience: float) -> Iterator[None
 
     Args:
         path: the file, created where it is missing.
-        what: names the locked thing in messages. fix: how to choose another one.
+        what: the locked thing, in messages.
+        fix: how to choose another one, in messages.
         patience: seconds to wait for another process.
 
     Raises:
@@ -62,7 +63,7 @@ def held_lock(path: Path, what: str, fix: str, patience: float) -> Iterator[None
             lock.seek(0)
             holder = lock.read().decode(errors="replace").strip() or "another process"
             raise UserError(f"{what} is in use by {holder}; wait for it, or {fix}")
-        with contextlib.suppress(OSError):  # a full disk: only the message to others has no name then
+        with contextlib.suppress(OSError):  # on a full disk, the message to others lacks the name
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield

@@ -30,7 +30,7 @@ def expand_path(text: str, base: Path | None = None) -> Path:
 
 
 def unset_variables(text: str | Path) -> list[str]:
-    """Return the names of variables in an expanded path, which are those that are not set."""
+    """Return the names of the variables in an expanded path: those that are not set."""
     return [match["braced"] or match["plain"] for match in _VARIABLE.finditer(str(text))]
 
 

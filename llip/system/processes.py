@@ -1,6 +1,6 @@
 """This process's place among those of a run or an evaluation, and small collectives over them.
 
-Works inside an initialised `torch.distributed` group (gloo or NCCL) and alone.
+Works inside an initialised `torch.distributed` group (gloo or NCCL) and for a single process.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 GROUP_TIMEOUT = datetime.timedelta(minutes=30)
-"""Longest that a process of an evaluation waits for the others, whose share of the images may be slower to read."""
+"""Longest wait of a process of an evaluation for the others, whose share of the images may be slower to read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Processes:
 
     @classmethod
     def of_group(cls, device: torch.device = CPU) -> "Processes":
-        """Return the place in the initialised process group, if there is one; else a single process."""
+        """Return the place in the initialised process group; a single process without one."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls(device=device)
@@ -81,7 +81,7 @@ class Processes:
         return values.tolist()
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         self.all_reduce_max([0.0])
 
     def mean(self, value: Tensor) -> Tensor:
@@ -97,14 +97,14 @@ class Processes:
 def raise_on_all_ranks(
     processes: Processes, error_type: type[Exception], describe: Callable[[Exception], str | None]
 ) -> Iterator[None]:
-    """Raise on every process what goes wrong inside on one of them, so that none is left waiting for another.
+    """Raise an error of the block on one process on all of them, so that none waits for another. Collective.
 
-    Every process must enter; the block must not call a collective itself.
+    The block must not call a collective itself.
 
     Args:
         processes: that run the block.
         error_type: raised on all of them, with the message of the first process that failed.
-        describe: returns the message of an exception, or None for one that is a bug, which propagates as it is.
+        describe: returns the message of an exception, or None for a bug, which propagates as it is.
     """
     message: str | None = None
     cause: Exception | None = None

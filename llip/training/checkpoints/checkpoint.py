@@ -1,4 +1,4 @@
-"""Checkpoint files: never torn, loadable without executing code, and found again after a crash."""
+"""Checkpoint files: complete or absent, loadable without executing code, verified before they replace older ones."""
 
 import contextlib
 import logging
@@ -26,14 +26,12 @@ _FOLDER = 0x10  # bit that no zip entry of a checkpoint has; where it is set, to
 def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int, forever: int = 0) -> float:
     """Write and verify `step_<N>.pt`, point `latest.pt` at it, and only then remove older ones.
 
-    Neither name ever shows half a checkpoint, and the previous one stays until this one is known to be good.
-
     Args:
         folder: of the run's checkpoints.
         step: number of the step.
         content: plain tensors and containers.
         keep: number of newest checkpoints to keep; 0 keeps all.
-        forever: keep every multiple of so many steps beside them; 0: none.
+        forever: keep every multiple of this number of steps beside them; 0: none.
 
     Returns:
         Seconds taken.
@@ -79,7 +77,7 @@ def save_tensors(content: dict[str, Any], path: Path) -> None:
 
 
 def _remove_old(folder: Path, keep: int, forever: int) -> None:
-    """Remove all but the newest; failure is only a warning: the new checkpoint is safe, and other processes wait."""
+    """Remove all but the newest; a failure is a warning, since the new checkpoint is safe and other processes wait."""
     for path in list_checkpoints(folder)[keep:]:
         if not forever or int(path.stem.removeprefix("step_")) % forever:
             try:

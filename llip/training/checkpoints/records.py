@@ -1,4 +1,4 @@
-"""A run's jsonl records: one object per line; a torn line is dropped, a line that does not fit on the disk is lost."""
+"""A run's jsonl records: an object per line; incomplete lines are dropped, those that do not fit on the disk lost."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
 RECORDS_PATIENCE = 60.0
-"""Seconds to wait for the run's evaluations, which other processes lock for moments."""
+"""Seconds to wait for the lock of the run's evaluations, which other processes hold briefly."""
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def locked_evaluations(folder: Path) -> Iterator[None]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a jsonl file, none where there is no file; torn or damaged lines are skipped.
+    """Return the records of a jsonl file, none where there is no file; incomplete or damaged lines are skipped.
 
     Raises:
         OSError: the file cannot be read.
@@ -61,7 +61,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Append a line to a jsonl file, whole or not at all; it replaces half a line that a killed process left.
+    """Append a complete line to a jsonl file, or nothing; it replaces an incomplete line of a killed process.
 
     Raises:
         OSError: the disk cannot take it.
@@ -73,7 +73,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
             size = path.read_bytes().rfind(b"\n") + 1
             file.truncate(size)
         try:
-            while line:  # a disk with little room takes a part first
+            while line:  # a disk with little room first takes a part
                 line = line[file.write(line) :]
         except OSError:
             with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop torn lines and those after `step` from a jsonl file, so that a resumed run has one line per step.
+    """Drop incomplete lines and those after `step` from a jsonl file, so that a resumed run has one line per step.
 
     Raises:
         OSError: the disk cannot take it; names the file.
@@ -103,7 +103,7 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool], more: dic
 
 
 class BestEffort:
-    """Lets writes of one file fail in the middle of a run: one warning when a gap begins, one when it ends."""
+    """Lets writes to a file fail during a run: one warning when records begin to be lost, one when it is over."""
 
     def __init__(self, name: str) -> None:
         """Guard the file that warnings call `name`."""

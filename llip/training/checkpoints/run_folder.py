@@ -1,4 +1,4 @@
-"""A run's folder, `<logs>/<name>/`: one writer at a time, and one experiment for good."""
+"""A run's folder, `<logs>/<name>/`: one writer at a time, and a single experiment."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ LOCK_PATIENCE = 3.0
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold its lock; the operating system releases it when the process dies, however it dies.
+    """Create `folder` and hold its lock, which the operating system releases when the process dies.
 
     Raises:
         UserError: the folder cannot be written, its file system has no locks, or another run holds it.
@@ -51,7 +51,7 @@ def config_yaml(config: Config) -> str:
 
 
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return what defines the experiment: identity fields, and the global batch instead of its factors."""
+    """Return the fields that define the experiment, with the global batch instead of its factors."""
     kinds = {name: field.metadata["kind"] for name, field in config_fields().items()}
     identity = {name: value for name, value in fields.items() if kinds.get(name) not in (OPERATIONAL, DERIVED)}
     identity |= {name: portable_name(value) for name, value in identity.items() if name in SHIPPED}
@@ -60,7 +60,7 @@ def _identity(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the fields of a run's `config.yaml`; those that an older version lacks have their defaults."""
+    """Return the fields of a run's `config.yaml`, with defaults for those that an older version lacks."""
     try:
         fields = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeError):
@@ -82,7 +82,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def claim_folder(folder: Path, config: Config, started: bool) -> list[str]:
-    """Write `config.yaml`, after a comparison with the one of an earlier start.
+    """Compare the config with that of an earlier start, and write `config.yaml`.
 
     Args:
         folder: the run's folder, locked.

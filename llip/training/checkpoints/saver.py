@@ -1,4 +1,4 @@
-"""When a run saves, what goes into a checkpoint, and what happens when the disk cannot take it."""
+"""When a run saves, what a checkpoint holds, and what happens if it cannot be written."""
 
 import time
 from typing import Any
@@ -20,7 +20,7 @@ class Saver:
     def __init__(
         self, config: Config, model: Llip, state: TrainState, processes: Processes, provenance: dict[str, Any]
     ) -> None:
-        """Save `model` and `state` as `config` says, with the run's provenance in every checkpoint."""
+        """Save `model` and `state` by the schedule of `config`, with the run's provenance in every checkpoint."""
         self.config, self.model, self.state = config, model, state
         self.processes, self.provenance = processes, provenance
         self.saved_at = time.monotonic()
@@ -40,10 +40,7 @@ class Saver:
         return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint of the current step.
-
-        If that fails, the run continues with a warning and tries again when the next one is due; unless it is the
-        `last`.
+        """Write a checkpoint of the current step. A failure is a warning, unless it is the `last` one. Collective.
 
         Raises:
             RunError: the last checkpoint cannot be written.
@@ -58,7 +55,9 @@ class Saver:
             return
         remains = f"the newest one is of step {self.saved_step}" if self.saved_step else "there is none yet"
         if last:
-            raise RunError(f"{problem}; {remains}. Make room or fix the folder, then run the same command again")
+            raise RunError(
+                f"{problem}; {remains}. Make room or fix the folder, then run the same command again", on_all_ranks=True
+            )
         if self.processes.is_main:
             log.warning("%s; %s. Training continues and tries again at the next one", problem, remains)
 

@@ -1,4 +1,4 @@
-"""Mutable state of a run: everything that resuming needs beside the weights."""
+"""Mutable state of a run: all that a checkpoint holds beside the weights."""
 
 import dataclasses
 from typing import Any
@@ -38,8 +38,8 @@ class TrainState:
             "counts": self.counts.plain(WORST),
         }
         optimizer = self.engine.optimizer_state(self.optimizer)
-        everyone = processes.gather_object(local)
-        if everyone is None:
+        by_rank = processes.gather_object(local)
+        if by_rank is None:
             return None
         averaged = {} if self.averaged is None else {"ema_state_dict": self.averaged.module.state_dict()}
         return averaged | {
@@ -49,22 +49,22 @@ class TrainState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
-            "processes": everyone,
+            "processes": by_rank,
         }
 
     def restore(self, saved: dict[str, Any], processes: Processes, layout: Layout) -> str | None:
         """Continue from `saved`, with the data of `layout`.
 
         Returns:
-            None when the data continue exactly where they stopped; otherwise a message on how they continue, because
-            the number of processes or workers, or the shards, have changed.
+            None if the data continue exactly where they stopped; else how they continue with another number of
+            processes or workers, or with other shards.
 
         Raises:
             UserError: written by another version of llip.
         """
-        everyone = saved["processes"]
+        by_rank = saved["processes"]
         try:
-            positions = [DataPosition.from_plain(each["position"]) for each in everyone]
+            positions = [DataPosition.from_plain(each["position"]) for each in by_rank]
         except (KeyError, TypeError) as error:
             raise UserError(
                 "the checkpoint stores its data position in the format of another version of llip, which cannot be "
@@ -74,12 +74,12 @@ class TrainState:
         self.skipped_steps, self.skipped_in_a_row = saved["skipped_steps"], saved.get("skipped_in_a_row", 0)
         self.engine.load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        if len(everyone) == processes.world_size:
-            local = everyone[processes.rank]
+        if len(by_rank) == processes.world_size:
+            local = by_rank[processes.rank]
             torch.set_rng_state(local["rng"])
             if local["cuda_rng"] is not None and processes.device.type == "cuda":
                 torch.cuda.set_rng_state(local["cuda_rng"], processes.device)
-        if processes.is_main:  # only the sum over processes is shown
-            self.counts.restore(each["counts"] for each in everyone)
+        if processes.is_main:  # only the sum over processes is used
+            self.counts.restore(each["counts"] for each in by_rank)
         self.position, note = continue_data(positions, self.position, layout, processes.rank, processes.world_size)
         return note

@@ -1,8 +1,7 @@
-"""What a run leaves behind when its numbers go wrong: enough to recompute the bad step anywhere.
+"""Dump a step whose numbers are not finite, with all that is needed to recompute it anywhere.
 
 `<run>/nan_dumps/step_<N>/` holds `process_<r>.pt` (the batch and random state of each process), `model.pt` (the weights
-before the step) and `record.json` (the config, the user's files that it needs, what was seen, and the keys of the
-samples).
+before the step) and `record.json` (the config, what was seen, and the keys of the samples).
 """
 
 import dataclasses
@@ -38,12 +37,12 @@ class BadStep:
 
 def norms(parameters: Mapping[str, Tensor | None]) -> dict[str, float]:
     """Return the norm of each tensor by name: those that are not finite first, then the largest first."""
-    found = {name: tensor.detach().float().norm().item() for name, tensor in parameters.items() if tensor is not None}
-    return dict(sorted(found.items(), key=lambda item: (math.isfinite(item[1]), -item[1], item[0])))
+    values = {name: tensor.detach().float().norm().item() for name, tensor in parameters.items() if tensor is not None}
+    return dict(sorted(values.items(), key=lambda item: (math.isfinite(item[1]), -item[1], item[0])))
 
 
 def describe(step: BadStep, model: Llip, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what is known of a bad step, in plain values.
+    """Return a bad step as plain values.
 
     Args:
         step: the main process's part.
@@ -78,8 +77,8 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def _largest(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in list(found.items())[:_SHOWN])
+def _largest(norms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in list(norms.items())[:_SHOWN])
 
 
 def write_nan_dump(step: BadStep, config: Config, model: Llip, scale: float, processes: Processes) -> str:

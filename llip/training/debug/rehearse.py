@@ -1,7 +1,7 @@
 """Rehearse an interruption: `llip rehearse <config> [field=value ...] [--steps 20]`.
 
-Trains a few steps of the config in a temporary folder, asks the run to stop as a cluster would (SIGUSR2), continues
-it, and reports what that takes on this machine: how long before its end a job must be warned so that nothing is lost.
+Trains a few steps of the config in a temporary folder, stops the run as a cluster would (SIGUSR2), continues it, and
+reports the times on this machine: how long before its end a job must be signalled so that nothing is lost.
 """
 
 import argparse
@@ -44,11 +44,11 @@ class Rehearsal:
     fast_forward: float  # of the restart: waiting for data
     write: float  # a checkpoint, the longest
     stop: float  # from the signal to the end of the last process
-    signal_margin: int  # to ask of the cluster
+    signal_margin: int  # option of the submission
 
 
 def margin(longest_step: float, write: float, stop: float) -> int:
-    """Return the seconds before its end at which a job should be warned: twice what stopping took here, or could take.
+    """Return the seconds before its end at which to signal a job: twice what stopping took here, or could take.
 
     The signal may come at the beginning of the longest step, after its wait for data; another half minute is for a file
     system with more to do.
@@ -70,7 +70,7 @@ class _Run:
     def _records(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be in the writing
+        return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be incomplete
 
     def wait_for_steps(self, count: int, deadline: float) -> tuple[float, list[float]]:
         """Return (seconds to the first step, seconds of each later one without its wait for data)."""
@@ -85,7 +85,7 @@ class _Run:
                 if self.process.poll() is not None and new <= 0:
                     self._fail(f"ended with exit code {self.process.returncode}")
                 if time.monotonic() - self.began > deadline:
-                    self._fail(f"did not get to step {count} within {deadline:.0f} s (--deadline)")
+                    self._fail(f"did not reach step {count} within {deadline:.0f} s (--deadline)")
                 time.sleep(0.02)
         logged = [(record["seconds"], record["data_wait_fraction"]) for record in self._records()[self.known :]]
         return times[0] - self.began, [(end - begin) * (1 - wait) for (begin, _), (end, wait) in pairwise(logged)]
@@ -97,19 +97,19 @@ class _Run:
         try:
             code = self.process.wait(_ENDING)
         except subprocess.TimeoutExpired:
-            self._fail(f"was asked to stop and has not ended in {_ENDING:.0f} s")
+            self._fail(f"has not ended {_ENDING:.0f} s after SIGUSR2")
         if code not in (EXIT_STOPPED, 0):
-            self._fail(f"was asked to stop and ended with exit code {code}, expected {EXIT_STOPPED}")
+            self._fail(f"ended with exit code {code} after SIGUSR2, expected {EXIT_STOPPED}")
         return time.monotonic() - asked
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill the run if it has not ended."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it has started ends with it
+            os.killpg(self.process.pid, signal.SIGKILL)  # its processes end with it
             self.process.wait(30)
 
-    def found(self, pattern: re.Pattern[str]) -> float:
-        """Return the largest of the numbers that the run's output gives for `pattern`, 0 for none."""
+    def largest(self, pattern: re.Pattern[str]) -> float:
+        """Return the largest number that `pattern` matches in the run's output, 0 without one."""
         return max(map(float, pattern.findall(self.log.read_text(errors="replace"))), default=0.0)
 
     def _fail(self, what: str) -> None:
@@ -119,17 +119,17 @@ class _Run:
 
 
 def rehearse(words: list[str], config: Config, steps: int, deadline: float, folder: Path) -> Rehearsal:
-    """Start, signal, continue and signal again; see `Rehearsal`.
+    """Start, signal, continue and signal again.
 
     Args:
-        words: of the command line of `llip.main`.
-        config: that they mean, with `name` and `logs` of the rehearsal.
+        words: arguments of `llip.main`, which resolve to `config`.
+        config: with `name` and `logs` of the rehearsal.
         steps: trained before each signal.
         deadline: seconds for them.
-        folder: for the runs' output.
+        folder: of the runs' output.
 
     Raises:
-        RunError: a run failed, or did not get so far.
+        RunError: a run failed or was too slow.
     """
     first = _Run(words, config.folder, folder / "first.txt")
     try:
@@ -144,14 +144,14 @@ def rehearse(words: list[str], config: Config, steps: int, deadline: float, fold
     finally:
         second.end()
     seconds += more
-    write = max(first.found(_WRITTEN), second.found(_WRITTEN))
+    write = max(first.largest(_WRITTEN), second.largest(_WRITTEN))
     return Rehearsal(
         step=statistics.median(seconds),
         longest_step=max(seconds),
         start=start,
         restart=restart,
-        first_batch=first.found(_FIRST_BATCH),
-        fast_forward=second.found(_FIRST_BATCH),
+        first_batch=first.largest(_FIRST_BATCH),
+        fast_forward=second.largest(_FIRST_BATCH),
         write=write,
         stop=stop,
         signal_margin=margin(max(seconds), write, stop),
@@ -159,7 +159,7 @@ def rehearse(words: list[str], config: Config, steps: int, deadline: float, fold
 
 
 def table(result: Rehearsal) -> str:
-    """Return the result for people."""
+    """Return the result as a table."""
     rows = [
         ("step without its wait for data, median", result.step),
         ("step without its wait for data, longest", result.longest_step),
@@ -171,7 +171,7 @@ def table(result: Rehearsal) -> str:
         ("from the signal to the end of the run", result.stop),
     ]
     lines = [f"{name:46} {seconds:8.2f} s" for name, seconds in rows]
-    lines.append(f"\nask the cluster for a warning {result.signal_margin} s before the end:")
+    lines.append(f"\nlet the cluster signal the job {result.signal_margin} s before its end:")
     lines.append(f"  python submitit_openclip.py ... --signal-margin {result.signal_margin}")
     return "\n".join(lines)
 
@@ -196,10 +196,10 @@ def _rehearse(given: argparse.Namespace) -> Rehearsal:
         raise UserError(f"config {config.name} asks for {config.nodes} nodes; rehearse on one of them with nodes=1")
     if given.steps < 2:
         raise UserError(f"--steps {given.steps}: expected at least 2")
-    own = {"name": f"{config.name}_rehearsal_{os.getpid()}", "log_steps": "1", "save_steps": "0", "eval_steps": "0",
+    fixed = {"name": f"{config.name}_rehearsal_{os.getpid()}", "log_steps": "1", "save_steps": "0", "eval_steps": "0",
            "save_frequency": "0", "report_to": "none"}  # fmt: skip
-    kept = [word for word in given.overrides if word.partition("=")[0] not in own]
-    words = [given.config, *kept, *(f"{name}={value}" for name, value in own.items())]
+    kept = [word for word in given.overrides if word.partition("=")[0] not in fixed]
+    words = [given.config, *kept, *(f"{name}={value}" for name, value in fixed.items())]
     config = search_config(given.config, words[1:])
     if config.total_steps <= 2 * given.steps:
         raise UserError(f"config {config.name} has {config.total_steps} steps; give --steps below half of them")

@@ -1,8 +1,8 @@
 """Recompute a bad step: `llip replay <run>/nan_dumps/step_<N> [--device cpu] [--json]`.
 
-All processes' parts are joined in this one process, which gives the same loss over all images and all texts. Reports
-whether the numbers go wrong again, in which module first, and for which samples. A user's own pooling or objective is
-read from its file, or from the run's copy of it.
+The parts of all processes are joined in this one, which gives the same loss over all images and texts. Reports whether
+the numbers are not finite again, in which module first, and for which samples. A user's pooling or objective is read
+from its file, or from the run's copy of it.
 """
 
 import argparse
@@ -63,21 +63,21 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_config(fields: dict[str, Any]) -> Config:
-    """Return the config of a record; fields that this version does not know are left out."""
+    """Return the config of a record, without fields that this version does not have."""
     known = {name: value for name, value in fields.items() if name in config_fields()}
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in known.items()}
     return Config(**values)
 
 
 def read_parts(folder: Path, processes: int, device: torch.device) -> tuple[list[MicroBatch], list[RandomState | None]]:
-    """Return the slices of all processes by rank, and the random state of each where it is known."""
+    """Return the micro-batches of all processes by rank, and the random state of each where it is known."""
     slices: list[MicroBatch] = []
     states: list[RandomState | None] = []
     for rank in range(processes):
-        own = read_checkpoint(folder / f"process_{rank}.pt")
-        for index, parts in enumerate(own["slices"]):
+        part = read_checkpoint(folder / f"process_{rank}.pt")
+        for index, parts in enumerate(part["slices"]):
             slices.append(_micro_batch(*(part.to(device) for part in parts)))
-            states.append((own["rng"], own["cuda_rng"]) if index == 0 else None)  # the next ones follow from it
+            states.append((part["rng"], part["cuda_rng"]) if index == 0 else None)  # those of the next ones follow
     return slices, states
 
 
@@ -91,20 +91,20 @@ def _micro_batch(images: Tensor, tokens: Tensor, mask: Tensor | None = None) -> 
 
 @contextmanager
 def first_trouble(model: nn.Module) -> Iterator[FirstTrouble]:
-    """Note the first module inside whose output is not finite though its inputs are."""
-    found = FirstTrouble()
+    """Yield what becomes the first module whose output is not finite although its inputs are."""
+    trouble = FirstTrouble()
 
     def look(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        if found.module or any(len(_bad(value)) for value in _tensors(inputs)):
+        if trouble.module or any(len(_bad(value)) for value in _tensors(inputs)):
             return
         for value in _tensors(output):
             if len(bad := _bad(value)):
-                found.module, found.samples = name, tuple(bad.tolist())
+                trouble.module, trouble.samples = name, tuple(bad.tolist())
                 return
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
     try:
-        yield found
+        yield trouble
     finally:
         for hook in hooks:
             hook.remove()
@@ -126,7 +126,7 @@ def _bad(value: Tensor) -> Tensor:
 
 
 def bad_samples(model: Llip, slices: list[MicroBatch], autocast: Any, keys: list[list[str]]) -> dict[str, Any]:
-    """Look at each slice by itself: the first module in trouble, and the samples whose features are not finite."""
+    """Return the modules first in trouble, by micro-batch, and the samples whose features are not finite."""
     modules: dict[str, int] = {}
     samples: list[str] = []
     for (images, tokens, _), names in zip(slices, keys, strict=True):
@@ -140,14 +140,10 @@ def bad_samples(model: Llip, slices: list[MicroBatch], autocast: Any, keys: list
 
 
 def replay(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Recompute the step of a nan dump, as plain values.
-
-    Args:
-        folder: the dump.
-        device: to compute on.
+    """Recompute the step of the nan dump in `folder`, and return plain values.
 
     Raises:
-        UserError: the dump is missing or damaged, or such a file is missing.
+        UserError: the dump is missing or damaged, or a user's file is missing.
     """
     record = read_record(folder)
     fields = record["config"]
@@ -159,7 +155,7 @@ def replay(folder: Path, device: torch.device) -> dict[str, Any]:
     keys = [ids for process in record["samples"] for ids in process]
     dtype = autocast_dtype(config.precision)
     autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
-    found = bad_samples(model, slices, autocast, keys)
+    samples = bad_samples(model, slices, autocast, keys)
     task = ContrastiveTask(model, config, Processes(0, 1, device))
     scale = float(record["loss_scale"])
     loss, _ = backward_step(task, slices, autocast, lambda value: value * scale, states)
@@ -173,7 +169,7 @@ def replay(folder: Path, device: torch.device) -> dict[str, Any]:
         "loss": loss.item(),
         "grad_norm": norm,
         "reproduced": not (math.isfinite(loss.item()) and math.isfinite(norm)),
-        **found,
+        **samples,
         "gradient_norms": dict(list(gradients.items())[:_SHOWN]),
     }
 
@@ -187,7 +183,7 @@ def describe(result: dict[str, Any]) -> str:
     return (
         f"step {result['step']}: loss {result['loss']:.6g} (recorded {result['recorded_loss']:.6g}), gradient norm "
         f"{result['grad_norm']:.6g} (recorded {result['recorded_grad_norm']:.6g})\n"
-        + ("the numbers go wrong again\n" if result["reproduced"] else "the numbers are finite here\n")
+        + ("not finite again\n" if result["reproduced"] else "all numbers are finite here\n")
         + f"first module whose output is not finite: {modules or 'none'}\n"
         f"samples without finite features: {', '.join(samples[:_SHOWN]) or 'none'}{more}\n"
         f"largest gradient norms:\n{norm_lines}"

@@ -1,4 +1,4 @@
-"""Reporters beside metrics.jsonl, by their names in `report_to`: TensorBoard, Weights & Biases."""
+"""Reporters named by `report_to`, beside metrics.jsonl: TensorBoard, Weights & Biases."""
 
 import contextlib
 import uuid
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ROOM = 1 << 16  # free bytes that the disk needs before curves are written again
 
 WANDB_ID = "wandb_id"
-"""File of the run's folder with its id at Weights & Biases, so that a resumed run continues the same curves."""
+"""File in the run's folder with its id at Weights & Biases, so that a resumed run continues its curves."""
 
 
 class Reporter(Protocol):
@@ -51,7 +51,7 @@ class TensorBoard:
                 raise
 
     def _open_writer(self) -> "SummaryWriter":
-        """Return the writer; a new one after a failure, which ends the old one's thread."""
+        """Return the writer, after a failure a new one: the failure has ended the old one's thread."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -28,7 +28,7 @@ log = logging.getLogger("llip")
 
 
 class Terminal:
-    """Standard error for progress bars; a closed terminal or a full disk does not end the run."""
+    """Standard error for progress bars, where a closed terminal or a full disk is no error."""
 
     def write(self, text: str) -> None:
         """Write text, if possible."""
@@ -50,7 +50,7 @@ class Terminal:
 
 
 class _TqdmHandler(logging.Handler):
-    """Prints log lines above a progress bar instead of through it."""
+    """Prints log lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # a closed terminal or a full disk; log.txt has it too
@@ -58,7 +58,7 @@ class _TqdmHandler(logging.Handler):
 
 
 class _FileHandler(logging.FileHandler):
-    """Writes log.txt; reports a failing disk once, not with a traceback for every line."""
+    """Writes log.txt; reports a failing disk once, without a traceback."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -96,20 +96,20 @@ def start_logging(folder: Path | None) -> None:
 class RunLog:
     """Writes a run's records; on processes other than the main one only the ids of samples.
 
-    A disk that is full or fails in the middle of a run is a warning: records are lost until it works again.
+    A disk that is full or fails during a run is a warning: records are lost until it works again.
     """
 
     def __init__(
         self, folder: Path | None, config: Config, step: int, data: DataReport, samples: SampleLog | None = None
     ) -> None:
-        """Open the record files of `folder`, cut back to `step`; no folder, no records.
+        """Open the record files of `folder`, cut back to `step`.
 
         Args:
-            folder: the run's folder; None on processes other than the main one.
+            folder: the run's folder; None, without records, on processes other than the main one.
             config: the run's config.
-            step: first step minus one.
+            step: that the run continues from.
             data: collects the reports of this process's workers.
-            samples: writes the ids of this process's samples; None: not written.
+            samples: writes the ids of this process's samples.
 
         Raises:
             UserError: a reporter cannot be opened.
@@ -133,7 +133,7 @@ class RunLog:
             self.samples.add(step, batch.ids)
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Record one logged step: `step` and numbers; values that are not finite become null."""
+        """Record a step: `step` and numbers, null for those that are not finite."""
         if self.folder is None:
             return
         record = {
@@ -145,7 +145,7 @@ class RunLog:
         self._scalars("train", record)
 
     def evaluation(self, step: int, task: str, values: dict[str, float]) -> None:
-        """Record one online evaluation: one line per step and task."""
+        """Record an online evaluation of a task."""
         if self.folder is None:
             return
         with self._guards[EVALS].allowed(), locked_evaluations(self.folder):
@@ -153,7 +153,7 @@ class RunLog:
         self._scalars(f"eval/{task}", {"step": step, **values})
 
     def evaluated_tasks(self, step: int) -> set[str]:
-        """Return the tasks for which results of the model of `step` are recorded; none on other processes."""
+        """Return the tasks with recorded results of the model after `step`; none on other processes."""
         if self.folder is None:
             return set()
         try:

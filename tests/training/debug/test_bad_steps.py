@@ -179,7 +179,7 @@ def test_a_replay_names_the_module_and_the_sample(config, monkeypatch, capsys):
             train(config, "cpu")
     assert replay.main([str(config.folder / "nan_dumps" / "step_3"), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "the numbers go wrong again" in text
+    assert "\nnot finite again\n" in text
     assert "first module whose output is not finite: visual.ln_post (in 1 slices)" in text
     assert "and 8 more" in text
 
