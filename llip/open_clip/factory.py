@@ -356,7 +356,7 @@ def check_model_matches(model: Llip, config: Config) -> None:
             fields.update({f"{part}.{key}": value for key, value in fields.pop(part).items()})
         fields["pooling"] = portable_name(fields["pooling"])
         fields.pop("loss")  # decides where training starts, not what the model computes
-        fields.pop("vision_cfg.patch_dropout")
+        fields.pop("vision_cfg.patch_dropout", None)
         fields.pop("text_cfg.hf_tokenizer_name", None)  # where it lies on this machine
         fields.setdefault("pair_tokens", "mixture")
         if fields["pooling"] not in ATTENTION_POOLINGS:

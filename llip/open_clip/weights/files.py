@@ -161,8 +161,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 f"checkpoint {str(path)!r} is a TorchScript archive, which holds code; give the same weights as "
                 "safetensors or as a state dict"
             ) from error
-        reason = str(error) or type(error).__name__  # an empty file has no words for it
-        raise UserError(f"checkpoint {str(path)!r} is damaged or no checkpoint: {reason}") from error
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {str(path)!r} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {str(path)!r} holds a {type(checkpoint).__name__}, expected a dict")
     return checkpoint
