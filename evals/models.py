@@ -48,9 +48,9 @@ def find_weights_file(config: EvalConfig) -> Path:
         UserError: the file is not there, or the model is unknown.
     """
     model, pretrained = _source(config)
+    if not Path(model).exists() and (unset := unset_variables(model)):
+        raise UserError(f"model {model} is not there: the environment variable {unset[0]} is not set")
     if config.model is None and not Path(model).exists():
-        if unset := unset_variables(model):
-            raise UserError(f"checkpoint {model} is not there: the environment variable {unset[0]} is not set")
         train = f"llip train {config.mc_config_name}"
         raise UserError(f"checkpoint {model} is not there; train it with `{train}`, or set checkpoint_path in the YAML")
     return find_model_weights(model, pretrained)

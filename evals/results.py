@@ -98,8 +98,8 @@ class StoredResults:
     tasks: dict[str, TaskResult]
 
 
-def read_results(given: str | Path) -> StoredResults:
-    """Read a results.json, or the one in a folder.
+def read_results(given: str | Path, fix: str = "expected a results.json of llip eval") -> StoredResults:
+    """Read a results.json, or the one in a folder; `fix` ends the message about another file.
 
     Raises:
         UserError: no such file, or not a results file.
@@ -113,7 +113,7 @@ def read_results(given: str | Path) -> StoredResults:
         tasks = {name: TaskResult.from_json(name, task) for name, task in stored["tasks"].items()}
         return StoredResults(str(given), path, stored["model"], tasks)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a results file ({type(error).__name__}: {error}); move it away") from error
+        raise UserError(f"{path} is not a results file ({type(error).__name__}: {error}); {fix}") from error
 
 
 @contextmanager
@@ -152,7 +152,7 @@ class ResultsFile:
         path = folder / "results.json"
         if not path.is_file():
             return
-        stored = read_results(path)
+        stored = read_results(path, "move it away")
         if model.describes(stored.model):
             self._results = stored.tasks
         else:

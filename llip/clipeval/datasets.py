@@ -7,6 +7,7 @@ scanned once), so that process r of W takes exactly images r, r + W, ... and eve
 
 import dataclasses
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -142,10 +143,28 @@ def require_folder(path: Path) -> Path:
     raise UserError(f"dataset folder {path.name} is not in {parent} ({hint})")
 
 
-def require_file(path: Path) -> Path:
-    """Return `path` if it is a file, else raise a `UserError`."""
+def require_file(path: Path, what: str = "file") -> Path:
+    """Return `path` if it is a file, else raise a `UserError`; `what` it is in words."""
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a folder")
     if not path.is_file():
         require_folder(path.parent)
         close = nearest(path.name, [child.name for child in path.parent.iterdir()])
-        raise UserError(f"file {path} is not there" + (f"; the folder has {', '.join(close)}" if close else ""))
+        raise UserError(f"{what} {path} is not there" + (f"; the folder has {', '.join(close)}" if close else ""))
     return path
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """Return the text of a file or raise a `UserError`; `what` it is in words."""
+    try:
+        return require_file(path, what).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from error
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Return the content of a JSON file or raise a `UserError`; `what` it is in words."""
+    try:
+        return json.loads(read_text(path, what))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} is not JSON: {error}") from error

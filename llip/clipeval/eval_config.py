@@ -72,12 +72,20 @@ class EvalConfig:
     def output_folder(self) -> Path:
         """Folder of the results; only for an evaluation with `output_dir`."""
         assert self.output_dir is not None, "a program requires it"
-        return expand_path(self.output_dir)
+        return _folder("output_dir", self.output_dir)
 
     @property
     def cache_folder(self) -> Path:
         """Folder of class text features; only for an evaluation with `output_dir`."""
-        return expand_path(self.cache_dir or os.environ.get("LLIP_CACHE") or f"{self.output_dir}/cache")
+        return _folder("cache_dir", self.cache_dir or os.environ.get("LLIP_CACHE") or f"{self.output_dir}/cache")
+
+
+def _folder(key: str, text: str) -> Path:
+    """Return a folder to write to; a variable that is not set would become part of its name."""
+    path = expand_path(text)
+    if unset := unset_variables(path):
+        raise UserError(f"{key} = {text!r}: the environment variable {unset[0]} is not set")
+    return path
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -103,7 +111,7 @@ def load_eval_config(fname: str | Path) -> EvalConfig:
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}; expected lines of `key: value`")
@@ -133,15 +141,12 @@ def _mistake(key: str, kind: Any, value: Any) -> str | None:
     return f"{key} names {twice!r} twice" if twice else None
 
 
-def _integer(smallest: int) -> tuple[Callable[[Any], bool], str]:
-    def accepts(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
-
-    return accepts, f"an integer, at least {smallest}"
+def _integer(smallest: int, largest: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and smallest <= value <= largest, f"an integer, {smallest} to {largest:,}"
 
 
 def _strings(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
+    return isinstance(value, tuple) and all(map(_text, value))
 
 
 def _percentages(value: Any) -> bool:
@@ -149,7 +154,11 @@ def _percentages(value: Any) -> bool:
     return numbers and all(isinstance(name, str) and 0 <= item <= 100 for name, item in value.items())
 
 
-_STRING = (lambda value: isinstance(value, str) and bool(value), "a string")
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+_STRING = (_text, "a string")
 _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: _STRING,
     str | None: _STRING,
@@ -159,9 +168,9 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     "references": (_percentages, "lines of `name: percent`, between 0 and 100"),
     "precision": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
     "prompt_ensemble": (lambda value: value in ("feature", "score"), "feature or score"),
-    "batch_size": _integer(1),
-    "workers": _integer(0),
-    "shortlist": _integer(10),  # R@10 is measured
+    "batch_size": _integer(1, 1 << 16),
+    "workers": _integer(0, 1 << 10),
+    "shortlist": _integer(10, 1 << 30),  # R@10 is measured
 }
 """Key, or type of a field without a rule of its own -> (whether a value is accepted, the expected value in words)."""
 

@@ -121,6 +121,7 @@ def test_an_exported_model_scores_as_its_checkpoint(tmp_path: Path, monkeypatch)
         ("model: a.pt\nmc_config_name: llip_b16\n", "both model and mc_config_name"),
         ("pretrained: openai\n", "pretrained = 'openai' without model"),
         ("model: a.pt\nprecision: half\n", "precision = 'half'; expected one of fp32"),
+        ("model: $LLIP_TEST_UNSET/a.pt\n", "variable LLIP_TEST_UNSET is not set"),
     ],
 )
 def test_mistakes(keys: str, message: str, tmp_path: Path, monkeypatch, capsys):
@@ -129,6 +130,14 @@ def test_mistakes(keys: str, message: str, tmp_path: Path, monkeypatch, capsys):
     assert main_mc.main(["--fname", "x.yaml", "--devices", "cpu"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not Path("out").exists()
+
+
+def test_a_plain_model_in_the_place_of_a_runs_is_a_mistake(plain_folder: Path, tmp_path: Path, capsys) -> None:
+    keys = f"mc_config_name: llip_quickstart\ncheckpoint_path: {plain_folder}\noutput_dir: {tmp_path / 'out'}\n"
+    catalog = write_catalog(tmp_path / "catalog.json", {"x": {"type": "imagefolder", "path": "x", "prompts": ["{c}"]}})
+    (tmp_path / "x.yaml").write_text(f"{keys}catalog_name: {catalog}\n")
+    assert main_mc.main(["--fname", str(tmp_path / "x.yaml"), "--devices", "cpu"]) == 2
+    assert "the checkpoint's model is not the config's: " in capsys.readouterr().err
 
 
 def test_precision(tmp_path: Path):

@@ -31,24 +31,38 @@ def test_reads_every_key(tmp_path: Path) -> None:
     ("keys", "words"),
     [
         ({"batchsize": 3}, r"unknown key 'batchsize'.*'batch_size'"),
-        ({"batch_size": 0}, r"batch_size = 0; expected an integer, at least 1"),
+        ({"batch_size": 0}, r"batch_size = 0; expected an integer, 1 to 65,536"),
         ({"batch_size": "3e1x"}, r"batch_size = '3e1x'"),
         ({"workers": "true"}, r"workers = True"),
         ({"tasks": "cifar10"}, r"tasks = 'cifar10'; expected a list"),
         ({"tasks": "[]"}, r"tasks = \[\]"),
         ({"tasks": "[a, a]"}, r"names 'a' twice"),
         ({"prompt_ensemble": "mean"}, r"'mean'; expected feature or score"),
-        ({"shortlist": 9}, r"shortlist = 9; expected an integer, at least 10"),
+        ({"shortlist": 9}, r"shortlist = 9; expected an integer, 10 to "),
         ({"compare_with": "a"}, r"compare_with = 'a'; expected a list of results.json"),
         ({"references": "{a: 101}"}, r"references = .*; expected lines of `name: percent`"),
         ({"catalog_name": 3}, r"catalog_name = 3; expected a string"),
         ({"eval_name": "mcc"}, r"eval_name = 'mcc'.*'mc'"),
         ({"checkpoint_path": ""}, r"'checkpoint_path' is missing"),
+        ({"batch_size": 10**20}, r"batch_size = 1000.*; expected an integer, 1 to 65,536"),
+        ({"workers": 100_000}, r"workers = 100000; expected an integer, 0 to 1,024"),
+        ({"output_dir": '"a\\0"'}, r"output_dir = 'a\\x00'; expected a string"),
+        ({"batch_size": 0, "workers": -1, "ema": 3}, r"ema = 3; .*batch_size = 0; .*workers = -1; "),
+        ({"model": "[" * 3000}, "is not YAML"),
     ],
 )
 def test_mistakes(tmp_path: Path, keys: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         scaffold.load(write(tmp_path / "x.yaml", **(GOOD | keys)))
+
+
+def test_a_folder_is_never_named_after_a_variable_that_is_not_set(tmp_path: Path) -> None:
+    config = scaffold.load(write(tmp_path / "x.yaml", **GOOD | {"output_dir": "$LLIP_TEST_UNSET/out"}))
+    with pytest.raises(UserError, match=r"output_dir = .*the environment variable LLIP_TEST_UNSET is not set"):
+        _ = config.output_folder
+    config = scaffold.load(write(tmp_path / "x.yaml", **GOOD, cache_dir="${LLIP_TEST_UNSET}"))
+    with pytest.raises(UserError, match=r"cache_dir = .*LLIP_TEST_UNSET is not set"):
+        _ = config.cache_folder
 
 
 def test_what_only_programs_need(tmp_path: Path) -> None:

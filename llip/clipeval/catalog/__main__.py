@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llip.clipeval.catalog.catalog import DEFAULT_CATALOG, Catalog, Entry, load_catalog
 from llip.clipeval.catalog.opening import check_size, check_targets, labels_of
 from llip.clipeval.datasets import ImageSource
-from llip.clipeval.metrics import CLASSIFICATION
+from llip.clipeval.metrics import CLASSIFICATION, check_metrics
 from llip.errors import UserError
 from llip.open_clip.pixels import to_rgb
 from llip.system.program import program
@@ -86,6 +86,7 @@ def _check_opened(entry: Entry, source: ImageSource) -> int | None:
     labels = labels_of(entry, source) if entry.kind == CLASSIFICATION else None
     if labels is not None:
         check_targets(source, labels)
+        check_metrics(entry.metrics, len(labels.classnames), source.multi_label)
     try:
         image, _ = source.load(0)
         to_rgb(image)

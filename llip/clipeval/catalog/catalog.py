@@ -15,6 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jsonschema
 
@@ -22,11 +23,13 @@ from llip.clipeval.datasets import DATASET_TYPES, DatasetSpec, load_dataset_type
 from llip.clipeval.eval_config import EvalConfig, load_eval_config
 from llip.clipeval.metrics import CLASSIFICATION, metric_names
 from llip.clipeval.texts.sources import TextSource
-from llip.errors import UserError, did_you_mean, nearest
+from llip.errors import UserError, did_you_mean, nearest, shown
 from llip.system.paths import expand_path
 
 CATALOG_FOLDER = Path(__file__).parents[1]
 DEFAULT_CATALOG = "dataset_catalog.json"
+MAX_NAME = 200
+"""Longest name of a task, percent-encoded: it becomes the name of a file of outcomes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ def load_catalog(name: str | Path = DEFAULT_CATALOG) -> Catalog:
     path = find_catalog(str(name))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=functools.partial(_unique, path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"catalog {path} is not JSON: {error}") from error
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"catalog {path} holds {type(raw).__name__}; expected an object of task name -> entry")
@@ -137,7 +140,9 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(path: Path, task: str, raw: Any) -> Entry:
-    where = f"catalog {path}, entry {task!r}"
+    where = f"catalog {path}, entry {shown(task)}"
+    if not task.isprintable() or not 0 < len(quote(task)) <= MAX_NAME:
+        raise UserError(f"{where}: expected a name of printable characters, short enough for a file name")
     if not isinstance(raw, dict):
         raise UserError(f"{where}: {raw!r:.60} is not an object; expected {{'type': ..., 'path': ..., ...}}")
     if "root" in raw and "path" not in raw:
@@ -224,7 +229,9 @@ def entry_schema(spec: type[DatasetSpec]) -> dict[str, Any]:
         for name in ("classnames", "prompts", "class_keys", "label_names", "num_classes"):
             del schema["properties"][name]
     for field in dataclasses.fields(spec):
-        schema["properties"][field.name] = {"type": _JSON_TYPES[_plain_type(field.type)]}
+        kind = _JSON_TYPES[_plain_type(field.type)]
+        limits = {"minimum": 0, "description": "a whole number, at least 0"} if kind == "integer" else {}
+        schema["properties"][field.name] = {"type": kind, **limits}
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             schema["required"].append(field.name)
     return schema

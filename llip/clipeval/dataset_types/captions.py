@@ -4,13 +4,12 @@ coco_captions   {"images": [{"id", "file_name"}], "annotations": [{"image_id", "
 karpathy        {"images": [{"filename", "filepath" (COCO), "split", "sentences": [{"raw"}]}]}
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llip.clipeval.dataset_types.folders import ImageFiles
-from llip.clipeval.datasets import DatasetSpec, dataset_type, require_file, require_folder
+from llip.clipeval.datasets import DatasetSpec, dataset_type, read_json, require_folder
 from llip.clipeval.metrics import RETRIEVAL
 from llip.errors import UserError
 
@@ -66,10 +65,7 @@ class Karpathy(DatasetSpec):
 
 
 def _read(path: Path, *lists: str) -> dict[str, Any]:
-    try:
-        stored = json.loads(require_file(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    stored = read_json(path)
     for name in lists:
         if not isinstance(stored, dict) or not isinstance(stored.get(name), list):
             raise UserError(f"{path} has no list {name!r}; expected an object with {' and '.join(lists)}")

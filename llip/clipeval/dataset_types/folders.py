@@ -1,6 +1,5 @@
 """Images as files, one folder per class."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from llip.clipeval.datasets import (
     ImageSource,
     dataset_type,
     files_below,
+    read_json,
+    read_text,
     readable_name,
-    require_file,
     require_folder,
 )
 from llip.errors import UserError
@@ -108,14 +108,14 @@ class ImageFolder(DatasetSpec):
         if self.numbered and (wrong := sorted(folder for folder in matches if not re.fullmatch(r"\d+", folder))):
             raise UserError(f"folder {wrong[0]!r} in {self.path / self.split} is not a number, but numbered = true")
         names = {
-            folder: readable_name((match[1] if pattern.groups else folder).replace("/", " "), self.camel_case)
+            folder: readable_name(((pattern.groups and match[1]) or folder).replace("/", " "), self.camel_case)
             for folder, match in matches.items()
         }
         if self.names is not None:
-            mapping = _read_json(self.names, dict)
+            mapping = _read_names(self.names, dict)
             names = {folder: str(mapping[folder]) for folder in names if folder in mapping}
         if self.only is not None:
-            kept = set(_read_json(self.only, (dict, list)))
+            kept = set(_read_names(self.only, (dict, list)))
             names = {folder: name for folder, name in names.items() if name in kept}
             if missing := sorted(kept - set(names.values())):
                 raise UserError(f"{self.only} lists class {missing[0]!r}, which {self.path / self.split} lacks")
@@ -127,7 +127,7 @@ def _images_below(folder: Path) -> Iterator[str]:
 
 
 def _read_listing(path: Path) -> list[str]:
-    lines = require_file(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     files = [line.strip().lstrip("/") for line in lines if line.strip()]
     for file in files:
         if "/" not in file or ".." in file.split("/"):
@@ -135,11 +135,8 @@ def _read_listing(path: Path) -> list[str]:
     return files
 
 
-def _read_json(path: Path, kinds: type | tuple[type, ...]) -> Any:
-    try:
-        value = json.loads(require_file(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+def _read_names(path: Path, kinds: type | tuple[type, ...]) -> Any:
+    value = read_json(path)
     if not isinstance(value, kinds):
         raise UserError(f"{path} holds {type(value).__name__}; expected an object of names")
     return value

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llip.clipeval.dataset_types.folders import ImageFiles
-from llip.clipeval.datasets import DatasetSpec, dataset_type, require_file, require_folder
+from llip.clipeval.datasets import DatasetSpec, dataset_type, read_text, require_file, require_folder
 from llip.errors import UserError
 
 
@@ -51,7 +51,7 @@ class JsonLines(DatasetSpec):
     def open(self) -> ImageFiles:
         root = require_folder(self.path)
         files, labels = [], []
-        for number, line in enumerate(require_file(self.file).read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_text(self.file).splitlines(), start=1):
             if line.strip():
                 image, label = self._parse(line, f"{self.file}, line {number}")
                 files.append(str(root / image))

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from llip.clipeval.datasets import DatasetSpec, ImageSource, dataset_type, require_folder
+from llip.clipeval.datasets import DatasetSpec, ImageSource, dataset_type, read_text, require_folder
 from llip.clipeval.metrics import RETRIEVAL
 from llip.data.tar_reader import split_name
 from llip.errors import UserError
@@ -139,7 +139,10 @@ class Retrieval(DatasetSpec):
     def _captions(self, sample: ShardSample) -> tuple[str, ...]:
         extension, _, field = self.caption_key.partition(".")
         _require_keys(sample, extension)
-        text = sample.read(extension).decode("utf-8")
+        try:
+            text = sample.read(extension).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"sample {sample.name}: its {extension} is not UTF-8 text: {error}") from error
         captions: Any = text.splitlines()
         if field:
             try:
@@ -221,4 +224,4 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
 
 
 def _read_lines(path: Path) -> list[str] | None:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.is_file() else None
+    return [line for line in read_text(path).splitlines() if line.strip()] if path.is_file() else None

@@ -71,7 +71,7 @@ class Torchvision(DatasetSpec):
         constructor, kwargs = getattr(datasets, self.dataset), dict(self.kwargs)
         parameters = inspect.signature(constructor).parameters
         for name in kwargs:
-            if name not in parameters:
+            if name not in parameters or name in ("root", "download"):
                 raise UserError(f"torchvision's {self.dataset} takes no {name!r}.{did_you_mean(name, parameters)}")
         if "download" in parameters:
             kwargs["download"] = False

@@ -82,16 +82,19 @@ def _keyed(names: Texts, keys: Sequence[str]) -> dict[str, str | Sequence[str]]:
     if isinstance(names, Mapping) or len(names) != len(keys):
         given = "an object" if isinstance(names, Mapping) else f"{len(names)} names"
         raise UserError(f"class_keys has {len(keys)} keys, but classnames is {given}; expected one name for each key")
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"class_keys names {twice!r} twice")
     return dict(zip(keys, names, strict=True))
 
 
 def _rename(names: Mapping[str, str | Sequence[str]], own: Sequence[str] | None, source: TextSource) -> Texts:
+    where = "classnames" if source.kind == "list" else source.value
     if own is None:
-        raise UserError(f"{source.value} maps the dataset's class names, but the dataset has none; use a list")
+        raise UserError(f"{where} maps the dataset's class names, but the dataset has none; use a list")
     folded = {key.replace("_", " "): name for key, name in names.items()}  # a dataset shows its folders' names as words
     for name in own:
         if name.replace("_", " ") not in folded:
-            raise UserError(f"{source.value} has no name for the dataset's class {name!r}.{did_you_mean(name, names)}")
+            raise UserError(f"{where} has no name for the dataset's class {name!r}.{did_you_mean(name, names)}")
     return [folded[name.replace("_", " ")] for name in own]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from llip.clipeval.datasets import read_json, read_text
 from llip.errors import UserError, did_you_mean
 from llip.system.paths import expand_path
 
@@ -92,17 +93,11 @@ class TextSource:
     def _from_file(self, what: str) -> Texts:
         path, _, key = str(self.value).partition("#")
         where = f"{what} file {path}"
-        if not self.file.is_file():
-            raise UserError(f"{where} is not there")
-        text = self.file.read_text(encoding="utf-8")
         if self.file.suffix != ".json":
             if key:
                 raise UserError(f"{where} is a list of lines and has no entry {key!r}; expected a .json before the #")
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from error
+            return [line.strip() for line in read_text(self.file, f"{what} file").splitlines() if line.strip()]
+        value = read_json(self.file, f"{what} file")
         if key:
             value = _entry(value, key, where)
         return _checked(value, what, f"{where}, entry {key!r}," if key else where)

@@ -54,6 +54,7 @@ def test_paths_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"metrics": []}, ["metrics = []"]),
         ({"metrics": "top1"}, ["metrics = 'top1'", "expected a list"]),
         ({"metric": "top1", "metrics": ["top5"]}, ["both metric and metrics"]),
+        ({"crop_border": -3}, ["crop_border = -3", "at least 0"]),
         ({"prompt": ["a {c}"]}, ["no field 'prompt'", "'prompts'"]),
         ({"path": None}, ["'path' is missing"]),
         ({"num_classes": "ten"}, ["num_classes = 'ten'", "expected a whole number of classes, at least 2"]),
@@ -82,6 +83,18 @@ def test_broken_catalogs(tmp_path: Path) -> None:
             load_catalog(path)
     with pytest.raises(UserError, match=r"Did you mean 'dataset_catalog.json'"):
         load_catalog("dataset_catalogue.json")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "\u2603" * 40, "a\nb", "a\0b"])
+def test_a_name_that_cannot_be_a_files(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="expected a name of printable characters, short enough for a file name"):
+        load_catalog(write_catalog(tmp_path / "catalog.json", {name: GOOD}))
+
+
+def test_json_that_is_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "catalog.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        load_catalog(tmp_path / "catalog.json")
 
 
 def test_unknown_task_names_the_nearest() -> None:

@@ -11,7 +11,7 @@ import pytest
 from llip.clipeval.catalog.__main__ import check_catalog, main
 from llip.clipeval.catalog.catalog import load_catalog
 from llip.errors import EXIT_USER
-from tests.clipeval.fakes import write_catalog, write_imagefolder, write_retrieval, write_wds
+from tests.clipeval.fakes import write_catalog, write_imagefolder, write_retrieval, write_tar, write_wds
 
 PROMPTS = {"prompts": ["a {c}"]}
 ROOT = Path(__file__).parents[3]
@@ -27,11 +27,13 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "empty/ant").mkdir(parents=True)
     write_imagefolder(tmp_path / "hole", ["ant", "bee"], 1)
     (tmp_path / "hole/cow").mkdir()
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9 {c}".encode("latin-1"))
+    write_tar(tmp_path / "latin/test/0.tar", {"a.png": b"", "a.txt": "caf\u00e9".encode("latin-1")})
     return tmp_path
 
 
 def check(folder: Path, **entry: object) -> dict:
-    entry = {"type": "imagefolder", **PROMPTS, **entry}
+    entry = {key: value for key, value in ({"type": "imagefolder"} | PROMPTS | entry).items() if value is not None}
     (finding,) = check_catalog(load_catalog(write_catalog(folder / "catalog.json", {"task": entry})))
     return finding.to_json()
 
@@ -52,6 +54,17 @@ def test_right(folder: Path) -> None:
         ({"path": "good", "num_images": 5}, "4 images in .*good, but the entry expects num_images = 5"),
         ({"path": "good", "num_classes": 3}, "2 class names, but the entry expects num_classes = 3"),
         ({"path": "good", "classnames": ["bee", "wasp"]}, "class 0 is called 'bee', the dataset's name of class 1"),
+        ({"path": "good", "classnames": ["a", "b"], "class_keys": ["ant", "ant"]}, "class_keys names 'ant' twice"),
+        (
+            {"path": "good", "classnames": ["a", "b"], "class_keys": ["ant", "cow"]},
+            "^classnames has no name for .*'bee'",
+        ),
+        ({"path": "good", "label_names": ["ant", "bee", "cow"]}, "label_names is for datasets without class names"),
+        ({"path": "good", "metric": "top5"}, "metric 'top5' is 1 by definition with 2 classes"),
+        ({"path": "good", "prompts": "latin.txt"}, r"prompts file .*latin\.txt is not UTF-8 text"),
+        ({"path": "good", "listing": "good"}, "file .*good is a folder"),
+        ({"path": "good", "class_pattern": "(a)nt|(b)ee", "numbered": True}, "folder 'ant' .* is not a number"),
+        ({"path": "latin", "type": "retrieval", "prompts": None}, r"0\.tar:a: its txt is not UTF-8 text"),
         ({"path": "good", "split": "val"}, "dataset folder val is not in"),
         ({"path": "broken"}, "the first image, .*ant/000.png, cannot be read: UnidentifiedImageError"),
         ({"path": "empty"}, "the dataset is empty"),
@@ -64,6 +77,10 @@ def test_wrong(folder: Path, entry: dict, words: str) -> None:
     found = check(folder, **entry)
     assert found["status"] == "wrong"
     assert re.search(words, found["problem"]), found["problem"]
+
+
+def test_a_class_pattern_without_its_group_names_the_folder(folder: Path) -> None:
+    assert check(folder, path="good", class_pattern="(a)nt|b.*", classnames=["a", "bee"])["problem"] is None
 
 
 def test_missing_says_where_from(folder: Path) -> None:
