@@ -11,7 +11,7 @@ import itertools
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from llip.data.prefetch import ReadWatch
 from llip.data.shard_file import (
@@ -58,6 +58,27 @@ class _Member(NamedTuple):
     suffix: str
     name: str
     size: int
+
+
+class _Header(tarfile.TarInfo):
+    """A header as tarfile parses it; of a plain one only what a sample needs, which takes a third of the time."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse one block.
+
+        Raises:
+            tarfile.HeaderError: it is no header.
+        """
+        plain = buf[156:157] in (tarfile.REGTYPE, tarfile.XHDTYPE) and buf[0] and not buf[345]  # no prefix of the name
+        try:
+            if plain and 256 + sum(buf[:148]) + sum(buf[156:]) == int(buf[148:156].split(b"\0")[0], 8):
+                header = cls(bytes(buf[:100]).split(b"\0", 1)[0].decode(encoding, errors))
+                header.type, header.size = bytes(buf[156:157]), int(buf[124:136].strip(b" \0"), 8)
+                return header
+        except ValueError:
+            pass  # tarfile knows more forms of a number, and what is wrong
+        return super().frombuf(buf, encoding, errors)
 
 
 class _Archive(tarfile.TarFile):
@@ -126,7 +147,7 @@ def _members(file: ShardFile) -> Iterator[_Member]:
     archive = _Archive(fileobj=stream, encoding="utf-8", errors=_ERRORS)
     while True:
         try:
-            header = tarfile.TarInfo.fromtarfile(archive)
+            header = _Header.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros ends the archive
             return
         except (tarfile.TarError, ValueError, RecursionError) as error:
