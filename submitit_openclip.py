@@ -1,7 +1,7 @@
 """Train a config on a SLURM cluster: `python submitit_openclip.py <config> [field=value ...] --partition gpu`.
 
-Asks for the config's nodes, one task per GPU, and runs `llip.main` in each task, with the code as it is now; the run's
-folder holds SLURM's logs under `slurm/`. The same command continues a run that was stopped.
+The job has the config's nodes and one task per GPU, each of which runs `llip.main` with a copy of the present code. The
+run's folder holds SLURM's logs under `slurm/`. The same command continues a stopped run.
 """
 
 import sys
@@ -12,10 +12,9 @@ from llip.system.program import program
 
 
 @program
-def main(arguments: Sequence[str]) -> int:
-    """Submit the job and print where to look. Returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """Submit the job and print how to follow it."""
     submit_training(parse_training(arguments))
-    return 0
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_a_dry_run_says_what_a_submission_would_be_refused_for(words, capsys):
     assert main([*words[:3], "train_data=/nowhere/0.tar", "--dry-run"]) == 0
     told = capsys.readouterr()
     assert "#SBATCH" in told.out
-    assert "would be refused: train_data: 1 of 1 shards are missing" in told.err
+    assert "the submission would fail: train_data: 1 of 1 shards are missing" in told.err
 
 
 def test_the_task_runs_the_config_as_it_was_resolved(words, tmp_path):

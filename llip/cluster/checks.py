@@ -1,4 +1,4 @@
-"""What can go wrong with a job and can be seen before it is submitted."""
+"""Checks before a job is submitted."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from llip.errors import UserError
 from llip.training.checkpoints.run_folder import locked_folder
 
 _RUNS_FIRST = "scenes:"
-_NOT_LOOKED_AT = ("pipe:", "http:", "https:")
+_NOT_CHECKED = ("pipe:", "http:", "https:")
 
 
 def check_training(config: Config) -> list[str]:
@@ -42,10 +42,10 @@ def check_evaluations(files: tuple[str, ...]) -> None:
 
 
 def check_folder(folder: Path) -> list[str]:
-    """Check that a run's folder can be written and that no other run holds it; create it.
+    """Create a run's folder, and check that it can be written and is not in use.
 
     Returns:
-        A sentence when the nodes may not see the folder.
+        A sentence if the nodes may not see the folder.
 
     Raises:
         UserError: it cannot be written, or is in use.
@@ -76,21 +76,20 @@ def _check_data(config: Config) -> list[str]:
     from llip.data.sources import check_shards_exist, parse_train_data
 
     if not config.train_data:
-        parse_train_data(config.train_data)  # says what to give
+        parse_train_data(config.train_data)  # raises the error that describes the field
     parts = config.train_data.split("::")
-    here = [part for part in parts if not part.startswith((_RUNS_FIRST, *_NOT_LOOKED_AT))]
+    here = [part for part in parts if not part.startswith((_RUNS_FIRST, *_NOT_CHECKED))]
     if here:
         check_shards_exist(parse_train_data("::".join(here)))
     return [
-        f"{part} is not looked at before the run"
-        + ("; it is written when it is not there" if part.startswith(_RUNS_FIRST) else "")
+        f"{part} is not checked before the run" + ("; it is written if missing" if part.startswith(_RUNS_FIRST) else "")
         for part in parts
         if part not in here
     ]
 
 
 def _check_weights(config: Config) -> list[str]:
-    """Check the files that fields may name; a bare word may be a name of the library's, which the run looks up."""
+    """Check the files that fields may name; a bare word may be a name in open_clip, which the run looks up."""
     notes = []
     for field in ("model", "pretrained", "resume"):
         value = getattr(config, field)
@@ -99,5 +98,5 @@ def _check_weights(config: Config) -> list[str]:
         if os.sep in value:
             raise UserError(f"{field} = {value!r} is not there (looked from {Path.cwd()})")
         if field == "pretrained":
-            notes.append(f"pretrained = {value!r} is no file; the run takes it for a tag of OpenCLIP's")
+            notes.append(f"pretrained = {value!r} is not a file; the run takes it for an OpenCLIP tag")
     return notes

@@ -51,7 +51,7 @@ class EvaluationJobs:
     max_timeouts: int
 
     def __call__(self, config: Config, model: Llip, step: int) -> None:
-        """Save the model and submit the job that evaluates it; a failure is a warning, and training continues."""
+        """Save the model and submit the job that evaluates it; a failure is a warning."""
         weights = None
         try:
             weights = save_for_eval(config.folder, model, step)

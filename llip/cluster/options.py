@@ -1,4 +1,4 @@
-"""What is asked of SLURM: the options of the command line, and the parameters of the job that they make."""
+"""SLURM options of the command line, and the job parameters that follow from them."""
 
 import argparse
 import dataclasses
@@ -56,7 +56,7 @@ class Shape:
 
 
 def add_slurm_options(parser: argparse.ArgumentParser, cpus: str) -> None:
-    """Add SLURM's options to a program; `cpus` says in words what --cpus-per-task is when left out."""
+    """Add SLURM's options to a program; `cpus` is the default of --cpus-per-task, in words."""
     group = parser.add_argument_group("SLURM")
     for name, meaning in (
         ("partition", "partition to submit to"),
@@ -79,7 +79,7 @@ def add_slurm_options(parser: argparse.ArgumentParser, cpus: str) -> None:
     group.add_argument(
         "--gpus-per-node",
         type=_gpus,
-        help="[TYPE:]N, to name a type of GPU or to ask for more than are used; never fewer than one a task",
+        help="[TYPE:]N, to name a type of GPU or to request more than are used; at least one per task",
     )
     group.add_argument(
         "--signal-margin",
@@ -99,7 +99,7 @@ def add_slurm_options(parser: argparse.ArgumentParser, cpus: str) -> None:
 
 
 def slurm_options(given: argparse.Namespace) -> SlurmOptions:
-    """Return the options that `add_slurm_options` has read.
+    """Return the options of `add_slurm_options`.
 
     Raises:
         UserError: they contradict each other.
@@ -113,11 +113,11 @@ def sbatch_parameters(options: SlurmOptions, shape: Shape, name: str, setup: lis
     Args:
         options: of the command line.
         shape: the tasks.
-        name: the job's, when the options give none.
+        name: the job's default name.
         setup: shell lines that run on the node before the tasks start.
 
     Raises:
-        UserError: the GPUs asked for contradict the tasks.
+        UserError: the requested GPUs contradict the tasks.
     """
     cpus = options.cpus_per_task or shape.cpus
     parameters: dict[str, Any] = {
@@ -128,8 +128,8 @@ def sbatch_parameters(options: SlurmOptions, shape: Shape, name: str, setup: lis
         "job_name": options.job_name or name,
         "signal_delay_s": options.signal_margin,
         "setup": setup,
-        # srun does not take the CPUs from sbatch since SLURM 22.05. A task that has ended gives the others time to say
-        # what they know of it, and to leave with a code of their own
+        # srun does not take the CPUs from sbatch since SLURM 22.05. After the end of a task the others have time to
+        # report it, and to exit with their own code
         "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", f"--wait={LAST_WORDS}"],
         "additional_parameters": {"requeue": True},
     }
@@ -169,7 +169,7 @@ def time_limit(text: str) -> int:
     else:
         seconds = 60 * first + second
     if not seconds:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected more than no time")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected more than 0")
     return -(-seconds // 60)
 
 

@@ -1,8 +1,7 @@
-"""Weights that wait for their evaluation in another job: `<run>/evaluating/step_<N>-<name>.pt`.
+"""Weights to be evaluated in another job: `<run>/evaluating/step_<N>-<name>.pt`.
 
-A file that is there says that its results are wanted. A run that goes back to an earlier step removes those of later
-steps, and a job that still evaluates them keeps what it finds to itself: `evals.jsonl` has one line for each step and
-task.
+A run that resumes from an earlier step removes the files of later steps, and a job that is evaluating one of them then
+discards its results: `evals.jsonl` has one line for each step and task.
 """
 
 import logging
@@ -38,14 +37,15 @@ from llip.training.reporting.run_log import log, start_logging
 def save_for_eval(run: Path, model: Llip, step: int) -> Path:
     """Write a model's weights for a job that evaluates them, and remove those of this step and of later ones.
 
-    Later ones are of a course that the run has left: it was resumed from an earlier step.
+    Later ones exist if the run was resumed from an earlier step.
 
     Args:
         run: the run's folder.
-        model: as it is now. step: of the run.
+        model: after `step`.
+        step: of the run.
 
     Returns:
-        The file, a checkpoint without the optimizer. Its name is used once, so that a later one never passes for it.
+        The file, a checkpoint without the optimizer, under a name that is used once.
 
     Raises:
         OSError: the disk cannot take it.
@@ -54,8 +54,8 @@ def save_for_eval(run: Path, model: Llip, step: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with locked_evaluations(run):
         for path in folder.glob("step_*.pt"):
-            found = re.fullmatch(r"step_(\d+)-\w+\.pt", path.name)
-            if found and int(found[1]) >= step:
+            match = re.fullmatch(r"step_(\d+)-\w+\.pt", path.name)
+            if match and int(match[1]) >= step:
                 path.unlink(missing_ok=True)
     target = folder / f"step_{step}-{uuid.uuid4().hex[:8]}.pt"
     content = {"format": FORMAT, "step": step, "model": model.config, "state_dict": model.state_dict()}
@@ -65,23 +65,21 @@ def save_for_eval(run: Path, model: Llip, step: int) -> Path:
 
 
 def evaluate_saved(config: Config, weights: Path) -> int:
-    """Evaluate weights that a run has put aside, add the results to its records, and remove the file.
-
-    To be called on all processes that `config` asks for; they join each other.
+    """Evaluate saved weights, add the results to the run's records, and remove the file. Call it on all processes.
 
     Args:
-        config: the run's, with the nodes and ngpus that evaluate.
-        weights: what `save_for_eval` gave.
+        config: the run's, with the nodes and ngpus of the evaluation.
+        weights: the file of `save_for_eval`.
 
     Returns:
-        The exit code: 0, 1 when some task could not be evaluated, 2 for a mistake in the request.
+        The exit code: 0, 1 if a task could not be evaluated, 2 for a mistake in the request.
     """
     try:
         with join_processes(config, resolve_device(config)) as processes:
             start_logging(None)
             log.setLevel(logging.INFO if processes.is_main else logging.WARNING)
             if not processes.broadcast_object(weights.is_file()):
-                log.info("%s is gone: the run went back to an earlier step, or it has been evaluated", weights)
+                log.info("%s is gone: the run was resumed from an earlier step, or it has been evaluated", weights)
                 return 0
             failed = _evaluate_file(config, weights, processes)
             if processes.is_main:
@@ -92,7 +90,7 @@ def evaluate_saved(config: Config, weights: Path) -> int:
 
 
 def _evaluate_file(config: Config, weights: Path, processes: Processes) -> bool:
-    """Evaluate and record; returns whether a task could not be evaluated."""
+    """Evaluate and record; return whether a task could not be evaluated."""
     step = int(weights.name.removeprefix("step_").partition("-")[0])
     model = load_pretrained(weights).to(processes.device)
     dtype = autocast_dtype(config.precision)
@@ -110,10 +108,10 @@ def add_evaluation(folder: Path, weights: Path, step: int, result: TaskResult) -
     """Add a job's result to the run's `evals.jsonl`, replacing an earlier one of the same step and task.
 
     Returns:
-        Whether it was added; not when `weights` is gone, and with it the wish to know.
+        Whether it was added; not if `weights` is gone, because the run was resumed from an earlier step.
 
     Raises:
-        OSError: the disk does not take it, or another process holds the records for too long.
+        OSError: the disk cannot take it, or another process holds the records for too long.
     """
     record = {"step": step, "task": result.task, "values": result.values}
     path = folder / EVALS

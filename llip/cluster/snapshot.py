@@ -15,14 +15,14 @@ from llip.system.git import COMMIT_FILE, code_commit, git, is_checkout
 
 PACKAGES = ("llip", "evals")
 LARGEST = 1 << 20
-"""Bytes of the largest file outside the packages that is copied; whatever is larger is data."""
+"""Bytes of the largest file outside the packages that is copied; larger ones are data."""
 
 
 def take_snapshot(home: Path, extra: Mapping[str, str], runs: Path, write: bool = True) -> Path:
     """Copy the project's code to `home/<hash>` and return that folder; the same code gives the same folder.
 
-    In a git checkout these are the tracked files and the new ones that git does not ignore, elsewhere the packages.
-    What runs have written is left out, and so are large files outside the packages.
+    In a git checkout these are the tracked files and the new ones that git does not ignore, elsewhere the packages;
+    without what runs have written, and without large files outside the packages.
 
     Args:
         home: folder of the snapshots.
@@ -65,12 +65,12 @@ def _copy(files: Mapping[str, Path], extra: Mapping[str, str], target: Path) -> 
 
 
 def use_snapshot(snapshot: Path) -> list[str]:
-    """Return the shell lines that make Python import from the snapshot, and not from the folder it starts in.
+    """Return the shell lines that make Python import from the snapshot, and not from its current folder.
 
-    The user's own settings of these variables stay, after ours.
+    The user's settings of these variables are kept, after ours.
     """
     return [
-        'export TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}"  # seconds between lines of progress: nobody watches a file',
+        'export TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}"  # seconds between lines of progress in the log',
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
@@ -94,13 +94,9 @@ def copies_of_extensions(config: Config) -> dict[str, str]:
 
 
 def frozen_config(config: Config, function: str) -> str:
-    """Return the text of a config file whose `function` returns `config`, every value spelled out.
+    """Return the text of a config file whose `function` returns the resolved `config`, with every field.
 
     The user's files are those in the folder `extensions` beside the config file, if it has them.
-
-    Args:
-        config: as it is resolved.
-        function: name of the function.
     """
     assert function.isidentifier(), f"{function!r} does not name a function"
     lines = [f"        {name}={getattr(config, name)!r},\n" for name in config_fields()]
@@ -120,7 +116,7 @@ def frozen_config(config: Config, function: str) -> str:
 
 
 def commit_file() -> dict[str, str]:
-    """Return the file of a snapshot that holds the commit it was taken from; the run's provenance reads it."""
+    """Return the file of a snapshot that holds its commit, which the run's provenance reads: name -> text."""
     commit = code_commit(Path(llip.__file__).resolve().parent.parent)
     return {COMMIT_FILE: f"{commit}\n"} if commit else {}
 
@@ -130,8 +126,8 @@ def _code_files(root: Path, left_out: list[Path]) -> Iterable[str]:
     if is_checkout(root):
         names = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     else:
-        found = (path for package in PACKAGES for path in (root / package).rglob("*"))
-        names = [str(path.relative_to(root)) for path in found if "__pycache__" not in path.parts]
+        paths = (path for package in PACKAGES for path in (root / package).rglob("*"))
+        names = [str(path.relative_to(root)) for path in paths if "__pycache__" not in path.parts]
     left_out = [folder for folder in left_out if root in folder.parents]
     for name in dict.fromkeys(filter(None, names)):
         path = root / name

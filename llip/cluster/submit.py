@@ -20,11 +20,11 @@ SBATCH_DEADLINE = 120
 
 
 class _Executor(SlurmExecutor):
-    """submitit's executor; writes a script where there is no SLURM, and does not wait for sbatch for ever."""
+    """submitit's executor; writes a script where there is no SLURM, and has a deadline for sbatch."""
 
     @classmethod
     def affinity(cls) -> int:
-        return 2  # whether srun is here is looked at before a submission
+        return 2  # available: `check_slurm` looks for srun before a submission
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         return ["timeout", str(SBATCH_DEADLINE), *super()._make_submission_command(submission_file_path)]
@@ -37,7 +37,7 @@ class JobRequest:
     Attributes:
         logs: folder of SLURM's logs.
         parameters: submitit's, see `options.sbatch_parameters`.
-        tasks: one callable for each element of the array; run in every task of the job.
+        tasks: a callable for each element of the array, run by each of its tasks.
         max_timeouts: how often the job is requeued.
     """
 
@@ -52,7 +52,7 @@ class JobRequest:
         return executor
 
     def script(self) -> str:
-        """Return the script that sbatch would get."""
+        """Return sbatch's script."""
         executor = self._executor()
         if len(self.tasks) > 1:
             executor.parameters["map_count"] = len(self.tasks)
@@ -73,22 +73,22 @@ class JobRequest:
                     jobs = [executor.submit(task) for task in self.tasks]
                 return [job.job_id for job in jobs]
         except (FailedJobError, FailedSubmissionError) as error:
-            said = str(error).strip() or f"no answer within {SBATCH_DEADLINE} seconds"
-            hint = "; a machine without GPUs trains with device=cpu" if "gres" in said or "gpu" in said.lower() else ""
-            raise UserError(f"SLURM does not take the job: {said}{hint}") from error
+            reason = str(error).strip() or f"no answer within {SBATCH_DEADLINE} seconds"
+            hint = "; use device=cpu on nodes without GPUs" if "gres" in reason or "gpu" in reason.lower() else ""
+            raise UserError(f"SLURM does not accept the job: {reason}{hint}") from error
         except OSError as error:
             raise UserError(f"the job cannot be written to {self.logs}: {error}") from error
 
 
 @contextlib.contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Hide the variables of the job that this process is part of, if any: sbatch would take them for options."""
+    """Hide the variables of the job that this process may be part of, which sbatch would read as options."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
     configuration = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with clean_env(extra_names=("GLOO_SOCKET_IFNAME",)):
-        os.environ.update(configuration)  # where SLURM is, not what the job is
+        os.environ.update(configuration)  # it locates SLURM
         yield
 
 
@@ -96,10 +96,11 @@ def print_submitted(ids: Sequence[str], logs: Path, what: str, follow: Path | No
     """Print the jobs' ids, where their logs are, and how to follow, cancel and continue.
 
     Args:
-        ids: of the jobs. logs: folder of SLURM's logs.
+        ids: of the jobs.
+        logs: folder of SLURM's logs.
         what: what was submitted, in words.
-        follow: a file that grows while the job works; None: the first job's own log.
-        again: what continues it after it was cancelled.
+        follow: a file that grows while the job runs; None: the first job's log.
+        again: the command that continues it.
     """
     first = logs.absolute() / f"{ids[0]}_0_log.err"
     job = ids[0].partition("_")[0]
@@ -116,11 +117,11 @@ def counted(number: int, thing: str) -> str:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print what was not checked, on the terminal's error stream."""
+    """Print what was not checked to standard error."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
-    """Return what the user typed, ready to be typed again."""
+    """Return the user's command, quoted for a shell."""
     return shlex.join([*program.split(), *map(os.fspath, arguments)])

@@ -1,4 +1,4 @@
-"""From a training command to its job, or to an array of jobs over seeds."""
+"""Submit a training command as a job, or as an array of jobs over seeds."""
 
 import argparse
 import dataclasses
@@ -29,16 +29,17 @@ FROZEN = "submitted_config.py"
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCommand:
-    """What the user typed.
+    """A parsed command.
 
     Attributes:
-        arguments: all of it.
-        function: the config function's name; config: as it resolves with the overrides.
+        arguments: the command line.
+        function: the config function's name.
+        config: resolved with the overrides.
         options: SLURM's.
-        seeds: runs of the array; None: one run, not an array.
+        seeds: runs of the array; None: a single run.
         eval_tasks: tasks of an online evaluation's job; 0: evaluate inside the training job.
         eval_time: limit of an evaluation's job in minutes.
-        dry_run: whether to print the script only.
+        dry_run: only print the script.
     """
 
     arguments: list[str]
@@ -51,7 +52,7 @@ class TrainingCommand:
     dry_run: bool
 
     def runs(self) -> list[Config]:
-        """Return the config of every run; those of an array have seeds and names of their own."""
+        """Return the config of every run; in an array they differ in seed and name."""
         if self.seeds is None:
             return [self.config]
         first, name = self.config.seed, self.config.name
@@ -105,10 +106,10 @@ def parse_training(arguments: list[str]) -> TrainingCommand:
 
 
 def submit_training(command: TrainingCommand) -> None:
-    """Check everything, submit, and print where to look; or print the script.
+    """Check the request, submit the job, and print how to follow it; or print the script.
 
     Raises:
-        UserError: what the run would stop at, or what SLURM refuses.
+        UserError: the run would stop at a mistake, or SLURM refuses the job.
     """
     script = training_request(command, write=False).script()
     if command.dry_run:
@@ -116,7 +117,7 @@ def submit_training(command: TrainingCommand) -> None:
         try:
             print_notes(check_training(command.config))
         except UserError as problem:
-            print_notes([f"a submission would be refused: {problem}"])
+            print_notes([f"the submission would fail: {problem}"])
         return
     check_slurm()
     print_notes(check_training(command.config))
@@ -156,7 +157,7 @@ def training_request(command: TrainingCommand, write: bool = True) -> JobRequest
 
 
 def _evaluation_jobs(command: TrainingCommand, logs: Path, setup: list[str]) -> EvaluationJobs | None:
-    """Return what submits the run's evaluation jobs; None where the run has no evaluation or does it itself."""
+    """Return what submits the run's evaluation jobs; None without evaluation, or where the training job evaluates."""
     config = command.config
     if not (config.eval_steps and config.evals and command.eval_tasks):
         return None

@@ -80,7 +80,7 @@ def test_an_array_has_a_task_for_each_run(sbatch, tmp_path: Path):
 )
 def test_a_refusal_is_told_in_slurms_words(sbatch, tmp_path: Path, then: str, message: str):
     sbatch(then)
-    with pytest.raises(UserError, match="SLURM does not take the job") as refused:
+    with pytest.raises(UserError, match="SLURM does not accept the job") as refused:
         request(tmp_path).submit()
     assert message in str(refused.value)
 
