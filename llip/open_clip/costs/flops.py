@@ -105,13 +105,14 @@ def text_head(images: int, texts: int, tokens: int, heads: int, width: int, plan
         gram_backward = half_norm + 3 * left + 2 * grams
     else:
         once, norm, half_norm = 0, 2 * pairs * width**2, 2 * pairs * _upper(width)
-        gram_backward = norm
+        gram_backward = half_norm
     tiles = 2 * product + norm
     forward = keys_values + shared + once + projected + tiles
     backward = 2 * keys_values + 2 * shared + 3 * projected + 4 * product + gram_backward
     blocks = -(-images // plan.block_images)
     plain = half_norm - norm + (blocks - 1) * projected  # the forward pass that keeps nothing
-    again = 0 if plan.keep else plain + once + tiles + (blocks - 1) * 3 * projected
+    weights = 0 if plan.form == "image_gram" else product
+    again = weights if plan.keep else plain + once + tiles + (blocks - 1) * 3 * projected
     return Head(forward, backward, again)
 
 

@@ -112,7 +112,7 @@ def plan_scores(
     array = min(cached, budget) if on_cpu else max(budget - fixed, budget // 4) // 8
     tile = tile or _tile(block, texts, array // (_FLOAT * widest))
     working = _FLOAT * (tile[0] * tile[1] * _ARRAYS * widest + 4 * tile[1] * width)
-    kept = _FLOAT * images * texts * (2 * rows if form == "image_gram" else rows + 2 * width)
+    kept = _FLOAT * images * texts * 2 * (rows if form == "image_gram" else width)
     keep = training and block == images and fixed + working + kept <= budget
     peak = fixed + working + (kept if keep else 0)
     return ScorePlan(form, block, *tile, keep=keep, peak_bytes=peak, budget=budget)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llip.open_clip.scores.gram import full_precision, image_gram, image_gram_backward
+from llip.open_clip.scores.gram import doubled_above_diagonal, full_precision, image_gram, image_gram_backward
 from llip.open_clip.scores.plan import Form, ScorePlan, plan_scores, slices
 from llip.open_clip.scores.tiles import GRAM_FORMS, Gradients, accumulate, attention, inverse_norm
 
@@ -85,8 +85,9 @@ class _Scores(torch.autograd.Function):
             queries, targets = parts.project(columns)
             for local, images in block.tiles:
                 keys, values = parts.images(images)
-                scores[images, columns], kept = block.form.forward(local, values, targets, attention(keys, queries))
-                kept_tiles.extend(kept)
+                weights = attention(keys, queries)
+                scores[images, columns], kept = block.form.forward(local, values, targets, weights)
+                kept_tiles.extend((weights, *kept) if block.form.keeps_weights else kept)
         ctx.save_for_backward(*inputs, *kept_tiles)
         return scores
 
@@ -107,6 +108,8 @@ class _Scores(torch.autograd.Function):
                     values = full_precision(inputs.values[:, place])
                     of_values, of_matrix = image_gram_backward(values, inputs.shared, of_matrix)
                     gradients.values[:, place] += of_values
+                else:
+                    of_matrix = doubled_above_diagonal(of_matrix)
                 gradients.shared.add_(of_matrix)
                 del block
         return None, *(gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
@@ -130,16 +133,19 @@ def _backward_column(
     of_queries, of_targets = (torch.zeros_like(x, dtype=gradients.texts.dtype) for x in (queries, targets))
     for local, images in block.tiles:
         keys, values = inputs.images(images)
+        form = block.form
         if kept_tiles is None:
-            _, kept = block.form.forward(local, values, targets, attention(keys, queries))
+            weights = attention(keys, queries)
+            _, kept = form.forward(local, values, targets, weights)
         else:
-            kept = tuple(itertools.islice(kept_tiles, block.form.kept_tensors))
+            weights = next(kept_tiles) if form.keeps_weights else attention(keys, queries)
+            kept = tuple(itertools.islice(kept_tiles, form.kept_tensors))
         tile_gradients = Gradients(gradients.values[:, images], of_targets, of_matrix)
-        of_logits = block.form.backward(local, values, targets, kept, upstream[images, columns], tile_gradients)
+        of_logits = form.backward(local, values, targets, weights, kept, upstream[images, columns], tile_gradients)
         of_logits = of_logits.flatten(1, 2)  # [M, nK, t]
         accumulate(gradients.keys[:, images].flatten(1, 2), of_logits, queries.transpose(1, 2))
         accumulate(of_queries, keys.flatten(1, 2).transpose(1, 2), of_logits)
-        del kept, of_logits
+        del weights, kept, of_logits
     texts = inputs.texts[columns].to(gradients.texts.dtype)
     for of_projected, weight, of_weight in (
         (of_queries, inputs.query_weight, gradients.query_weight),

@@ -4,8 +4,9 @@ Shapes: n images and t texts of the tile, K mixture tokens, M heads, D embedding
 Heads come first and texts last, [M, n, K, t]: products over heads need no copies, and softmax runs over contiguous
 texts. "Rows" are the same numbers as [n, MK, t], a view when n = 1.
 
-Each form keeps what its `backward` needs in a tuple. Scores are s = c r with c the numerator and r = 1 / |z|; the
-quadratic form |z|^2 = x^T S x of a symmetric S has the gradient 2 S x, whose product was formed for the norm already.
+Each form keeps what its `backward` needs, beside the attention weights, in a tuple. Scores are s = c r with c the
+numerator and r = 1 / |z|; the quadratic form |z|^2 = x^T S x of a symmetric S has the gradient 2 S x, whose product was
+formed for the norm already.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Gradients(NamedTuple):
 
     values: Tensor  # [M, n, K, d]
     targets: Tensor  # [M, d, t]
-    matrix: Tensor  # like the matrix of the form; of per-image matrices the upper block triangle alone
+    matrix: Tensor  # like the matrix of the form, its upper block triangle alone
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -74,6 +75,8 @@ class GramForm:
 
     kept_tensors: int
     """Tensors that `forward` keeps for `backward`."""
+    keeps_weights: bool
+    """The attention weights are kept too; otherwise they are computed again."""
 
     def __init__(self, matrix: Tensor, training: bool) -> None:
         """Hold the Gram matrix or matrices; without `training` in the form that `scores` needs."""
@@ -95,7 +98,14 @@ class GramForm:
         raise NotImplementedError
 
     def backward(
-        self, images: slice, values: Tensor, targets: Tensor, kept: Kept, upstream: Tensor, gradients: Gradients
+        self,
+        images: slice,
+        values: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        kept: Kept,
+        upstream: Tensor,
+        gradients: Gradients,
     ) -> Tensor:
         """Return the gradient of the logits [M, n, K, t], given that of the scores; add the others to `gradients`."""
         raise NotImplementedError
@@ -104,10 +114,11 @@ class GramForm:
 class ImageGram(GramForm):
     """|z|^2 = a^T G_i a with one Gram matrix [R, R] per image: z has D numbers and is never formed.
 
-    Keeps (weights, slope of the logits, r, c r^2); the slope is d s / d logits over r.
+    Keeps (slope of the logits, r, c r^2); the slope is d s / d logits over r.
     """
 
-    kept_tensors = 4
+    kept_tensors = 3
+    keeps_weights = True
 
     def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         agreement = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights)
@@ -121,12 +132,19 @@ class ImageGram(GramForm):
         inverse = inverse_norm(squared)
         ratio = _norm_slope(numerator, squared, inverse)
         slope.addcmul_(product, ratio[:, None], value=-1)
-        return numerator * inverse, (weights, attention_backward(weights, slope), inverse, ratio)
+        return numerator * inverse, (attention_backward(weights, slope), inverse, ratio)
 
     def backward(
-        self, images: slice, values: Tensor, targets: Tensor, kept: Kept, upstream: Tensor, gradients: Gradients
+        self,
+        images: slice,
+        values: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        kept: Kept,
+        upstream: Tensor,
+        gradients: Gradients,
     ) -> Tensor:
-        weights, slope, inverse, ratio = kept
+        slope, inverse, ratio = kept
         upstream = upstream * inverse
         weighted = weights * upstream[:, None]  # [M, n, K, t]
         accumulate(gradients.values.flatten(1, 2), weighted.flatten(1, 2), targets.transpose(1, 2))
@@ -141,10 +159,12 @@ class ImageGram(GramForm):
 class SharedGram(GramForm):
     """|z|^2 = m^T (W_O^T W_O) m of the mixed values m [D] of a pair: one Gram matrix [D, D] for all of them.
 
-    Keeps (weights, mixed values, slope of the mixed values over r, r, c r^2).
+    Keeps (mixed values, slope of the mixed values over r, r, c r^2): 2 D numbers per pair, where the weights would be
+    M K more. This form is for many tokens, and its weights cost one product to compute again.
     """
 
-    kept_tensors = 5
+    kept_tensors = 4
+    keeps_weights = False
 
     def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         mixed = _mix(values, weights)
@@ -158,19 +178,27 @@ class SharedGram(GramForm):
         inverse = inverse_norm(squared)
         ratio = _norm_slope(numerator, squared, inverse)
         slope = torch.addcmul(full_precision(targets)[:, None], product, ratio[:, None], value=-1)
-        return numerator * inverse, (weights, mixed, slope, inverse, ratio)
+        return numerator * inverse, (mixed, slope, inverse, ratio)
 
     def backward(
-        self, images: slice, values: Tensor, targets: Tensor, kept: Kept, upstream: Tensor, gradients: Gradients
+        self,
+        images: slice,
+        values: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        kept: Kept,
+        upstream: Tensor,
+        gradients: Gradients,
     ) -> Tensor:
-        weights, mixed, slope, inverse, ratio = kept
+        mixed, slope, inverse, ratio = kept
         upstream = upstream * inverse
         low = (slope * upstream[:, None]).to(values.dtype)
         gradients.values.add_(torch.matmul(weights.to(low.dtype), low.transpose(2, 3)))
         weighted = mixed * upstream[:, None]
         gradients.targets.add_(weighted.sum(dim=1))
         left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(mixed)
-        gradients.matrix.add_(torch.tensordot(left, right, dims=([0, 2], [0, 2])))
+        for block, rest in upper_blocks(len(self.matrix)):
+            gradients.matrix[block, rest] += torch.tensordot(left[:, block], right[:, rest], dims=([0, 2], [0, 2]))
         gradient = full_precision(torch.matmul(values, low))  # [M, n, K, t]
         return attention_backward(weights, gradient.mul_(weights))
 
