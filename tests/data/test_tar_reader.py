@@ -294,3 +294,64 @@ def test_random_archives_are_read_as_webdataset_reads_them(samples, tar_format, 
         assert len(expected) == len(samples)
         for skip in (0, 2):
             assert list(read_samples(path, skip)) == expected[skip:]
+
+
+def header(name, count=5, kind=b"0", **fields):
+    """One header block, with raw bytes where tarfile would not write them."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = count, kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
+    for field, value in fields.items():
+        start = {"size": 124, "magic": 257, "prefix": 345}[field]
+        block[start : start + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def member(name, data=b"12345", **fields):
+    return header(name, len(data), **fields) + data + bytes(-len(data) % 512)
+
+
+def pax(**records):
+    lines = [f" {key.replace('__', '.')}={value}\n" for key, value in records.items()]
+    return member("pax", "".join(f"{len(line) + 2}{line}" for line in lines).encode(), kind=b"x")
+
+
+A, END = member("a.jpg") + member("a.txt"), bytes(1024)
+MINUS_512 = b"\xff" * 10 + b"\xfe\x00"
+
+
+@pytest.mark.parametrize(
+    ("content", "keys_read", "reasons"),
+    [
+        (END, [], []),
+        (A + bytes(512), ["a"], []),
+        (A, [], [reading.TRUNCATED]),
+        (A + END + os.urandom(2000), ["a"], []),
+        (A + header("b.jpg", 0) + END, ["a", "b"], []),
+        (A + member("b.jpg", prefix=b"folder", magic=b"ustar\x0000") + END, ["a", "folder/b"], []),
+        (A + member("b.jpg", magic=bytes(8)) + END, ["a", "b"], []),
+        (A + member("b.jpg", kind=b"7") + member("c.jpg", kind=b"Q") + END, ["a", "b"], []),
+        (A + header("b.jpg", 5, b"1") + header("c.jpg", 0, b"6") + member("d.jpg") + END, ["a", "d"], []),
+        (A + member("b.jpg", size=b"\x80" + (5).to_bytes(11, "big")) + END, ["a", "b"], []),
+        (A + member("b.jpg", size=b"         5  ") + END, ["a", "b"], []),
+        (A + header("b.jpg", size=MINUS_512) + member("c.jpg") + END, ["a"], [reading.BAD_HEADER]),
+        (A + header("b.jpg", size=b"zz999zzzzzzz") + END, [], [reading.BAD_HEADER]),
+        (A + header("b.jpg", size=b"\x80" + (2**60).to_bytes(11, "big")) + END, [], [reading.TRUNCATED]),
+        (A + pax(path="long/b.jpg") + member("b.jpg") + END, ["a", "long/b"], []),
+        (A + pax(comment="b") + member("b.jpg") + END, ["a", "b"], []),
+        (A + pax(size="5") + header("b.jpg", 0) + b"12345" + bytes(507) + END, ["a", "b"], []),
+        (A + pax(path="b.jpg") + END, [], [reading.BAD_HEADER]),
+        (A + pax(path="b.jpg"), [], [reading.TRUNCATED]),
+        (A + member("L", b"long/b.jpg", kind=b"L") * 3000 + member("b.jpg") + END, [], [reading.BAD_HEADER]),
+        (A + pax(GNU__sparse__major=1, GNU__sparse__minor=0) + member("b.jpg", b"9\n"), [], [reading.TRUNCATED]),
+        (A + pax(GNU__sparse__map="x,y") + member("b.jpg") + END, [], [reading.BAD_HEADER]),
+    ],
+)
+def test_odd_archives(tmp_path, content, keys_read, reasons):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    for url in (str(path), f"pipe:cat {path}"):
+        items = list(read_samples(url))
+        assert (keys(items), damage(items)) == (keys_read, reasons)
