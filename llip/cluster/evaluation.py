@@ -1,19 +1,22 @@
-"""Online evaluation in separate jobs: the training job submits one for each evaluated step and continues training."""
+"""Online evaluation in jobs that the training job submits, one for each evaluated step. Imports no torch."""
 
 import contextlib
 import dataclasses
+import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llip.cluster.pending import save_for_eval
 from llip.cluster.submit import JobRequest
 from llip.cluster.tasks import JobTask, join_job
 from llip.configs import Config
 from llip.errors import UserError
-from llip.open_clip.model import Llip
 from llip.training.checkpoints.records import EVALS
-from llip.training.reporting.run_log import log
+
+if TYPE_CHECKING:
+    from llip.open_clip.model import Llip
+
+log = logging.getLogger("llip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +53,10 @@ class EvaluationJobs:
     parameters: dict[str, Any]  # sbatch's
     max_timeouts: int
 
-    def __call__(self, config: Config, model: Llip, step: int) -> None:
+    def __call__(self, config: Config, model: "Llip", step: int) -> None:
         """Save the model and submit the job that evaluates it; a failure is a warning."""
+        from llip.cluster.pending import save_for_eval
+
         weights = None
         try:
             weights = save_for_eval(config.folder, model, step)
