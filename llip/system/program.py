@@ -1,6 +1,7 @@
 """How all command-line programs start and fail."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,8 @@ def program(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         try:
             return main(sys.argv[1:] if arguments is None else list(arguments)) or 0
         except UserError as error:

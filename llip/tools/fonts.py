@@ -70,11 +70,17 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def one_line(text: str) -> str:
+    """Return a text that can be drawn: one space for any white space, "?" for what is no character."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 def shorten(text: str, columns: int) -> str:
     """Return a text on one line, its end replaced by "..." where it is wider than `columns`."""
-    text = " ".join(text.split())
+    text = one_line(text)
     if _columns(text) <= columns:
         return text
+    text = text[:columns]  # a text may be of any length
     while _columns(text) > columns - 3:
         text = text[:-1]
     return text.rstrip() + "..."
@@ -83,7 +89,7 @@ def shorten(text: str, columns: int) -> str:
 def wrap(text: str, columns: int, lines: int) -> str:
     """Return a text on up to `lines` lines of `columns`, broken at spaces where possible; "..." ends a cut text."""
     rows = [""]
-    for word in text.split():
+    for word in one_line(text)[: 8 * columns * lines].split():
         if rows[-1] and _columns(rows[-1]) + 1 + _columns(word) > columns:
             rows.append("")
         elif rows[-1]:

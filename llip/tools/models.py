@@ -24,7 +24,7 @@ def open_on_device(model: str, pretrained: str | None, tokenizer: str | None, de
     """Open any model that `llip.open_model` opens, on a device.
 
     Raises:
-        UserError: no such model, or no such device here.
+        UserError: no such model, weights that are not finite, or no such device here.
     """
     import torch
 
@@ -33,4 +33,16 @@ def open_on_device(model: str, pretrained: str | None, tokenizer: str | None, de
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if device not in devices and not (device == "cuda" and len(devices) > 1):
         raise UserError(f"--device {device}: this machine has {', '.join(devices)}")
-    return open_model(model, pretrained, tokenizer=tokenizer).to(device)
+    opened = open_model(model, pretrained, tokenizer=tokenizer).to(device)
+    check_weights(opened)
+    return opened
+
+
+def check_weights(model: Llip) -> None:
+    """Raise a `UserError` that names the first parameter with NaN or inf."""
+    import torch
+
+    from llip.clipeval.scorer import require_finite
+
+    largest = torch.stack([parameter.detach().abs().max().float() for parameter in model.parameters()])
+    require_finite(largest, model, "weights", str)

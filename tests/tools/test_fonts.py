@@ -53,6 +53,9 @@ def test_lines_fit_and_lose_nothing():
     assert fonts.shorten("a  red\nstar", 10) == "a red star"
     assert fonts.shorten("a red star on the left", 13) == "a red star..."
     assert fonts.shorten("红" * 10, 13) == "红" * 5 + "..."
+    assert fonts.shorten("a\ud800\nb", 10) == "a? b"
+    assert fonts.shorten("x" * 10**6, 10) == "x" * 7 + "..."
+    assert fonts.wrap("x" * 10**6, 10, lines=2).endswith("...")
     assert fonts.wrap("a red star on the left", 10, lines=3) == "a red star\non the\nleft"
     assert fonts.wrap("红" * 12, 10, lines=3) == "红红红红红\n红红红红红\n红红"
     assert fonts.wrap("a red star on the left", 10, lines=2) == "a red star\non the..."

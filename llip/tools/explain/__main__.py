@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imports torch, which takes seconds: not for --help
 
 MOST_IMAGES, MOST_CAPTIONS, MOST_TOKENS = 8, 8, 8
 """Limits of a legible figure."""
+_CAPTION = 60  # characters of a caption in the table
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,6 +56,8 @@ def _check(given: argparse.Namespace) -> None:
         "--scenes": (1 if given.scenes is None else given.scenes, 1, MOST_IMAGES),
         "--tokens": (given.tokens, 1, MOST_TOKENS),
     }
+    if given.seed < 0:
+        raise UserError(f"--seed {given.seed}: expected 0 or more")
     for option, (value, least, most) in counts.items():
         if not least <= value <= most:
             raise UserError(f"{option}: {value} given, expected {max(1, least)} to {most}; more would not be legible")
@@ -65,10 +68,13 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _as_table(explanation: Explanation) -> str:
-    width = max(map(len, explanation.captions))
+    from llip.tools.fonts import shorten
+
+    captions = [shorten(caption, _CAPTION) for caption in explanation.captions]
+    width = max(map(len, captions))
     names = [name if len(name) <= 20 else "..." + name[-17:] for name in explanation.names]
     lines = [" " * width + "  " + "  ".join(f"{name:>10}" for name in names)]
-    for j, caption in enumerate(explanation.captions):
+    for j, caption in enumerate(captions):
         cells = (f"{explanation.scores[i, j]:{max(10, len(name))}.3f}" for i, name in enumerate(names))
         lines.append(f"{caption:{width}}  " + "  ".join(cells))
     return "\n".join([*lines, *explanation.notes])

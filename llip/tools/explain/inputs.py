@@ -22,6 +22,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: no such file (with the nearest name beside it), or it cannot be decoded.
     """
+    if path.is_dir():
+        raise UserError(f"--images {str(path)!r} is a folder; give files, for instance {path!s}/*.jpg")
     if not path.is_file():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"image {str(path)!r} is not there.{did_you_mean(path.name, beside)}")

@@ -39,7 +39,8 @@ def export(
         OpenCLIP, if there is none.
 
     Raises:
-        UserError: an unreadable checkpoint, results of another one, a folder with other files, or missing packages.
+        UserError: a checkpoint that cannot be read or whose weights are not finite, results of another one, a folder
+            with other files, or missing packages.
     """
     from tqdm import tqdm
 
@@ -47,11 +48,13 @@ def export(
     from llip.tools.export import folder as layout
     from llip.tools.export import plain_openclip, programs
     from llip.tools.export.model_card import model_card, read_results
+    from llip.tools.models import check_weights
 
     if onnx:
         programs.require_onnx()
     task_results = read_results(results, checkpoint) if results else None
     model = load_pretrained(checkpoint, tokenizer)
+    check_weights(model)
     checks: dict[str, float] = {}
     with layout.staged(out) as folder:
         layout.write_model(folder, model)

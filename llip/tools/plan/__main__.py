@@ -28,7 +28,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--nodes", type=int, metavar="N", help="as many machines, at the config's global batch")
     parser.add_argument(
-        "--mfu", type=mfu_range, metavar="X[-Y]", help="share of the GPU's peak [as published for models of this size]"
+        "--mfu", type=mfu, metavar="X[-Y]", help="share of the GPU's peak [as published for models of this size]"
     )
     parser.add_argument("--network", type=float, default=50.0, metavar="GB/S", help="from GPU to GPU [%(default)s]")
     parser.add_argument("--sample-kb", type=float, default=50.0, metavar="KB", help="of a sample [%(default)s]")
@@ -36,7 +36,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def mfu_range(text: str) -> tuple[float, float]:
+def mfu(text: str) -> tuple[float, float]:
     """Return (high, low) of `LOW-HIGH`, or of a single number."""
     low, _, high = text.partition("-")
     return float(high or low), float(low)

@@ -55,7 +55,7 @@ class Assumptions:
     def __post_init__(self) -> None:
         high, low = self.mfu or (1.0, 1.0)
         if not 0 < low <= high <= 1:
-            raise UserError(f"--mfu {low:g}-{high:g}: expected shares of the peak, more than 0 and at most 1")
+            raise UserError(f"--mfu {low:g}-{high:g}: expected LOW-HIGH, shares of the peak above 0 and up to 1")
         for name, value in (("--network", self.network), ("--sample-kb", self.sample)):
             if not value > 0:
                 raise UserError(f"{name}: expected more than 0")

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from llip.errors import UserError
 from llip.open_clip.pixels import to_rgb
-from llip.tools.fonts import best_font, shorten
+from llip.tools.fonts import best_font, one_line, shorten
 from llip.tools.search.query import Hit
 
 SIDE, GAP, COLUMNS, LINE = 200, 16, 5, 17  # pixels; images in a row
@@ -26,7 +26,9 @@ def thumbnail(path: Path, side: int) -> Image.Image:
             warnings.simplefilter("ignore")  # odd metadata
             with Image.open(path) as image:
                 image.draft("RGB", (2 * side, 2 * side))
-                return ImageOps.contain(to_rgb(image), (side, side), Image.Resampling.BICUBIC)
+                scale = side / max(image.size)
+                width, height = (max(1, round(scale * length)) for length in image.size)  # a thin image keeps a pixel
+                return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     except Exception:  # PIL raises many kinds for damaged files; the file may be deleted
         square = Image.new("RGB", (side, side), EMPTY)
         reason = "cannot be read" if path.is_file() else "no longer there"
@@ -40,9 +42,10 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 def _ending(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Return a name, or the end of it that fits `width` pixels."""
-    text = text.encode("utf-8", "replace").decode()
+    text = one_line(text)
     if font.getlength(text) <= width:
         return text
+    text = text[-width:]  # a character takes a pixel at least
     while text and font.getlength(f"...{text}") > width:
         text = text[1:]
     return f"...{text}"

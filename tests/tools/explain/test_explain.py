@@ -13,6 +13,7 @@ import llip
 from llip.tools.explain.__main__ import main
 from llip.tools.explain.explanation import effective_tokens, tokens_that_matter
 from llip.tools.explain.inputs import draw_scenes
+from llip.tools.export.__main__ import main as export
 from tests.helpers import image_bytes
 from tests.tools.test_fonts import write_font
 
@@ -183,6 +184,8 @@ def test_effective_tokens_and_order_by_hand():
         (["--scenes", "0", "--json"], "--scenes: 0"),
         (["--scenes", "1", "--out", "x.jpg"], "ends in .png"),
         (["--scenes", "1", "--out", "nowhere/x.png"], "folder 'nowhere' is not there"),
+        (["--scenes", "1", "--seed", "-1", "--json"], "--seed -1"),
+        (["--images", ".", "--captions", "a", "--json"], "'.' is a folder"),
     ],
 )
 def test_mistakes_are_reported(checkpoint, images, capsys, arguments, message):
@@ -191,3 +194,14 @@ def test_mistakes_are_reported(checkpoint, images, capsys, arguments, message):
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
+
+
+def test_weights_that_are_not_finite_are_refused(checkpoint, images, tmp_path, capsys):
+    stored = torch.load(checkpoint)
+    stored["state_dict"]["pooling.v_proj.weight"][0, 0] = float("nan")
+    torch.save(stored, tmp_path / "nan.pt")
+    assert main([str(tmp_path / "nan.pt"), "--images", *images, "--captions", "a", "--json"]) == 2
+    assert "parameter pooling.v_proj.weight" in capsys.readouterr().err
+    assert export([str(tmp_path / "nan.pt"), "--out", str(tmp_path / "out")]) == 2
+    assert "parameter pooling.v_proj.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

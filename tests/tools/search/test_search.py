@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -353,3 +355,18 @@ def test_mistakes_are_reported(folder, checkpoint, tmp_path, capsys):
     assert "missing or damaged" in error("query", path, "x")
     (path / "index.json").write_text("{")
     assert "is damaged" in error("query", path, "x")
+
+
+def test_names_that_are_no_text_and_an_image_of_one_row(checkpoint, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = [os.fsdecode(b"bad\xff.png"), "new\nline $x$.png", "x" * 200 + ".png"]
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(image_bytes(seed, size=32))
+    Image.new("L", (3000, 1)).save(folder / "thin.png")
+    command = [sys.executable, "-m", "llip", "search", "query", folder / ".llip_index", "a"]
+    assert main(["index", str(folder), "--checkpoint", str(checkpoint)]) == 0
+    done = subprocess.run([*command, "--out", tmp_path / "s.png", "--html", tmp_path / "p.html"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert rb"bad\udcff.png" in done.stdout
+    assert Image.open(tmp_path / "s.png").width > 420
