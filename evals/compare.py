@@ -173,18 +173,18 @@ def as_table(comparison: Comparison, markdown: bool = False) -> str:
 
 def write_files(comparison: Comparison, folder: Path) -> None:
     """Write compare.json, compare.md and compare.png into `folder`, created if missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "compare.json", json.dumps(comparison.to_json(), indent=2) + "\n")
-        text = f"# Comparison of zero-shot results, in percent\n\n{as_table(comparison, markdown=True)}\n"
-        write_text(folder / "compare.md", text)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
     labels = [row.task if row.metric in ("top1", "mean") else f"{row.task} {row.metric}" for row in comparison.rows]
     sides = {f"A: {comparison.names[0]}": [100 * row.first for row in comparison.rows]}
     for place, name in enumerate(comparison.names[1:]):
         sides[f"{chr(ord('B') + place)}: {name}"] = [100 * row.others[place].value for row in comparison.rows]
-    bar_chart(folder / "compare.png", "Zero-shot results", labels, sides, {})
+    text = f"# Comparison of zero-shot results, in percent\n\n{as_table(comparison, markdown=True)}\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "compare.json", json.dumps(comparison.to_json(), indent=2) + "\n")
+        write_text(folder / "compare.md", text)
+        bar_chart(folder / "compare.png", "Zero-shot results", labels, sides, {})
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {folder} cannot be written: {error}") from error
 
 
 @program

@@ -32,12 +32,15 @@ class Evaluation:
 
     Attributes:
         config: with model and output folder.
+        weights: the model's file. stamp: its size and time when the evaluation began.
         entries: all tasks. tasks: names of those that are not done.
         results: of the tasks that are done. earlier: results of other evaluations, for the chart.
         load: returns the model, carrying `.preprocess_val` and `.tokenizer`; importable.
     """
 
     config: EvalConfig
+    weights: Path
+    stamp: tuple[int, int]
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
     results: ResultsFile
@@ -77,6 +80,7 @@ def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel
     """Check the request and yield what remains to be evaluated, with the output folder locked."""
     precision = model_precision(config, devices[0])
     weights = find_weights_file(config)
+    stamp = _stamp(weights)  # before the content is read
     entries = load_catalog(config.catalog_name).select(config.tasks)
     model = identify_model(config, weights, precision)
     earlier = tuple(read_results(path) for path in config.compare_with)
@@ -94,7 +98,7 @@ def _open_evaluation(config: EvalConfig, devices: Sequence[str], load: LoadModel
             print(f"{kept} of {len(entries)} tasks are done already: {results.folder / 'results.json'}")
         if tasks:
             print(f"evaluating {weights} on {len(tasks)} tasks, on {' '.join(devices)}", flush=True)
-        yield Evaluation(config, tuple(entries), tasks, results, earlier, load)
+        yield Evaluation(config, weights, stamp, tuple(entries), tasks, results, earlier, load)
 
 
 def _evaluate_all(evaluation: Evaluation, devices: Sequence[str]) -> None:
@@ -132,6 +136,8 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
     processes = Processes.of_group()
     with raise_on_all_ranks(processes, CollectiveUserError, _user_message):
         model = evaluation.load(config).to(device).eval()
+        if _stamp(evaluation.weights) != evaluation.stamp:  # as latest.pt does while a run trains
+            raise UserError(f"{evaluation.weights} changed while it was loaded; evaluate a step_<N>.pt, or try again")
     if processes.is_main:
         progress.touch()
 
@@ -152,6 +158,11 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
     )
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def _stored(evaluation: Evaluation) -> ResultsFile:
     """Read the results that the evaluating processes have written."""
     return ResultsFile(evaluation.results.folder, evaluation.results.model)
@@ -162,8 +173,12 @@ def _report(evaluation: Evaluation) -> int:
     results, names = _stored(evaluation), [entry.name for entry in evaluation.entries]
     done = results.tasks(names)
     print(format_results(done))
-    chart = draw(results, names, evaluation.earlier, evaluation.config.references)
-    files = [results.folder / "results.json", results.folder / "results.md", *([chart] if chart else [])]
+    files = [results.folder / "results.json", results.folder / "results.md"]
+    try:
+        chart = draw(results, names, evaluation.earlier, evaluation.config.references)
+        files += [chart] if chart else []
+    except OSError as error:
+        print(f"warning: the chart cannot be written: {error}", file=sys.stderr)
     print(f"results: {', '.join(map(str, files))}")
     for note in notes(done):
         print(f"warning: {note}", file=sys.stderr)

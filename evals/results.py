@@ -180,7 +180,17 @@ class ResultsFile:
         return [self._results[name] for name in names if name in self._results]
 
     def add(self, result: TaskResult) -> None:
-        """Add one task's result and write the files, each in one atomic step."""
+        """Add one task's result and write the files, each in one atomic step.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        try:
+            self._add(result)
+        except OSError as error:
+            raise UserError(f"results cannot be written: {error}; set another output_dir, or make room") from error
+
+    def _add(self, result: TaskResult) -> None:
         if self.moved_to is not None and not self._results:  # not before there is a result that replaces them
             self._move_aside(self.folder / "results.json", self.moved_to)
         self._results[result.task] = replace(result, inputs=self._inputs.get(result.task))

@@ -62,13 +62,20 @@ class TaskResult:
 
     @classmethod
     def from_json(cls, task: str, stored: dict[str, Any]) -> "TaskResult":
-        """Read back what `to_json` wrote."""
-        stored = dict(stored)
-        values = {key: stored.pop(key) for key in list(stored) if "_R@" in key}
+        """Read back what `to_json` wrote; fields of later versions are ignored.
+
+        Raises:
+            TypeError, ValueError, KeyError: not what it wrote.
+        """
+        values = {key: value for key, value in stored.items() if "_R@" in key}
         if "value" in stored:
-            values = {stored["metric"]: stored.pop("value"), **stored.pop("values", {})}
-        stored["skipped_images"] = tuple(stored.get("skipped_images", ()))
-        return cls(task=task, values=values, **stored)
+            values = {stored["metric"]: stored["value"], **stored.get("values", {})}
+        for name, value in values.items():
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{task}, {name}: {value!r} is not a fraction")
+        known = {item.name for item in fields(cls)} & stored.keys() - {"task", "values"}
+        rest = {name: stored[name] for name in known}
+        return cls(task=task, values=values, **rest | {"skipped_images": tuple(stored.get("skipped_images", ()))})
 
 
 def classification_mean(results: Sequence[TaskResult]) -> float | None:

@@ -158,3 +158,23 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ]:
         assert program.main(arguments) == EXIT_USER
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], float("nan"), 1.5])
+def test_a_value_that_is_no_fraction(tmp_path: Path, value: object, capsys: pytest.CaptureFixture) -> None:
+    folder = write(tmp_path / "a", result("t", BEFORE))
+    path = tmp_path / "a" / "results.json"
+    stored = json.loads(path.read_text())
+    stored["tasks"]["t"]["value"] = value
+    path.write_text(json.dumps(stored))
+    assert program.main([folder, folder]) == EXIT_USER
+    assert f"t, top1: {value!r} is not a fraction" in capsys.readouterr().err
+
+
+def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", result("t", BEFORE))
+    path = tmp_path / "a" / "results.json"
+    stored = json.loads(path.read_text())
+    stored["tasks"]["t"]["later"] = {"x": 1}
+    path.write_text(json.dumps(stored))
+    assert read_results(folder).tasks["t"].n == IMAGES

@@ -45,6 +45,12 @@ def load_killed(config: EvalConfig) -> FakeModel:
     return load_fake(config)
 
 
+def load_replaced(config: EvalConfig) -> FakeModel:
+    """As of a run that trains on: `latest.pt` is replaced in the meantime."""
+    Path(config.checkpoint_path).write_text("12")
+    return load_fake(config)
+
+
 def load_nothing(config: EvalConfig) -> FakeModel:
     raise UserError("no model in here")
 
@@ -166,6 +172,27 @@ def test_another_checkpoint_starts_over_and_loses_nothing(config: EvalConfig) ->
     assert mc.run(config, ["cpu"], load_fake) == 0
     assert results_of(config)["tasks"]["pairs"] != first["tasks"]["pairs"]
     assert json.loads(Path(config.output_dir, "results.previous.json").read_text()) == first
+
+
+def test_a_checkpoint_that_changes_while_it_is_loaded_gives_no_results(config: EvalConfig) -> None:
+    with pytest.raises(UserError, match=r"model\.pt changed while it was loaded; evaluate a step_<N>\.pt"):
+        mc.run(config, ["cpu"], load_replaced)
+    assert not Path(config.output_dir, "results.json").exists()
+    assert mc.run(config, ["cpu"], load_fake) == 0
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.md", "per_sample"])
+def test_results_that_cannot_be_written(config: EvalConfig, name: str) -> None:
+    path = Path(config.output_dir, name)
+    path.mkdir(parents=True) if name != "per_sample" else (path.parent.mkdir(), path.write_text(""))
+    with pytest.raises(UserError, match=f"results cannot be written: .*{name}.*; set another output_dir, or make room"):
+        mc.run(config, ["cpu"], load_fake)
+
+
+def test_a_chart_that_cannot_be_written_costs_no_result(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+    Path(config.output_dir, "results.png").mkdir(parents=True)
+    assert mc.run(config, ["cpu"], load_fake) == 0
+    assert "warning: the chart cannot be written: " in capsys.readouterr().err
 
 
 def test_mistakes(config: EvalConfig) -> None:
