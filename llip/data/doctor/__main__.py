@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # these import torch, which takes seconds: not for --help
     from llip.data.doctor.report import Totals
     from llip.data.doctor.scan import ScanSettings, ShardFindings
 
+_MOST_WORKERS = 512
+
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
@@ -85,19 +87,17 @@ def _find_shards(arguments: argparse.Namespace) -> list[str]:
             f"{len(arguments.pattern)} patterns given; quote the pattern, so that the shell does not expand it: "
             "llip doctor '/data/*.tar' (several are joined by a comma, or by ::)"
         )
-    for option, value, least in (
-        ("--workers", arguments.workers, 0),
-        ("--context-length", arguments.context_length, 3),
-    ):
-        if value < least:
-            raise UserError(f"{option} {value}: expected {least} or more")
+    if not 0 <= arguments.workers <= _MOST_WORKERS:
+        raise UserError(f"--workers {arguments.workers}: expected 0 to {_MOST_WORKERS}")
+    if arguments.context_length < 3:
+        raise UserError(f"--context-length {arguments.context_length}: expected 3 or more")
     if arguments.caption_keys is not None:
         parse_caption_keys(arguments.caption_keys)
     data = parse_train_data(arguments.pattern[0])
     urls = list(dict.fromkeys(data.urls))
     if arguments.index and not arguments.index_dir and not all(is_local(url) for url in urls):
         raise UserError("--index: shards that are not on this machine need a folder for the index, --index-dir DIR")
-    if not any(os.path.exists(url) for url in urls if is_local(url)) and all(is_local(url) for url in urls):
+    if all(is_local(url) and (os.path.isdir(url) or not os.path.exists(url)) for url in urls):
         check_shards_exist(data)  # all missing: a wrong path; some missing: damage
     return urls
 

@@ -178,7 +178,7 @@ def _read_image(path: Path, source: Source) -> tuple[bytes, str] | None:
     """Return (bytes, suffix for their format, whatever the file's name), or count the reason against the image."""
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         source.drop("image is not there" if missing else "image cannot be read", str(path))
         return None

@@ -132,6 +132,10 @@ def _is_caption(value: Any) -> bool:
 
 
 def _add(image: Path, captions: Sequence[str], source: Source) -> None:
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError:  # json can spell half of a surrogate pair
+        return source.drop(NOT_UTF8, str(image))
     distinct = tuple(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))
     if not distinct:
         return source.drop(NO_CAPTION, str(image))

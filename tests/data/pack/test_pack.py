@@ -201,6 +201,8 @@ def test_bad_lines_are_counted(tmp_path, capsys):
         {"image": "", "caption": "x"},
         {"image": "0.png", "caption": 3},
         {"image": "0.png"},
+        {"image": "a\0.png", "caption": "x"},
+        {"image": "half.png", "caption": "\ud800"},
     ]
     text = "\n".join([*map(json.dumps, lines), "{", "[1]"])
     (tmp_path / "a.jsonl").write_text(text)
@@ -208,6 +210,8 @@ def test_bad_lines_are_counted(tmp_path, capsys):
     assert packed["dropped"] == {
         "line lacks the image or the caption": 1,
         "image is not there": 1,
+        "image cannot be read": 1,
+        "caption is not UTF-8": 1,
         "image is a URL; download it first, for instance with img2dataset": 1,
         "no image path": 1,
         "caption is neither a string nor a list of strings": 1,
