@@ -126,7 +126,7 @@ class WorkerStats:
         seconds = time.monotonic() - self.began
         if not self.found_usable and (bad.total() >= _ENOUGH_TO_JUDGE or seconds > FIRST_DEADLINE):
             raise UserError(
-                f"data: the first {bad.total()} samples, read in {seconds:.0f} s, cannot be used; wanted "
+                f"data: the first {bad.total()} samples or shards, read in {seconds:.0f} s, cannot be used; wanted "
                 f"{self.wanted}; {self.words(bad)}"
             )
 
