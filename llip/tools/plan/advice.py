@@ -8,7 +8,7 @@ from llip.system.gpus import Gpu
 from llip.tools.plan.memory import Memory, gpu_memory
 from llip.tools.plan.parameters import Parameters, count_parameters
 
-_FIELDS = ("grad_checkpointing", "distributed_engine", "batch_size", "accum_freq", "score_memory")
+_FIELDS = ("torchcompile", "grad_checkpointing", "distributed_engine", "batch_size", "accum_freq", "score_memory")
 
 
 def fits(memory: Memory, gpu: Gpu) -> bool:
@@ -41,7 +41,7 @@ def advise(config: Config, gpu: Gpu) -> list[str]:
     if memory.total <= gpu.memory:
         return []
     checkpointed, small_tiles = config.replace(grad_checkpointing=True), config.replace(score_memory=0.5)
-    bases = [checkpointed, small_tiles]
+    bases = [config.replace(torchcompile=True), checkpointed, small_tiles]
     if config.processes > 1 and config.ema_decay is None and config.precision != "amp_fp16":
         bases += [base.replace(distributed_engine="fsdp") for base in (config, checkpointed)]
     proposals = bases + [_smaller_batch(base, gpu.memory, parameters) for base in (config, *bases)]

@@ -151,7 +151,9 @@ def test_published_configs_fit_into_80_gib(config, first):
     assert make_plan(config, gpu).fits
     assert [line.split(":")[0] for line in advise(config, gpu)[:1]] == ([first] if first else [])
     if config.torchcompile:  # what the tower keeps without it is too much
-        assert advise(config.replace(torchcompile=False), gpu)[0].startswith("does not fit")
+        refused, *proposals = advise(config.replace(torchcompile=False), gpu)
+        assert refused.startswith("does not fit")
+        assert (first is None) == any("fits with torchcompile=true:" in line for line in proposals)
 
 
 def test_other_nodes_keep_the_global_batch():
