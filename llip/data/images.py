@@ -70,37 +70,45 @@ class RandomCrops:
         Raises:
             BadSample: the picture cannot be used.
         """
-        pixels = self._decode(data)
+        pixels = decode_image(data, self.max_pixels, self._reuse)
         if transform is not None:
             pixels = transform(pixels)
         _, height, width = pixels.shape
         return resize_crop(pixels, crop_box(height, width, rng, self.scale), self.size)
 
-    def _decode(self, data: bytes) -> Tensor:
-        """As `decode_image`, but the result may lie in the reused memory: it is valid until the next picture."""
-        shape = _jpeg_shape(data)
-        if shape is None:
-            return _decode_other(data, self.max_pixels)
-        needed = 3 * math.prod(shape)
-        if needed > _SCRATCH_BYTES:
-            return _decode_jpeg(data, shape, self.max_pixels)
-        if needed > self._scratch.size:
-            self._scratch = np.empty(needed, np.uint8)
-        return _decode_jpeg(data, shape, self.max_pixels, self._scratch)
+    def _reuse(self, size: int) -> np.ndarray | None:
+        """Return memory of at least `size` bytes that holds the previous picture, None for a large one."""
+        if size > _SCRATCH_BYTES:
+            return None
+        if size > self._scratch.size:
+            self._scratch = np.empty(size, np.uint8)
+        return self._scratch
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, memory: Callable[[int], np.ndarray | None] | None = None
+) -> Tensor:
     """Return the picture in `data`, the first one of an animation, as RGB [3, H, W] uint8.
 
     Args:
         data: bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF or (where PIL has it) AVIF file.
         max_pixels: largest H x W that is decoded. What PIL reads must also be within PIL's own limit.
+        memory: returns, for a number of bytes, where a JPEG may be decoded to; None: new memory.
 
     Raises:
         BadSample: no bytes, not an image, a truncated or damaged one, or one of too many pixels.
     """
     shape = _jpeg_shape(data)
-    return _decode_other(data, max_pixels) if shape is None else _decode_jpeg(data, shape, max_pixels)
+    if shape is None:
+        return _decode_other(data, max_pixels)
+    if math.prod(shape) > max_pixels:
+        raise BadSample(TOO_LARGE)
+    try:
+        buffer = memory(3 * math.prod(shape)) if memory else None
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
+    except ValueError:  # libjpeg warned or failed; PIL ignores some of the warnings
+        return _decode_other(data, max_pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def crop_box(
@@ -149,17 +157,6 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     return (height, width) if colors in _JPEG_COLORS else None
-
-
-def _decode_jpeg(data: bytes, shape: tuple[int, int], max_pixels: int, buffer: np.ndarray | None = None) -> Tensor:
-    """Decode a JPEG of the given (H, W), into `buffer` (bytes, large enough) if given."""
-    if math.prod(shape) > max_pixels:
-        raise BadSample(TOO_LARGE)
-    try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
-    except ValueError:  # libjpeg warned or failed; PIL ignores some of the warnings
-        return _decode_other(data, max_pixels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @functools.cache
