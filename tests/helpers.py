@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import pickle
 import queue
 import tarfile
 import tempfile
@@ -122,7 +123,8 @@ def _child(function: Callable, rank: int, count: int, store: str, results: Any, 
     try:
         if count > 1:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-        results.put((rank, function(rank, count, *arguments), None))
+        value = pickle.dumps(function(rank, count, *arguments))  # shared tensors would need this process to stay
+        results.put((rank, value, None))
     except BaseException as error:  # the parent reports whatever it was
         import traceback
 
@@ -161,4 +163,4 @@ class ProcessPool:
                     child.kill()
         failures = [f"rank {rank}: {failure}" for rank, _, failure in answers if failure]
         assert not failures, "\n".join(failures)
-        return [value for _, value, _ in answers]
+        return [pickle.loads(value) for _, value, _ in answers]

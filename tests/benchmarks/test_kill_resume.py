@@ -11,7 +11,10 @@ import pytest
 from benchmarks import kill_resume
 from benchmarks.kill_resume import KINDS, Launched, Outcome, is_good, kill_once, stop_writing, table, wait_for
 
-pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc"),
+]
 
 FAMILY = """
 import subprocess, sys, time

@@ -42,6 +42,7 @@ def run_tasks(folder: Path, count: int = 2) -> list[tuple[int, str, str]]:
     return [(task.returncode, *texts) for task, texts in zip(tasks, printed, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_tasks_share_the_evaluation_and_the_first_reports(folder: Path) -> None:
     (code, out, err), other = run_tasks(folder)
     assert code == 0, err
@@ -56,6 +57,7 @@ def test_the_tasks_share_the_evaluation_and_the_first_reports(folder: Path) -> N
     assert f"{len(expected)} of {len(expected)} tasks are done already" in out
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_every_task_with_one_message(folder: Path) -> None:
     (folder / "logs" / "run" / "checkpoints" / "latest.pt").unlink()
     first, other = run_tasks(folder)

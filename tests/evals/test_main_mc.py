@@ -248,6 +248,7 @@ def _one_fails_the_other_waits(device: str, pids: Path) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the second process has no data"):
         launch(_one_fails_the_other_waits, ["cpu", "cpu"], tmp_path)
@@ -274,6 +275,7 @@ def test_a_task_that_gets_a_process_killed_fails_and_the_others_run(
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_a_process_killed_before_any_task_ends_the_evaluation(config: EvalConfig) -> None:
     with pytest.raises(RunError, match=r"process 1 \(cpu\) was killed by SIGKILL .* before the first task"):
         mc.run(config, ["cpu", "cpu"], load_killed)
@@ -284,6 +286,7 @@ def _fails(device: str) -> None:
     raise ZeroDivisionError("a bug")
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_process_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"in _fails\n(.*\n)*ZeroDivisionError: a bug"):
         launch(_fails, ["cpu", "cpu"])
@@ -430,6 +433,7 @@ def _hold(folder: Path, ready: Path) -> None:
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_evaluation_is_released(config: EvalConfig, tmp_path: Path) -> None:
     holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(Path(config.output_dir), tmp_path / "on"))
     holder.start()

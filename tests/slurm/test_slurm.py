@@ -18,7 +18,10 @@ import pytest
 from tests.helpers import image_bytes, write_pairs
 from tests.slurm.cluster import DEADLINE, ENDED, Cluster, losses, read_lines, wait_until
 
-pytestmark = pytest.mark.timeout(900)  # the first one installs Slurm where it is not; each wait has its own deadline
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # the first one installs Slurm where it is not; each wait has its own deadline
 
 EPOCH, EPOCHS = 12, 3  # steps, epochs
 STEPS = EPOCH * EPOCHS

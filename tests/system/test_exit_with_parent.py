@@ -43,6 +43,7 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc")
 @pytest.mark.parametrize("victim", ["worker", "parent"])
 def test_a_worker_takes_its_command_along(tmp_path, victim):

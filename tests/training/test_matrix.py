@@ -60,6 +60,7 @@ def assert_equal_losses(found, plain):
     assert list(saved(found, 2)["state_dict"]) == list(saved(plain, 2)["state_dict"])
 
 
+@pytest.mark.slow
 def test_every_combination_without_compiling(pool, plain):
     configs = [variant(plain, *options) for options in EAGER]
     assert pool.run(train_together, 2, configs) == [[None] * len(configs)] * 2
@@ -67,6 +68,7 @@ def test_every_combination_without_compiling(pool, plain):
         assert_equal_losses(config, plain)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_whole_weights(pool, plain):
     """The average is a copy of the model, and names in the checkpoint know nothing of the compiler."""
@@ -76,6 +78,7 @@ def test_compiled_whole_weights(pool, plain):
     assert list(saved(config, 2)["ema_state_dict"]) == list(saved(plain, 2)["state_dict"])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_shares(pool, plain):
     """Block by block, inside of what is checkpointed and of the hooks that make weights whole."""

@@ -58,6 +58,7 @@ def final_state(config):
     return read_checkpoint(config.folder / "checkpoints" / "latest.pt")["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_overfits_32_pairs(config, loss):
     config = config.replace(loss=loss, batch_size=32, epochs=250, lr=3e-3, wd=0.0, save_frequency=0)
@@ -297,6 +298,7 @@ def test_gradient_checkpointing_and_bf16_run(config):
     assert losses(half) == pytest.approx(losses(config), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_mistake_of_two_processes_is_told_once(config, tmp_path):
     """How two processes train together is in `test_survival`."""
     train(config.replace(name="two"), "cpu")

@@ -27,6 +27,7 @@ def test_the_margin_covers_a_signal_at_the_worst_moment():
     assert margin(longest_step=1, write=2, stop=20.2) == 71
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_and_tidies_up(config_file, tmp_path, capsys):
     assert main([config_file, "--steps", "3", "--deadline", "200", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -50,6 +51,7 @@ def test_mistakes_are_one_message(config_file, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_shown(config_file, capsys):
     assert main([config_file, "train_data=nowhere.tar", "--steps", "2"]) == 3
     error = capsys.readouterr().err

@@ -14,7 +14,10 @@ from llip.configs import Config
 from llip.errors import EXIT_RUN, EXIT_STOPPED
 from tests.helpers import write_pairs
 
-pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc"),
+]
 
 
 @pytest.fixture(scope="module")

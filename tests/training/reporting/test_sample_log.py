@@ -30,6 +30,7 @@ def used(config):
     return read_records(config.folder / "sample_ids" / "process_0.jsonl")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_uses_the_same_samples(config, tmp_path):
     train(config, "cpu")
     assert [line["step"] for line in used(config)] == [step for step in range(1, 49) for _ in range(2)]

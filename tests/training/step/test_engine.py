@@ -77,6 +77,7 @@ def assert_same_training(found, expected, steps=6, rtol=1e-5):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 @pytest.mark.parametrize(
     "changes",
@@ -93,6 +94,7 @@ def test_shares_train_as_whole_weights_do(pool, config, loss, changes):
     assert max(column(ddp, "grad_norm")) > config.grad_clip  # gradients were clipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -106,6 +108,7 @@ def test_with_locked_towers_checkpointing_and_rates_by_layer(pool, config, chang
     assert_same_training(fsdp, ddp)
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_in_the_same_places(pool, config):
     """Autocast's copies of weights outlive the weights being whole, over the slices of a step."""
     ddp, fsdp = both(config, precision="amp_bf16", accum_freq=2, batch_size=4)
@@ -113,6 +116,7 @@ def test_bfloat16_rounds_in_the_same_places(pool, config):
     assert column(fsdp, "loss") == pytest.approx(column(ddp, "loss"), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ENGINES)
 def test_a_run_goes_on_under_the_other_engine(pool, config, first):
     second = "fsdp" if first == "ddp" else "ddp"
@@ -126,6 +130,7 @@ def test_a_run_goes_on_under_the_other_engine(pool, config, first):
     assert saved(other)["optimizer"]["param_groups"] == saved(straight)["optimizer"]["param_groups"]
 
 
+@pytest.mark.slow
 def test_the_same_folder_goes_on_under_the_other_engine(pool, config):
     ddp = config.replace(epochs=2)
     longer = config.replace(epochs=3, distributed_engine="fsdp")
@@ -157,6 +162,7 @@ def load_and_save(rank, count, config, path):
     return {name: t.numpy() for name, t in weights.items()}, moments, state["param_groups"], whole, held
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_between_file_and_shares(pool, config):
     pool.run(train_together, 2, [config.replace(layer_decay=0.5)])
     path = config.folder / "checkpoints" / "step_6.pt"
@@ -177,6 +183,7 @@ def test_nothing_is_lost_between_file_and_shares(pool, config):
     assert abs(other[4] - numbers / 2) < 0.1 * numbers
 
 
+@pytest.mark.slow
 def test_evaluation_and_nan_dumps_have_full_weights(pool, config, pairs, tmp_path):
     """31 images: the processes have different numbers of them to encode."""
     folder = write_pairs(tmp_path / "odd", 31, 31).rsplit("/", 1)[0]

@@ -137,7 +137,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("pooling", ["text", "first"])
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_equal_one_process(pool, loss, pooling, count):
     fields = {"loss": loss, "pooling": pooling}
     expected = loss_and_gradients(0, 1, 1, **fields)
@@ -167,7 +167,9 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.parametrize(("count", "accum"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("count", "accum"), [(1, 1), (1, 2), (2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
 def test_several_captions_are_the_equations(pool, count, accum):
     for fields in SEVERAL:
         expected = dense(**fields)
