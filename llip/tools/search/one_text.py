@@ -30,9 +30,10 @@ def scores_of_one_text(pooling: TextConditionedPooling, h: Tensor, t: Tensor) ->
 
     Args:
         pooling: one that `applies_to` holds for.
-        h: mixture tokens [B, K, D], float32.
+        h: mixture tokens [B, K, D], float32 (or what else the pooling pairs with texts).
         t: unit-norm text feature [D].
     """
+    h = pooling.attended(h)
     heads, width = pooling.heads, h.shape[-1]
     key_weight, value_weight = (
         projection.weight.unflatten(0, (heads, -1)) for projection in (pooling.k_proj, pooling.v_proj)

@@ -25,6 +25,13 @@ def test_scores_are_those_of_the_dense_form(tokens, width, heads):
         torch.testing.assert_close(scores_of_one_text(pooling, h, t), expected, rtol=0, atol=1e-9)
 
 
+def test_texts_attend_to_patches_alone():
+    pooling = random_pooling(9, 32, 4)
+    pooling.first_pair_token = 3
+    h, t = torch.randn(5, 9, 32), unit_norm(torch.randn(1, 32))
+    torch.testing.assert_close(scores_of_one_text(pooling, h, t[0]), pooling.scores(h, t)[:, 0])
+
+
 def test_applies_to_plain_text_conditioning_alone():
     assert applies_to(random_pooling(3, 16, 2))
     assert not applies_to(create_pooling("mean", 3, 16, 2, 1.0))
