@@ -54,6 +54,7 @@ class EvaluationProgram:
     def _run(self) -> int:
         import torch
 
+        from evals import mc
         from evals.devices import process_group
 
         config = scaffold.load(self.fname)
@@ -65,7 +66,7 @@ class EvaluationProgram:
             devices = [f"cuda:{index}" for index in range(count)]
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with process_group(self.device):
-            return scaffold.program(config)(config, devices)
+            return mc.run(config, devices)
 
     def checkpoint(self, *_: object) -> Any:
         """Return what submitit runs after a requeue: the same task."""

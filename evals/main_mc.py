@@ -31,12 +31,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 @program
 def main(arguments: Sequence[str]) -> int:
-    """Run the program that the YAML names."""
+    """Evaluate and return the exit code."""
     given = parse_arguments(arguments)
     config = scaffold.load(given.fname)
-    from evals.devices import choose_devices  # imports torch: not for --help or a mistyped file
+    from evals import mc  # imports torch: not for --help or a mistyped file
+    from evals.devices import choose_devices
 
-    return scaffold.program(config)(config, choose_devices(given.devices))
+    return mc.run(config, choose_devices(given.devices))
 
 
 if __name__ == "__main__":

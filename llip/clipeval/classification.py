@@ -17,6 +17,7 @@ from llip.clipeval.outcomes import Outcomes, hash_samples
 from llip.clipeval.scorer import Scorer
 from llip.clipeval.task_run import TaskRun
 from llip.clipeval.texts.classifier import Classifier, build_classifier
+from llip.clipeval.texts.labels import hash_texts
 
 
 def classify(entry: Entry, run: TaskRun) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def classify(entry: Entry, run: TaskRun) -> dict[str, Any]:
         "samples": outcomes.samples,
         "outcomes": outcomes,
         **skipped,
-        "classnames_hash": labels.classnames_hash,
-        "prompts_hash": labels.prompts_hash,
+        "classnames_hash": hash_texts(labels.classnames),
+        "prompts_hash": hash_texts(labels.templates),
     }
 
 

@@ -26,7 +26,7 @@ class EvalConfig:
         UserError: a wrong type or value; names all of them.
 
     Attributes:
-        eval_name: the program that runs it (`evals/scaffold.py` lists them).
+        eval_name: the program that runs it: mc.
         mc_config_name: run config that the checkpoint must match, as `llip train` takes it.
         checkpoint_path: a checkpoint, or an exported folder.
         model: instead of these two, anything that `llip.open_model` opens: a checkpoint, an exported folder or its
@@ -163,6 +163,7 @@ _RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     str: _STRING,
     str | None: _STRING,
     bool: (lambda value: isinstance(value, bool), "true or false"),
+    "eval_name": (lambda value: value == "mc", "mc"),
     "tasks": (lambda value: _strings(value) and bool(value), "a list of task names"),
     "compare_with": (_strings, "a list of results.json files or their folders"),
     "references": (_percentages, "lines of `name: percent`, between 0 and 100"),

@@ -82,7 +82,7 @@ def slowly(image: Image.Image) -> torch.Tensor:
 
 @pytest.fixture
 def pictures(tmp_path: Path):
-    """An image source of 24 pictures, in a process that notes signals and goes on, as a run does that is evaluating."""
+    """An image source of 24 pictures, in a process that notes signals and continues, as a run that evaluates."""
     write_imagefolder(tmp_path / "set", ["ant", "bee"], 12)
     entry = {"type": "imagefolder", "path": "set", "prompts": ["a {c}"]}
     before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}

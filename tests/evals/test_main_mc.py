@@ -123,7 +123,7 @@ def test_several_metrics_in_one_entry(config: EvalConfig, capsys: pytest.Capture
     assert [(row["task"], row["metric"]) for row in rows if row["task"] == "wds"] == [("wds", "mean_per_class")]
 
 
-def test_unreadable_images_are_told_and_failed_tasks_do_not_enter_the_mean_silently(
+def test_unreadable_images_are_named_and_failed_tasks_do_not_enter_the_mean_silently(
     config: EvalConfig, capsys: pytest.CaptureFixture
 ) -> None:
     write_imagefolder(Path(config.catalog_name).parent / "folder", CLASSES, 2)
@@ -132,13 +132,13 @@ def test_unreadable_images_are_told_and_failed_tasks_do_not_enter_the_mean_silen
     entries = {"folder": folder, "gone": folder | {"path": "gone"}}
     write_catalog(Path(config.catalog_name), entries)
     assert mc.run(config, ["cpu"], load_fake) == 1
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     words = "folder: 1 of 6 images cannot be read and are skipped, for instance "
     text = Path(config.output_dir, "results.md").read_text()
-    for place in (told.err, text):
+    for place in (printed.err, text):
         assert words in place
         assert "bee/001.png" in place
-    assert "of 1 classification tasks, 1 failed" in told.out
+    assert "of 1 classification tasks, 1 failed" in printed.out
     assert "\n- gone failed: dataset folder gone" in text
 
 
@@ -234,7 +234,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_devices(["cuda:0"])
 
 
-def test_command_line_tells_a_mistake_without_traceback(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
+def test_a_mistake_on_the_command_line_has_no_traceback(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
     path = Path(config.output_dir).with_suffix(".yaml")
     path.write_text("mc_config_name: llip_quickstart\ncheckpoint_path: gone.pt\noutput_dir: out\n")
     assert main_mc.main(["--fname", str(path), "--devices", "cpu"]) == EXIT_USER
@@ -270,9 +270,9 @@ def test_a_task_that_gets_a_process_killed_fails_and_the_others_run(
     assert [name for name in tasks if tasks[name].get("error")] == ["deadly"]
     assert tasks["wds"]["n"] == 30
     assert tasks["pairs"]["n"] == 6
-    told = capfd.readouterr().err
-    assert "error: deadly: process 1 (cpu) was killed by SIGKILL (often: out of memory)" in told
-    assert "Traceback" not in told
+    printed = capfd.readouterr().err
+    assert "error: deadly: process 1 (cpu) was killed by SIGKILL (often: out of memory)" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

@@ -118,8 +118,11 @@ def test_an_exported_model_scores_as_its_checkpoint(tmp_path: Path, monkeypatch)
         ("model: ViT-B-61\npretrained: openai\n", "'ViT-B-61' is neither a path nor an OpenCLIP model.*ViT-B-16"),
         ("model: gone.pt\n", r"'gone\.pt' is not there"),
         ("model: .\n", "holds no weights"),
-        ("model: a.pt\nmc_config_name: llip_b16\n", "both model and mc_config_name"),
-        ("pretrained: openai\n", "pretrained = 'openai' without model"),
+        (
+            "model: a.pt\nmc_config_name: llip_b16\n",
+            "mc_config_name = 'llip_b16' does not go with .*; model replaces",
+        ),
+        ("pretrained: openai\n", "pretrained = 'openai' does not go with .*; give the OpenCLIP model's name as model"),
         ("model: a.pt\nprecision: half\n", "precision = 'half'; expected one of fp32"),
         ("model: $LLIP_TEST_UNSET/a.pt\n", "variable LLIP_TEST_UNSET is not set"),
     ],
@@ -132,7 +135,7 @@ def test_mistakes(keys: str, message: str, tmp_path: Path, monkeypatch, capsys):
     assert not Path("out").exists()
 
 
-def test_a_plain_model_in_the_place_of_a_runs_is_a_mistake(plain_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_plain_model_instead_of_a_runs_is_a_mistake(plain_folder: Path, tmp_path: Path, capsys) -> None:
     keys = f"mc_config_name: llip_quickstart\ncheckpoint_path: {plain_folder}\noutput_dir: {tmp_path / 'out'}\n"
     catalog = write_catalog(tmp_path / "catalog.json", {"x": {"type": "imagefolder", "path": "x", "prompts": ["{c}"]}})
     (tmp_path / "x.yaml").write_text(f"{keys}catalog_name: {catalog}\n")

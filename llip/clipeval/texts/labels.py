@@ -24,14 +24,6 @@ class Labels:
         names = _names(self.classnames[label])
         return [template.replace("{c}", name) for template in self.templates for name in names]
 
-    @property
-    def classnames_hash(self) -> str:
-        return hash_texts(self.classnames)
-
-    @property
-    def prompts_hash(self) -> str:
-        return hash_texts(self.templates)
-
 
 def _names(name: Name) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else name

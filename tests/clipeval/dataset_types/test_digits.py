@@ -1,4 +1,4 @@
-"""scikit-learn's digits: the images, the order of the classes, and what a machine without the package is told."""
+"""scikit-learn's digits: the images, the order of the classes, and the message on a machine without the package."""
 
 import importlib.util
 

@@ -89,7 +89,7 @@ def test_weights_and_layout_are_hashed() -> None:
         model.words.weight[3, 2] += 1e-6
     assert hash_weights(model) != first
     model = FakeModel()
-    model.dropout = torch.nn.Dropout(0.25)  # no weights: only the layout tells
+    model.dropout = torch.nn.Dropout(0.25)  # no weights: only the layout shows it
     assert hash_weights(model) != first
     model = FakeModel()
     model.text = torch.nn.Linear(2, 2)
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(folder: Path, damage: str, cap
     (path,) = (folder / "cache").iterdir()
     whole = path.read_bytes()
     flipped = bytearray(whole)
-    flipped[len(flipped) // 2] ^= 1  # among the numbers: only a checksum tells
+    flipped[len(flipped) // 2] ^= 1  # among the numbers: only a checksum shows it
     path.write_bytes({"truncated": whole[:-40], "flipped": bytes(flipped), "empty": b"", "other": b"hello"}[damage])
     model = CountingModel()
     with caplog.at_level(logging.WARNING):

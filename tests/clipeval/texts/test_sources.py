@@ -93,7 +93,7 @@ def test_timm_is_read_as_data(packages: Path) -> None:
         read("timm:other", packages, "class_keys")
 
 
-def test_a_missing_package_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"clip-benchmark is not installed; .*pip install --no-deps clip-benchmark"):
         read("clip_benchmark:pets", Path())
