@@ -50,8 +50,8 @@ def labels_of(entry: Entry, source: ImageSource) -> Labels:
     """Read the class names and prompts of an entry and match them with the dataset's; see `resolve_labels`."""
     if entry.label_names and source.classnames:
         raise UserError("label_names is for datasets without class names, and this one has them; remove it")
-    own = entry.label_names or source.classnames
-    return resolve_labels(entry.classnames, entry.prompts, own, source.templates, entry.num_classes, entry.class_keys)
+    names = entry.label_names or source.classnames
+    return resolve_labels(entry.classnames, entry.prompts, names, source.templates, entry.num_classes, entry.class_keys)
 
 
 def check_targets(source: ImageSource, labels: Labels) -> None:

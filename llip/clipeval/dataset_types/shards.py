@@ -178,8 +178,8 @@ def index_shards(folder: Path) -> list[ShardSample]:
         raise UserError(f"{declared} has {declared.read_text().strip()!r}, but {folder} has {len(shards)} .tar shards")
     samples = [sample for shard in shards for sample in _index_shard(shard)]
     if samples and not any(sample.image_key for sample in samples):
-        found = ", ".join(sorted({key for sample in samples[:100] for key in sample.members}))
-        raise UserError(f"no sample in {folder} has an image ({', '.join(IMAGE_KEYS)}); keys found: {found}")
+        keys = ", ".join(sorted({key for sample in samples[:100] for key in sample.members}))
+        raise UserError(f"no sample in {folder} has an image ({', '.join(IMAGE_KEYS)}); keys found: {keys}")
     return samples
 
 

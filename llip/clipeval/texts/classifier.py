@@ -71,7 +71,8 @@ def queries_of(labels: Labels, ensemble: str) -> tuple[list[list[str]], list[lis
     prompts = [labels.prompts_of(label) for label in range(len(labels.classnames))]
     if ensemble == "feature":
         return prompts, [[label] for label in range(len(prompts))]
-    number = {text: place for place, text in enumerate(dict.fromkeys(text for some in prompts for text in some))}
+    distinct = dict.fromkeys(text for some in prompts for text in some)
+    number = {text: query for query, text in enumerate(distinct)}
     if len(number) > MAX_QUERIES:
         raise UserError(
             f"prompt_ensemble = 'score' scores each image against {len(number):,} texts, at most {MAX_QUERIES:,}; use "

@@ -37,8 +37,8 @@ def hash_texts(texts: Sequence[Name]) -> str:
 def resolve_labels(
     classnames: TextSource,
     prompts: TextSource,
-    own_classnames: Sequence[str] | None,
-    own_templates: Sequence[str] | None,
+    dataset_names: Sequence[str] | None,
+    dataset_prompts: Sequence[str] | None,
     num_classes: int | None,
     class_keys: TextSource | None = None,
 ) -> Labels:
@@ -52,18 +52,18 @@ def resolve_labels(
     Raises:
         UserError: no such source; another number or order of classes than the dataset's; a template without {c}.
     """
-    names = classnames.read(own_classnames, "classnames")
+    names = classnames.read(dataset_names, "classnames")
     if class_keys is not None:
         names = _keyed(names, class_keys.read(None, "class_keys"))
     if isinstance(names, Mapping):
-        names = _rename(names, own_classnames, classnames)
-    elif own_classnames is not None:
-        names = _in_label_order(names, own_classnames)
+        names = _rename(names, dataset_names, classnames)
+    elif dataset_names is not None:
+        names = _in_label_order(names, dataset_names)
     if num_classes is not None and len(names) != num_classes:
         raise UserError(f"{len(names)} class names, but the entry expects num_classes = {num_classes}")
     if len(names) < 2:
         raise UserError(f"{len(names)} class names; zero-shot classification needs at least 2")
-    templates = tuple(template.replace("{}", "{c}") for template in prompts.read(own_templates, "prompts"))
+    templates = tuple(template.replace("{}", "{c}") for template in prompts.read(dataset_prompts, "prompts"))
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"prompt {template!r} has no {{c}} where the class name goes")
@@ -79,18 +79,20 @@ def _keyed(names: Texts, keys: Sequence[str]) -> dict[str, str | Sequence[str]]:
     return dict(zip(keys, names, strict=True))
 
 
-def _rename(names: Mapping[str, str | Sequence[str]], own: Sequence[str] | None, source: TextSource) -> Texts:
+def _rename(names: Mapping[str, str | Sequence[str]], dataset_names: Sequence[str] | None, source: TextSource) -> Texts:
     where = "classnames" if source.kind == "list" else source.value
-    if own is None:
+    if dataset_names is None:
         raise UserError(f"{where} maps the dataset's class names, but the dataset has none; use a list")
     folded = {key.replace("_", " "): name for key, name in names.items()}  # a dataset shows its folders' names as words
-    for name in own:
+    for name in dataset_names:
         if name.replace("_", " ") not in folded:
             raise UserError(f"{where} has no name for the dataset's class {name!r}.{did_you_mean(name, names)}")
-    return [folded[name.replace("_", " ")] for name in own]
+    return [folded[name.replace("_", " ")] for name in dataset_names]
 
 
-def _in_label_order(names: Sequence[str | Sequence[str]], own: Sequence[str]) -> Sequence[str | Sequence[str]]:
+def _in_label_order(
+    names: Sequence[str | Sequence[str]], dataset_names: Sequence[str]
+) -> Sequence[str | Sequence[str]]:
     """Return names in the order of the labels: by name if they are the dataset's own, else as they are.
 
     Of a class with synonyms the first name counts.
@@ -99,11 +101,11 @@ def _in_label_order(names: Sequence[str | Sequence[str]], own: Sequence[str]) ->
         UserError: another number of names, or names that are partly the dataset's and stand at other classes.
     """
     firsts = [name if isinstance(name, str) else name[0] for name in names]
-    given, expected = ([name.lower().replace("_", " ") for name in part] for part in (firsts, own))
+    given, expected = ([name.lower().replace("_", " ") for name in part] for part in (firsts, dataset_names))
     if len(given) != len(expected):
         first = next((i for i, pair in enumerate(zip(given, expected, strict=False)) if pair[0] != pair[1]), None)
         first = min(len(given), len(expected)) if first is None else first
-        here, there = (repr(part[first]) if first < len(part) else "nothing" for part in (firsts, own))
+        here, there = (repr(part[first]) if first < len(part) else "nothing" for part in (firsts, dataset_names))
         raise UserError(
             f"{len(given)} class names for a dataset of {len(expected)} classes; the first difference is class "
             f"{first}: {here}, in the dataset {there}"

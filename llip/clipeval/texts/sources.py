@@ -70,11 +70,11 @@ class TextSource:
         return self.kind == "file" and self.file.is_file()
 
     @overload
-    def read(self, own: Sequence[str] | None, what: Literal["class_keys", "prompts"]) -> Sequence[str]: ...
+    def read(self, of_dataset: Sequence[str] | None, what: Literal["class_keys", "prompts"]) -> Sequence[str]: ...
     @overload
-    def read(self, own: Sequence[str] | None, what: str) -> Texts: ...
-    def read(self, own: Sequence[str] | None, what: str) -> Texts:
-        """Return the texts; `own` are the dataset's, `what` is classnames, class_keys or prompts.
+    def read(self, of_dataset: Sequence[str] | None, what: str) -> Texts: ...
+    def read(self, of_dataset: Sequence[str] | None, what: str) -> Texts:
+        """Return the texts; `of_dataset` are the dataset's own, `what` is classnames, class_keys or prompts.
 
         A .txt file has one text per line. A .json file has a list, or for class names an object from the dataset's own
         name of a class to the name to use; after `#`, the entry of an object of such lists.
@@ -85,9 +85,9 @@ class TextSource:
         if isinstance(self.value, tuple):
             return self.value
         if self.kind == "dataset":
-            if own is None:
+            if of_dataset is None:
                 raise UserError(f"the dataset defines no {what}; give the entry's {what} as a list or a file")
-            return own
+            return of_dataset
         return _from_package(self.value, what) if self.kind == "package" else self._from_file(what)
 
     def _from_file(self, what: str) -> Texts:
