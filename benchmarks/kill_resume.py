@@ -1,9 +1,9 @@
 """Kill a run at random moments and resume it: `python -m benchmarks.kill_resume [--kills 20] [--json]`.
 
-One run is undisturbed. Another is killed (SIGKILL) again and again, and the same command resumes it: the whole tree of
+One run is undisturbed. Another is killed (SIGKILL) repeatedly and resumed by the same command: the whole tree of
 processes, the launcher alone, the tree while it writes a checkpoint, or the launcher during start-up. Processes that
-outlive a killed launcher are counted. In the end, losses and final weights must equal those of the first run, bit for
-bit. Needs /proc (Linux).
+outlive a killed launcher are counted. Losses and final weights must equal those of the first run, bit for bit. Needs
+/proc (Linux).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llip.system.program import program
 
 KINDS = ("tree", "launcher", "writing", "start")
-"""What is killed: all processes; the launcher; all processes while they write a checkpoint; the launcher before the
+"""What is killed: all processes; the launcher; all processes during a checkpoint's writing; the launcher before the
 first step."""
 START_MOMENTS = (0.5, 6.0)
 """Range of seconds after which a run is killed during start-up, unless its first step comes earlier."""
@@ -54,7 +54,7 @@ class Outcome:
 
 
 class Launched:
-    """A command and all its descendants, found by a mark in their environment."""
+    """A command and all its descendants, identified by a variable of their environment."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.mark = uuid.uuid4().hex
@@ -269,7 +269,7 @@ def run_command(name: str, logs: Path, processes: int, steps: int) -> list[str]:
 
 @program
 def main(arguments: Sequence[str]) -> int:
-    """Kill and resume with each number of processes; exit code 1 when losses or weights differ or processes survive."""
+    """Kill and resume with each number of processes; return 1 if losses or weights differ or processes survive."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kill_resume", description=(__doc__ or "").split("\n\n")[0]
     )
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def is_good(outcome: Outcome, kills: int) -> bool:
-    """Return whether a run was killed that often, lost nothing and left no process behind."""
+    """Return whether a run was killed as often as requested, lost nothing and left no process."""
     wrong = outcome.different_losses or outcome.different_weights or outcome.survivors
     return not wrong and sum(outcome.kills.values()) == kills
 

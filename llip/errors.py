@@ -1,8 +1,7 @@
 """Errors as part of the interface: a user's mistake is one message.
 
-Every mistake that a user can make ends as a `UserError`: one message that names the thing, the value, what was expected
-and the fix. Programs print it without a traceback and exit with `EXIT_USER`; anything else that is raised is
-a bug and keeps its traceback.
+A user's mistake ends as a `UserError`: one message that names the thing, the value, what was expected and the fix.
+Programs print it without a traceback and exit with its code; any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -21,7 +20,7 @@ EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for. The message stands on its own: no traceback is shown."""
+    """A mistake in the user's request; its message is shown without a traceback."""
 
     exit_code = EXIT_USER
 
@@ -39,25 +38,25 @@ class CollectiveUserError(UserError):
 
 
 class RunError(UserError):
-    """A run that failed by itself. Printed like a `UserError`, with another exit code."""
+    """A run that failed; printed like a user's mistake, with another exit code."""
 
     exit_code = EXIT_RUN
 
 
 def shown(value: object) -> str:
-    """Return a value as messages repeat it: in quotes where it is text, cut where it is long."""
+    """Return a value for a message: text in quotes, long values cut."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to `count` of `choices` that look most like `name`, best first; empty when none is close."""
+    """Return up to `count` of `choices` most similar to `name`, best first; none if none is close."""
     folded = {choice.lower(): choice for choice in choices}
     return [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=count, cutoff=0.5)]
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a ' Did you mean ...?' sentence for an unknown `name`, or the choices when none is near."""
+    """Return a ' Did you mean ...?' sentence for an unknown `name`, or the choices if none is similar."""
     choices = list(choices)
     close = nearest(name, choices)
     if close:

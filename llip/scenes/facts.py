@@ -1,7 +1,7 @@
 """From a `Scene` to sentences: the facts that are true of it, each with several ways to say it.
 
-A caption states one fact (or where two things are) and omits all others: that is the caption diversity that the
-dataset exists for. Every caption fits in 16 tokens of CLIP's tokenizer.
+A caption states one fact (or where two things are) and omits all others: this is the caption diversity that the
+dataset is made for. Every caption fits in 16 tokens of CLIP's tokenizer.
 """
 
 from bisect import bisect
@@ -27,7 +27,7 @@ RELATIONS = {
 
 @dataclass(frozen=True)
 class Mention:
-    """A thing as a caption names it; `size` is None where the caption leaves it out."""
+    """A thing as a caption names it; `size` is None where the caption omits it."""
 
     color: str
     shape: str
@@ -143,7 +143,7 @@ class Count(Fact):
 
 
 TRAIN_SHARES = {"place": 0.5, "two_places": 0.15, "relation": 0.1, "presence": 0.1, "background": 0.1, "count": 0.05}
-"""How often a caption is asked to be of each kind. Where things are is the majority: it distinguishes pictures best.
+"""Share of each kind among the captions drawn. Places are the majority: they distinguish pictures best.
 
 A scene of two things has few places to state, so over all captions they come less often than this (0.58 of them).
 """
@@ -163,18 +163,18 @@ def mixed_captions(scene: Scene, count: int, rng: np.random.Generator) -> tuple[
     """Return `count` different captions of a scene, drawn by `TRAIN_SHARES`, and the fact that each states."""
     kinds = list(TRAIN_SHARES)
     endless = (kinds[bisect(_CUMULATIVE, u * _CUMULATIVE[-1])] for u in iter(rng.random, None))
-    return _tell(scene, endless, count, _SIZED_SHARE, rng)
+    return _draw_captions(scene, endless, count, _SIZED_SHARE, rng)
 
 
 def retrieval_captions(scene: Scene, rng: np.random.Generator) -> tuple[list[str], list[Fact]]:
     """Return captions of the kinds in `RETRIEVAL_KINDS`, in that order, and the fact that each states."""
-    return _tell(scene, iter(RETRIEVAL_KINDS), len(RETRIEVAL_KINDS), 1.0, rng)
+    return _draw_captions(scene, iter(RETRIEVAL_KINDS), len(RETRIEVAL_KINDS), 1.0, rng)
 
 
-def _tell(
+def _draw_captions(
     scene: Scene, kinds: Iterator[str], count: int, sized_share: float, rng: np.random.Generator
 ) -> tuple[list[str], list[Fact]]:
-    """Tell `count` facts of the kinds that `kinds` yields, no fact twice; a kind that has run out is passed over."""
+    """Return captions of `count` different facts of the kinds that `kinds` yields, skipping kinds that have run out."""
 
     def name(thing: Thing) -> Mention:
         return Mention(thing.color, thing.shape, thing.size if rng.random() < sized_share else None)

@@ -100,8 +100,8 @@ def ensure_scenes(
 ) -> Path:
     """Write the dataset to `out` unless it is there already, and return `out`.
 
-    Safe to call from several processes at once: the first to finish wins, the others find its files equal to theirs.
-    Raises UserError where `out` holds something else, or scenes made with other arguments or another version.
+    Several processes may call it at once: the first to finish wins, and its files equal those of the others.
+    Raises UserError where `out` holds something else, or scenes of other arguments or another version.
     """
     args = ScenesArgs(train, test, seed, image_size, captions)
     out = Path(out)
@@ -120,20 +120,20 @@ def _holds(out: Path, args: ScenesArgs) -> bool:
     if not _is_taken(out):
         return False
     try:
-        found = json.loads((out / MANIFEST).read_text())
-        version, arguments = found["version"], {"captions": CAPTIONS} | found["arguments"]  # older ones lack it
+        manifest = json.loads((out / MANIFEST).read_text())
+        version, arguments = manifest["version"], {"captions": CAPTIONS} | manifest["arguments"]  # older ones lack it
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"scenes: {out} is there but is no folder of scenes (no readable {MANIFEST} in it). "
-            "Give another folder, or move this one away."
+            f"scenes: {str(out)!r} exists and is not a folder of scenes (no readable {MANIFEST} in it). "
+            "Give another folder, or move this one away"
         ) from None
     differing = [f"{k}={arguments.get(k)!r}, not {v!r}" for k, v in asdict(args).items() if arguments.get(k) != v]
     if version != VERSION:
         differing.append(f"generator version {version!r}, not {VERSION}")
     if differing:
         raise UserError(
-            f"scenes: {out} holds scenes made with {'; '.join(differing)}. "
-            "Give another folder, the same arguments, or delete this one to render it again."
+            f"scenes: {str(out)!r} holds scenes made with {'; '.join(differing)}. "
+            "Give another folder or the same arguments, or delete this one to render it again"
         )
     return True
 
@@ -145,7 +145,7 @@ def _is_taken(out: Path) -> bool:
 
 def _refuse_if_taken(out: Path) -> None:
     if _is_taken(out):
-        raise UserError(f"scenes: {out} is there and not empty. Give another folder, or delete this one.")
+        raise UserError(f"scenes: {str(out)!r} exists and is not empty. Give another folder, or delete this one")
 
 
 def _write_all(root: Path, args: ScenesArgs) -> None:
@@ -176,7 +176,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 def _write_shards(
     sample: Callable[[int], Members], count: int, folder: Path, name: str, shard_size: int, progress: tqdm
 ) -> int:
-    """Write samples 0 .. count - 1 to tars of `shard_size` samples, called `name` of their number; return how many."""
+    """Write samples 0 .. count - 1 to tars of `shard_size` samples, named by number; return the number of tars."""
     starts = range(0, count, shard_size)
     for shard, start in enumerate(starts):
         with tarfile.open(folder / name.format(shard), "w", format=tarfile.USTAR_FORMAT) as tar:

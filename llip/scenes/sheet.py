@@ -1,4 +1,4 @@
-"""A picture of example scenes with captions beneath them, to see at a glance what the dataset holds."""
+"""A picture of example scenes with their captions."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def contact_sheet(out: Path, path: Path, rows: int = 2, cols: int = 4) -> Path:
     Raises UserError where `out` holds no training shard, too few scenes, or `path` cannot be written.
     """
     if rows < 1 or cols < 1:
-        raise UserError(f"scenes: a sheet needs at least one row and one column, got {rows} x {cols}.")
+        raise UserError(f"scenes: a sheet needs at least one row and one column, got {rows} x {cols}")
     font = ImageFont.load_default(TEXT_SIZE)
     samples = [(image, _lines(captions, font)) for image, captions in _first_samples(Path(out), rows * cols)]
     cell_height = SIDE + LINE * max(len(lines) for _, lines in samples) + 2 * GAP
@@ -38,7 +38,7 @@ def contact_sheet(out: Path, path: Path, rows: int = 2, cols: int = 4) -> Path:
         sheet.save(path, "PNG")
     except OSError as error:
         raise UserError(
-            f"scenes: cannot write the sheet {path}: {error}. Give a path in a folder that exists."
+            f"scenes: cannot write the sheet {str(path)!r}: {error}. Give a path in an existing folder"
         ) from None
     return Path(path)
 

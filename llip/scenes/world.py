@@ -1,8 +1,8 @@
 """What a scene is, and how one is drawn at random: no pixels and no words yet.
 
 A scene is a coloured background with two to four things on it, each in another cell of a 2 x 2 grid. No two things
-of a scene share both shape and colour, so "the red star" is always one thing. The things are few and large on purpose:
-a small ViT on two CPU cores finds out what the captions are about within minutes.
+of a scene share both shape and colour, so "the red star" is unambiguous. The things are few and large, so that a small
+ViT on two CPU cores learns what the captions describe within minutes.
 """
 
 from collections.abc import Sequence

@@ -116,11 +116,11 @@ def test_ensure_is_idempotent_and_refuses_other_content(tmp_path):
     with pytest.raises(UserError, match="generator version 0"):
         ensure_scenes(out, train=3, test=2, seed=0, image_size=32)
     (out / "scenes.json").write_text("[]")
-    with pytest.raises(UserError, match="no folder of scenes"):
+    with pytest.raises(UserError, match="not a folder of scenes"):
         ensure_scenes(out, train=3, test=2, seed=0, image_size=32)
     taken = tmp_path / "file"
     taken.write_text("mine")
-    with pytest.raises(UserError, match="no folder of scenes"):
+    with pytest.raises(UserError, match="not a folder of scenes"):
         ensure_scenes(taken, train=3, test=2, seed=0, image_size=32)
     assert taken.read_text() == "mine"
 
