@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llip.open_clip.model import Llip
 from llip.open_clip.pooling import TextFreePooling
-from llip.tools.explain.attention import How, token_attention
+from llip.tools.explain.attention import How, patch_grid, token_attention
+
+_TOKENS = {"mixture": "mixture tokens", "patches": "patches", "both": "mixture tokens and patches"}  # by `pair_tokens`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Explanation:
     attention: Tensor | None  # of these tokens over patches [B, K, H, W]
     how: str  # last, rollout or none
     pooling: str
+    tokens: str  # what captions attend to: mixture tokens, patches or both
     text_conditioned: bool  # the weights may differ between captions
     squashed: bool  # the model sees the whole image made square, not the square in its middle
     notes: list[str]  # why something is not shown for this model
 
     @property
     def mean_weights(self) -> Tensor:
-        """Weights over mixture tokens, averaged over heads [B, T, K]."""
+        """Weights over tokens, averaged over heads [B, T, K]."""
         return self.weights.mean(dim=2)
 
     def caption_maps(self, image: int) -> Tensor:
@@ -95,7 +98,7 @@ def _notes(model: Llip) -> list[str]:
 
 def _attended_maps(model: Llip, pixels: Tensor, how: How) -> Tensor:
     """Return where each token that captions attend to looks [B, K, H, W]; a patch looks at its own place."""
-    which, (height, width) = model.config["pair_tokens"], model.visual.grid_size
+    which, (height, width) = model.config["pair_tokens"], patch_grid(model.visual)
     patches = torch.eye(height * width, device=pixels.device).unflatten(1, (height, width))
     patches = patches.expand(len(pixels), -1, -1, -1)
     if which == "patches":
@@ -138,6 +141,7 @@ def explain(
         attention=attention,
         how=how,
         pooling=model.config["pooling"],
+        tokens=_TOKENS[model.config["pair_tokens"]],
         text_conditioned=weights.shape[-1] > 1 and not isinstance(model.pooling, TextFreePooling),
         squashed=model.config["architecture"].get("resize_mode") == "squash",
         notes=_notes(model),

@@ -85,11 +85,13 @@ def _footer(explanation: Explanation) -> str:
     if heads * tokens > _BY_HEAD:
         lines.append(f"Weights by head are not drawn for {heads} heads x {tokens} tokens; --json prints them.")
     if explanation.how in source:
-        lines.append(
-            f"Maps: {source[explanation.how]}, of mixture tokens over patches; a caption's map is the average of the "
-            "tokens' maps under its weights.\n"
-            "Brightness is the square root of the attention relative to each map's maximum."
+        maps = (
+            f"{source[explanation.how]}, of mixture tokens over patches; a caption's map is the average of the tokens' "
+            "maps under its weights"
         )
+        if explanation.tokens == "patches":
+            maps = "the weights of captions over patches"
+        lines.append(f"Maps: {maps}.\nBrightness is the square root of the attention relative to each map's maximum.")
     return "\n".join(lines)
 
 
@@ -111,7 +113,7 @@ def _draw_numbers(block: "SubFigure | Figure", explanation: Explanation, index: 
     cells[0].set_title(shorten(explanation.names[index], _WRAP), fontweight="bold")
     _draw_scores(cells[1], explanation, index)
     if tokens > 1:
-        _draw_weights(cells[2], explanation.mean_weights[index])
+        _draw_weights(cells[2], explanation.mean_weights[index], f"weights over {explanation.tokens}")
     if by_head:
         _draw_head_weights(cells[3], explanation.weights[index])
 
@@ -137,11 +139,11 @@ def _draw_scores(axes: "Axes", explanation: Explanation, index: int) -> None:
     axes.set_title("cosine (blue: best image)" if len(scores) > 1 else "score (cosine)")
 
 
-def _draw_weights(axes: "Axes", mean: Tensor) -> None:
+def _draw_weights(axes: "Axes", mean: Tensor, title: str) -> None:
     """Draw weights [T, K], with the effective number of tokens at the right of each row."""
     captions, tokens = mean.shape
     axes.imshow(mean.numpy(), aspect="auto", cmap=HEAT, vmin=0, vmax=mean.max().item(), interpolation="nearest")
-    axes.set_title("weights over mixture tokens")
+    axes.set_title(title)
     every = max(1, tokens // 8)
     axes.set_xticks(np.arange(0, tokens, every), [str(k) for k in range(0, tokens, every)])
     axes.set_yticks([])
@@ -154,7 +156,7 @@ def _draw_weights(axes: "Axes", mean: Tensor) -> None:
         for (row, token), value in np.ndenumerate(mean.numpy()):
             ink = "white" if value > 0.6 * strongest else INK
             axes.text(token, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=ink)
-        axes.set_title("weights over mixture tokens, %")
+        axes.set_title(f"{title}, %")
 
 
 def _draw_head_weights(axes: "Axes", weights: Tensor) -> None:

@@ -205,3 +205,13 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, images, tmp_path, c
     assert export([str(tmp_path / "nan.pt"), "--out", str(tmp_path / "out")]) == 2
     assert "parameter pooling.v_proj.weight" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pair_tokens", "named"), [("patches", "weights over patches"), ("both", "tokens and patches")]
+)
+def test_the_figure_names_what_captions_attend_to(tmp_path, tiny_model, images, capsys, pair_tokens, named):
+    checkpoint = write_checkpoint(tmp_path, tiny_model, mixture_tokens=3, pair_tokens=pair_tokens)
+    command = [str(checkpoint), "--images", images[0], "--captions", "a", "b", "--out", str(tmp_path / "x.svg")]
+    assert main(command) == 0
+    assert named in (tmp_path / "x.svg").read_text()
