@@ -119,7 +119,7 @@ class Config:
     # Objective and optimisation
     loss: str = _field(
         "sigmoid",
-        "objective over all images x all texts of the global batch: sigmoid, softmax, softmax_in, or path/file.py:Name",
+        "objective over all images and texts: sigmoid, softmax, softmax_in, flair_sampled, or path/file.py:Name",
     )
     global_loss_weight: float = _field(
         0.0,

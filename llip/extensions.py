@@ -28,6 +28,7 @@ SHIPPED: dict[str, dict[str, str]] = {
     },
     "loss": {
         "sigmoid": "llip.open_clip.objectives.objective:SIGMOID",
+        "flair_sampled": "llip.open_clip.objectives.objective:FLAIR_SAMPLED",
         "softmax": "llip.open_clip.objectives.objective:SOFTMAX",
         "softmax_in": "llip.open_clip.objectives.objective:SOFTMAX_IN",
     },

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llip.open_clip.objectives.losses import sigmoid_loss, softmax_loss
 from llip.open_clip.objectives.matches import Matches
+from llip.open_clip.objectives.sampled import sampled_sigmoid_loss
 
 CombineColumns = Callable[[Tensor], Tensor]
 """Turns the log-sum-exp of each column over this process's images [T] into that over all processes' images."""
@@ -40,11 +41,13 @@ class Objective:
             is the gradient of the global loss.
         scale: a at the start.
         bias: b at the start; None: the objective has none (a parameter without gradient would stall DDP).
+        global_loss: the function of text-free scores (`global_loss_weight`); None: `loss`.
     """
 
     loss: LossFunction
     scale: float
     bias: float | None
+    global_loss: LossFunction | None = None
 
 
 def _sigmoid(
@@ -52,6 +55,13 @@ def _sigmoid(
 ) -> Tensor:
     assert bias is not None, "the sigmoid loss has a bias"
     return sigmoid_loss(scores, matches, scale, bias)
+
+
+def _sampled(
+    scores: Tensor, matches: Matches, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
+) -> Tensor:
+    assert bias is not None, "the sigmoid loss has a bias"
+    return sampled_sigmoid_loss(scores, matches, scale, bias)
 
 
 def _softmax(
@@ -67,6 +77,8 @@ def _softmax(
 
 SIGMOID = Objective(_sigmoid, scale=10.0, bias=-10.0)
 """SigLIP's, the one that Llip is trained with."""
+FLAIR_SAMPLED = Objective(_sampled, scale=10.0, bias=-10.0, global_loss=_sigmoid)
+"""FLAIR's, with the texts that its code draws; `SIGMOID` is exact over all of them."""
 SOFTMAX = Objective(_softmax, scale=1 / 0.07, bias=None)
 """CLIP's."""
 SOFTMAX_IN = Objective(functools.partial(_softmax, inside=True), scale=1 / 0.07, bias=None)

@@ -70,12 +70,12 @@ def backward_step(
                 set_random_state(start, device)
             states.append(random_state(device))
             cached.append(task.encode(batch.images, batch.tokens))
-    after = random_state(device)
     features = Features(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
     with no_sync():  # head, scale and bias: their gradients stay local until the last micro-batch
         with autocast():
             loss, report = wrapped(mask=torch.cat([batch.mask for batch in micro_batches]), features=features)
         scale_loss(loss).backward()
+    after = random_state(device)  # the loss may have drawn too
 
     assert features.h.grad is not None
     assert features.t.grad is not None

@@ -14,7 +14,7 @@ from llip.open_clip.costs.flops import pair_tokens
 from llip.open_clip.factory import ModelSpec
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives.matches import Matches
-from llip.open_clip.objectives.objective import Objective
+from llip.open_clip.objectives.objective import LossFunction, Objective
 from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
 from llip.training.distributed.collectives import combine_logsumexp, gather_texts
@@ -105,9 +105,11 @@ class ContrastiveTask(nn.Module):
         self.seen = Features(*(part[:_MEASURED].detach().clone() for part in (h, first_captions)))
         texts = gather_texts(features.t, self.processes)  # [T, D]
         matches = self._matches(len(h), len(texts), mask)
-        loss = self._objective(self.model.similarity(h, texts, self.memory_budget), matches)
+        objective = self.objective
+        loss = self._loss_of(objective.loss, self.model.similarity(h, texts, self.memory_budget), matches)
         if weight:
-            of_images = self._objective(self.model.pooling.global_scores(h, texts), matches)
+            global_loss = objective.global_loss or objective.loss
+            of_images = self._loss_of(global_loss, self.model.pooling.global_scores(h, texts), matches)
             loss = (1 - weight) * loss + weight * of_images
         report = {"logit_scale": self.model.logit_scale.detach().exp()}
         if self.model.logit_bias is not None:
@@ -123,8 +125,8 @@ class ContrastiveTask(nn.Module):
             mask = None  # every text counts
         return Matches(images, texts, captions, self.processes.rank * images, mask)
 
-    def _objective(self, scores: Tensor, matches: Matches) -> Tensor:
+    def _loss_of(self, loss: LossFunction, scores: Tensor, matches: Matches) -> Tensor:
         """Return this process's share of the loss of scores [B, T]."""
         combine = combine_logsumexp if self.processes.world_size > 1 else None
         with torch.autocast(scores.device.type, enabled=False):
-            return self.objective.loss(scores, matches, self.model.logit_scale.exp(), self.model.logit_bias, combine)
+            return loss(scores, matches, self.model.logit_scale.exp(), self.model.logit_bias, combine)

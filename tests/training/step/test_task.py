@@ -81,6 +81,22 @@ def test_flairs_loss_is_that_of_its_equations():
         torch.testing.assert_close(computed, gradient)
 
 
+@pytest.mark.parametrize("accum", [1, 2])
+def test_each_step_draws_other_texts(accum):
+    config = Config(loss="flair_sampled", captions_per_image=3, global_loss_weight=0.5, device="cpu")
+    model = make_model(config)
+    task = ContrastiveTask(model, config, Processes(0, 1, torch.device("cpu"))).train()
+    task.encode = partial(encode_double, model)
+    values = set()
+    torch.manual_seed(7)
+    for _ in range(3):
+        values.add(backward_step(task, cut(make_batch(3), accum), nullcontext, lambda x: x)[0].item())
+    assert len(values) == 3
+    torch.manual_seed(7)
+    again = backward_step(task, cut(make_batch(3), accum), nullcontext, lambda x: x)[0].item()
+    assert again in values
+
+
 def loss_and_gradients(rank, count, accum, patch_dropout=0.0, **fields):
     """One backward pass of this process's share, through the DDP-wrapped task as the trainer does it."""
     config = Config(**fields)
