@@ -70,7 +70,13 @@ class Command:
         """Start the command, in a process group: a shell's children are only reached as a group."""
         self.messages = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, shell=True, stdout=subprocess.PIPE, stderr=self.messages, bufsize=0, process_group=0
+            command,
+            shell=True,
+            stdin=subprocess.DEVNULL,  # a command that waits for the terminal would stall
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            bufsize=0,
+            process_group=0,
         )
         assert self.process.stdout is not None
         self.output = self.process.stdout

@@ -52,7 +52,7 @@ def test_a_sample_that_cannot_be_used_is_dropped_and_counted(tmp_path, sample, k
     write_tar(tmp_path / "a.tar", [*good(0, 4), sample, *good(4, 4)])
     batches = take(3, config(str(tmp_path / "*.tar"), caption_keys=keys, max_bad_fraction=1.0))
     assert sorted(captions(batches[:2])) == list(range(8))
-    assert dropped(batches)["a.tar", reason] in (1, 2)  # the third batch is of the second pass
+    assert dropped(batches)["a.tar", reason] in (1, 2)  # the third batch is of the second epoch
     assert dropped(batches).keys() == {("a.tar", reason)}
 
 
@@ -92,12 +92,12 @@ def test_duplicate_members_are_one_sample_less(tmp_path):
     assert dropped(batches).keys() == {("a.tar", "duplicate member")}
 
 
-def test_a_shard_that_disappears_between_passes(tmp_path):
+def test_a_shard_that_disappears_between_epochs(tmp_path):
     pattern = write_pairs(tmp_path, 32, 8)
     batches = iter(loader(config(pattern, max_bad_fraction=0.5)))
     first = list(itertools.islice(batches, 8))
     (tmp_path / "00001.tar").unlink()
-    # the next few passes have been read ahead
+    # the next few epochs have been read ahead
     later = list(itertools.islice(batches, 48))
     assert sorted(captions(first)) == list(range(32))
     assert dropped(later)["00001.tar", "shard is not there"] >= 1
@@ -142,8 +142,8 @@ def test_too_many_bad_samples_name_the_worst_shard(tmp_path):
     assert "worst.tar" in batches[-1].error
 
 
-def test_one_lost_shard_of_many_readers_is_no_reason_to_stop(tmp_path):
-    """A reader whose only shard is damaged has other shards in the next pass."""
+def test_one_lost_shard_of_many_worker_slots_is_no_reason_to_stop(tmp_path):
+    """A worker slot whose only shard is damaged has other shards in the next epoch."""
     pattern = write_pairs(tmp_path, 32, 8)
     (tmp_path / "00002.tar").write_bytes(b"")
     for rank in range(4):

@@ -61,7 +61,7 @@ def test_later_writes_keep_other_entries(tmp_path):
     assert load_index(urls) == {urls[0]: 1, urls[1]: 7}
 
 
-def test_a_chosen_folder_tells_datasets_apart(tmp_path):
+def test_one_folder_serves_several_datasets(tmp_path):
     one, two = shards(tmp_path / "a"), shards(tmp_path / "b")
     remote = "pipe:cat 00000.tar"
     known = {one[0]: describe_shard(one[0], 5, 0), two[0]: describe_shard(two[0], 6, 0), remote: ShardEntry(8)}

@@ -12,20 +12,20 @@ from tests.helpers import image_bytes, write_captioned, write_pairs, write_tar
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("per_shard", [4, 48])  # whole shards are dealt out; shards are split
-def test_one_pass_visits_every_sample_once(tmp_path, workers, per_shard):
+@pytest.mark.parametrize("per_shard", [4, 48])  # whole shards are assigned; shards are split
+def test_one_epoch_visits_every_sample_once(tmp_path, workers, per_shard):
     pattern = write_pairs(tmp_path, 48, per_shard)
     seen = []
     for rank in range(2):
         batches = take(6, config(pattern, workers=workers, batch_size=4), rank, 2)
         assert not any(batch.error for batch in batches)
         seen += captions(batches)
-    if workers < 3 or per_shard == 48:  # 12 shards over 6 readers is even too
+    if workers < 3 or per_shard == 48:  # 12 shards over 6 worker slots is even too
         assert sorted(seen) == list(range(48))
     assert len(set(seen)) == 48
 
 
-def test_seed_decides_and_pass_reshuffles(tmp_path):
+def test_seed_decides_and_each_epoch_reshuffles(tmp_path):
     pattern = write_pairs(tmp_path, 16, 4)
     first, again = take(8, config(pattern)), take(8, config(pattern))
     for one, other in zip(first, again, strict=True):

@@ -91,12 +91,12 @@ def test_what_is_left_over_is_what_was_not_emitted(emitted):
     arrived = min(emitted + 6, 40) if emitted else 0
     counts = lengths if emitted + 6 > 40 else lengths[:2] if arrived > 10 else lengths[:1] if arrived == 10 else []
     left = remaining_slices(slices, counts, order.state(emitted, 40 if len(counts) == 3 else None))
-    found = []
+    remaining = []
     for part in left:
         length = 10 if part.shard == 4 else 0 if part.shard == 2 else 61
         numbers = range(part.first, length, part.stride) if part.listed is None else part.listed
-        found += [(part.shard, number) for number in numbers]
-    assert sorted(found) == sorted(set(every) - gone)
+        remaining += [(part.shard, number) for number in numbers]
+    assert sorted(remaining) == sorted(set(every) - gone)
     shares = [assign_slices(left, WorkerSlot(index, 2)) for index in range(2)]
     assert sum(map(len, shares)) in (len(left), 2 * len(left))
 

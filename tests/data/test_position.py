@@ -44,11 +44,11 @@ def test_shares_of_passes_that_are_over_are_forgotten():
 
 def test_the_same_topology_goes_on_where_it_was():
     old = [position(2, Move(0, 3, [5])), position(2, Move(0, 4, [6]))]
-    found, note = continue_data(copy.deepcopy(old), position(2), LAYOUT, 1, 2)
-    assert (found, note) == (old[1], None)
+    new, note = continue_data(copy.deepcopy(old), position(2), LAYOUT, 1, 2)
+    assert (new, note) == (old[1], None)
     alone = position(0, Move(0, 3, [5]))
-    found, note = continue_data([alone], position(1), LAYOUT, 0, 1)  # no workers are one slot too
-    assert (found.slots, found.workers, note) == (alone.slots, 1, None)
+    new, note = continue_data([alone], position(1), LAYOUT, 0, 1)  # no workers are one slot too
+    assert (new.slots, new.workers, note) == (alone.slots, 1, None)
 
 
 def test_nothing_used_is_the_start():
@@ -57,8 +57,8 @@ def test_nothing_used_is_the_start():
 
 
 def test_other_shards_begin_a_new_epoch():
-    found, note = continue_data([position(1, Move(4, 3, [5]))], position(2, shards=(12,)), LAYOUT, 0, 1)
-    assert [slot.streams[0].data_epoch for slot in found.slots] == [5, 5]
+    new, note = continue_data([position(1, Move(4, 3, [5]))], position(2, shards=(12,)), LAYOUT, 0, 1)
+    assert [slot.streams[0].data_epoch for slot in new.slots] == [5, 5]
     assert "train_data names other shards" in note
     assert shards_digest(["a", "b"]) != shards_digest(["b", "a"])
 

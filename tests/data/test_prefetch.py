@@ -44,13 +44,13 @@ def test_a_silent_command_is_ended_and_the_next_shard_read(tmp_path):
     path, good = (write_shard(tmp_path / f"{i}.tar", 40) for i in range(2))
     silent = f"pipe:head -c 20000 {path}; sleep 60 | cat"
     started = time.monotonic()
-    found = list(shards_ahead([silent, good], ReadWatch(), 1.0))
+    received = list(shards_ahead([silent, good], ReadWatch(), 1.0))
     assert 1 <= time.monotonic() - started < 8
-    assert [item for item in found if isinstance(item, Damage)] == [Damage(silent, reading.STALLED)]
-    cut = keys(found)[:-40]
+    assert [item for item in received if isinstance(item, Damage)] == [Damage(silent, reading.STALLED)]
+    cut = keys(received)[:-40]
     assert cut == keys(read_samples(path))[: len(cut)]
     assert 5 < len(cut) < 25
-    assert keys(found)[-40:] == keys(read_samples(good))
+    assert keys(received)[-40:] == keys(read_samples(good))
 
 
 def test_a_hung_file_is_named_within_the_deadline(tmp_path):
@@ -65,12 +65,12 @@ def test_a_hung_file_is_named_within_the_deadline(tmp_path):
 
 def test_a_slow_consumer_is_not_a_stall(tmp_path):
     path = write_shard(tmp_path / "a.tar", 150)
-    items, found = shards_ahead([path], ReadWatch(), 0.5), []
+    items, received = shards_ahead([path], ReadWatch(), 0.5), []
     for item in items:
-        if len(found) in (0, 97):
+        if len(received) in (0, 97):
             time.sleep(1.2)
-        found.append(item)
-    assert found == list(read_samples(path))
+        received.append(item)
+    assert received == list(read_samples(path))
 
 
 def test_errors_of_the_thread_reach_the_consumer_in_order():
@@ -78,15 +78,15 @@ def test_errors_of_the_thread_reach_the_consumer_in_order():
         yield from range(40)
         raise UserError("no")
 
-    found = []
+    received = []
     with pytest.raises(UserError, match="no"):
-        found.extend(iter_into(read_ahead(items(), ReadWatch()), found))
-    assert found == list(range(40))
+        received.extend(iter_into(read_ahead(items(), ReadWatch()), received))
+    assert received == list(range(40))
 
 
-def iter_into(items, found):
+def iter_into(items, received):
     for item in items:
-        found.append(item)
+        received.append(item)
     return ()
 
 

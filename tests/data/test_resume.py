@@ -45,7 +45,7 @@ def test_a_restart_in_another_topology_repeats_and_leaves_out_nothing(tmp_path):
         ]
     counts = Counter(seen)
     assert len(seen) == 3 * (8 + 5 + 9 + 4 + 18)
-    assert set(counts) == set(range(90))  # the first pass is over, each sample came
+    assert set(counts) == set(range(90))  # the first epoch is over, each sample came
     assert max(counts.values()) <= 2  # and none came twice before it was
 
 
@@ -54,23 +54,23 @@ def int_keys(record):
 
 
 def test_a_restart_reads_again_only_what_it_needs(tmp_path):
-    """Shards that are over are neither opened nor missed, except those that the buffer still held samples of."""
+    """Shards that are finished are neither opened nor missed, except those that the buffer still holds samples of."""
     pattern = write_pairs(tmp_path, 120, 4)
     settings = config(pattern, shuffle_buffer=2)
     straight = take(30, settings)
     position = DataPosition(0)
     for batch in straight[:24]:
         position.advance(batch.cursor)
-    held = set(captions(straight[24:]))
+    buffered = set(captions(straight[24:]))
     for number in range(30):
-        if held.isdisjoint(range(4 * number, 4 * number + 4)):
+        if buffered.isdisjoint(range(4 * number, 4 * number + 4)):
             (tmp_path / f"{number:05d}.tar").unlink()
     resumed = take(6, settings, position=position)
     assert captions(resumed) == captions(straight[24:])
     assert not dropped(resumed)
 
 
-def test_a_restart_says_when_a_held_sample_is_gone(tmp_path):
+def test_a_restart_says_when_a_buffered_sample_is_gone(tmp_path):
     pattern = write_pairs(tmp_path, 40, 20)
     settings = config(pattern, shuffle_buffer=30, max_bad_fraction=1.0)
     straight = take(10, settings)

@@ -248,6 +248,17 @@ def test_the_last_line_of_a_command_is_its_reason_and_goes_nowhere_else(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_command_that_reads_its_input_ends():
+    saved, (here, there) = os.dup(0), os.pipe()  # an input that never ends
+    os.dup2(here, 0)
+    try:
+        assert [damage.reason for damage in read_samples("pipe:timeout 5 cat")] == [shard_file.ZERO_BYTES]
+    finally:
+        os.dup2(saved, 0)
+        for descriptor in (saved, here, there):
+            os.close(descriptor)
+
+
 def test_object_stores_are_read_by_their_commands(shard, tmp_path, monkeypatch):
     program = tmp_path / "gsutil"
     program.write_text(f'#!/bin/sh\ntest "$*" = "cat gs://bucket/it is a.tar" && cat {shard}\n')

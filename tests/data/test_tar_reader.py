@@ -52,9 +52,9 @@ def test_samples_are_those_of_webdataset(tmp_path, tar_format):
     long, accents = "folder/" * 13 + "n" * 90, "dossier/été"  # a long name and one that is not ASCII
     members = [*pairs(3), (f"{long}.JPG", b"J"), (f"{long}.txt", b"T"), (f"{accents}.seg.png", b"P"), *pairs(2, 5)]
     path = write_members(tmp_path / "a.tar", members, format=tar_format)
-    found = list(read_samples(path))
-    assert found == list(webdataset.tariterators.tarfile_samples([{"url": path}]))
-    assert {suffix for sample in found for suffix in sample} == {"__key__", "__url__", "jpg", "txt", "seg.png"}
+    samples = list(read_samples(path))
+    assert samples == list(webdataset.tariterators.tarfile_samples([{"url": path}]))
+    assert {suffix for sample in samples for suffix in sample} == {"__key__", "__url__", "jpg", "txt", "seg.png"}
 
 
 def test_writers_with_fractions_of_seconds(tmp_path):
@@ -76,8 +76,8 @@ def test_compressed_shards(tmp_path, mode, prefix):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    found = list(read_samples(prefix + str(path)))
-    assert [sample["jpg"] for sample in found] == [data for name, data in members if name.endswith("jpg")]
+    samples = list(read_samples(prefix + str(path)))
+    assert [sample["jpg"] for sample in samples] == [data for name, data in members if name.endswith("jpg")]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_names_that_are_not_utf8(tmp_path):
         format=tarfile.GNU_FORMAT,
         encoding="latin-1",
     )
-    found = keys(read_samples(str(path)))
-    assert len(set(found)) == 3
-    assert all(key.encode().isascii() for key in found)
+    samples = keys(read_samples(str(path)))
+    assert len(set(samples)) == 3
+    assert all(key.encode().isascii() for key in samples)
 
 
 @pytest.mark.parametrize("prefix", ["", "pipe:cat "])
@@ -126,10 +126,10 @@ def test_any_changed_bytes_give_samples_or_damage(tmp_path, prefix):
         for at in range(where, min(len(data), where + rng.choice([1, 8, 600]))):
             data[at] = rng.randrange(256)
         path.write_bytes(data)
-        found = list(read_samples(f"{prefix}{path}"))
-        assert all(isinstance(item, Damage) or len(item) > 2 for item in found)
+        samples = list(read_samples(f"{prefix}{path}"))
+        assert all(isinstance(item, Damage) or len(item) > 2 for item in samples)
         before = sum(start <= where for start in starts[1:])  # a sample is whole when the next one has begun
-        kept = [{**item, "__url__": str(path)} for item in found[:before]]
+        kept = [{**item, "__url__": str(path)} for item in samples[:before]]
         assert kept == good[:before]
 
 
@@ -156,8 +156,8 @@ def test_skipping_counts_what_reading_yields(tmp_path, prefix, skip):
 
 def test_duplicate_names_the_member(tmp_path):
     path = write_members(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.JPG", b"2"), ("b.jpg", b"3")])
-    found = list(read_samples(path))
-    assert found == [Damage(path, reading.DUPLICATE, "a.JPG"), {"__key__": "b", "__url__": path, "jpg": b"3"}]
+    samples = list(read_samples(path))
+    assert samples == [Damage(path, reading.DUPLICATE, "a.JPG"), {"__key__": "b", "__url__": path, "jpg": b"3"}]
 
 
 @pytest.mark.parametrize("prefix", ["", "pipe:cat "])
@@ -171,10 +171,10 @@ def test_truncation_at_every_block(tmp_path, prefix):
         path = tmp_path / "cut.tar"
         path.write_bytes(data[:cut])
         for skip in (0, 5):
-            found = list(read_samples(f"{prefix}{path}", skip=skip))
-            assert damage(found) == [reading.TRUNCATED if cut >= 512 else reading.NOT_A_TAR], cut
+            samples = list(read_samples(f"{prefix}{path}", skip=skip))
+            assert damage(samples) == [reading.TRUNCATED if cut >= 512 else reading.NOT_A_TAR], cut
             # a sample counts as whole once the header of the next has been seen
-            assert keys(found) == ([] if skip else ["a"] * (cut >= ends["a"] + 512)), cut
+            assert keys(samples) == ([] if skip else ["a"] * (cut >= ends["a"] + 512)), cut
     assert keys(read_samples(str(whole))) == ["a", "b"]
 
 
@@ -192,9 +192,9 @@ def test_damaged_header_ends_the_shard_only(tmp_path):
     data = bytearray(path.read_bytes())
     data[1024 * 2 + 3] ^= 0xFF  # in the name of the third member
     path.write_bytes(data)
-    found = list(read_samples(str(path)))
-    assert keys(found) == ["a"]  # b may have had more members
-    assert damage(found) == [reading.BAD_HEADER]
+    samples = list(read_samples(str(path)))
+    assert keys(samples) == ["a"]  # b may have had more members
+    assert damage(samples) == [reading.BAD_HEADER]
 
 
 NOISE = random.Random(0).randbytes(20_000)
@@ -222,9 +222,9 @@ def test_cut_gzip(tmp_path):
     write_members(path, pairs(30))
     packed = gzip.compress(path.read_bytes())
     path.write_bytes(packed[: len(packed) // 2])
-    found = list(read_samples(str(path)))
-    assert damage(found) == [reading.TRUNCATED]
-    assert 5 < len(keys(found)) < 25
+    samples = list(read_samples(str(path)))
+    assert damage(samples) == [reading.TRUNCATED]
+    assert 5 < len(keys(samples)) < 25
 
 
 def test_shards_that_cannot_be_opened(tmp_path):
@@ -238,11 +238,11 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
     path = tmp_path / "a.tar"
     write_members(path, [(f"{i:03d}.jpg", os.urandom(100_000)) for i in range(20)])
     items = read_samples(str(path))
-    found = [next(items)]
+    samples = [next(items)]
     os.truncate(path, 700_000)
-    found += items
-    assert keys(found) == [f"{i:03d}" for i in range(len(found) - 1)]
-    assert damage(found) == [reading.TRUNCATED]
+    samples += items
+    assert keys(samples) == [f"{i:03d}" for i in range(len(samples) - 1)]
+    assert damage(samples) == [reading.TRUNCATED]
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
 )
 def test_commands_that_fail(tmp_path, command, count, detail):
     path = write_members(tmp_path / "a.tar", pairs(50))
-    found = list(read_samples("pipe:" + command.format(path=path)))
-    assert found[-1] == Damage(found[-1].url, reading.COMMAND_FAILED, detail)
-    assert len(damage(found)) == 1
-    assert len(keys(found)) == count if count is not None else 5 < len(keys(found)) < 25
+    samples = list(read_samples("pipe:" + command.format(path=path)))
+    assert samples[-1] == Damage(samples[-1].url, reading.COMMAND_FAILED, detail)
+    assert len(damage(samples)) == 1
+    assert len(keys(samples)) == count if count is not None else 5 < len(keys(samples)) < 25
 
 
 def test_leaving_a_command_ends_it_and_its_children(tmp_path):

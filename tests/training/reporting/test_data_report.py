@@ -46,7 +46,7 @@ def test_counts_of_all_processes_are_added_and_stored():
         ({"read": 1.0, "decode": 2.0, "tokenize": 1.0, "idle": 9.0}, 0, "decode"),  # idle is the training itself
     ],
 )
-def test_the_slow_stage_is_named_where_data_are_waited_for(said, seconds, workers, stage):
+def test_the_slow_stage_is_named_if_training_waits_for_data(said, seconds, workers, stage):
     one = report(workers)
     one.add(WorkerReport([], [1, 0], seconds, 0), 0)
     record = one.record([one.counts.plain(WORST)], 0.3)
@@ -59,7 +59,7 @@ def test_the_slow_stage_is_named_where_data_are_waited_for(said, seconds, worker
     assert one.record([one.counts.plain(WORST)], 0.05)["data_bottleneck"] is None
 
 
-def test_damage_is_told_once_and_not_without_end(said):
+def test_damage_is_logged_once_and_a_few_times_only(said):
     one = report()
     for number in range(40):
         for _ in range(2):
