@@ -72,9 +72,9 @@ def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, 
 
 def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
     label = variant.label.replace(" = ", "").replace(", ", "_").replace("+ ", "").replace(" ", "_")
-    name = f"{prefix}_{label}_seed{seed}"
-    name = name.replace("+ ", "").replace(" ", "_")
-    return variant.config.replace(name=name, logs=str(logs), seed=seed, eval_steps=0, save_frequency=0)
+    return variant.config.replace(
+        name=f"{prefix}_{label}_seed{seed}", logs=str(logs), seed=seed, eval_steps=0, save_frequency=0
+    )
 
 
 def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:

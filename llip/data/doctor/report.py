@@ -109,15 +109,9 @@ class KeyDigests:
     def report(self) -> DuplicateReport:
         """Return how many keys are repeated."""
         distinct = {url: np.unique(digests) for url, digests in self.by_shard.items()}
-        together = np.concatenate(list(distinct.values()) or [np.empty(0, np.uint64)])
-        together.sort()
+        together = np.sort(np.concatenate([*distinct.values(), np.empty(0, np.uint64)]))
         again = together[1:][together[1:] == together[:-1]]
-        shared = np.unique(again)
-        shards = {}
-        for url, digests in distinct.items():
-            count = int(np.isin(digests, shared).sum()) if len(shared) else 0
-            if count:
-                shards[url] = count
+        shards = {url: int(n) for url, digests in distinct.items() if (n := np.isin(digests, again).sum())}
         return DuplicateReport(self.held - len(together), len(again), 1 / self.stride, shards)
 
 
