@@ -30,7 +30,8 @@ def run_check(pattern, **changes):
     check.check_data(config, parse_train_data(pattern))
 
 
-def test_short_counting_leaves_no_file(tmp_path, said):
+def test_short_counting_leaves_no_file(tmp_path, said, monkeypatch):
+    monkeypatch.setattr(check, "_WORTH_AN_INDEX", 60.0)
     pattern = write_pairs(tmp_path, 23, 10)
     run_check(pattern)
     assert "data: 23 samples;" in said.text
