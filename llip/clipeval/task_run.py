@@ -50,7 +50,7 @@ class TaskRun:
         if not isinstance(error, UserError):
             logger.debug("evaluation failed on process %d\n%s", rank, traceback.format_exc())
             message = f"{type(error).__name__}: {error}"
-        return message + (f" (process {rank} of {world_size})" if world_size > 1 else "")
+        return message + (f" (process {rank} of {world_size})" if rank else "")  # what fails on the first fails on all
 
     def title(self, text: str) -> str | None:
         """Return `text` as the title of a progress bar, None if this process shows none."""
