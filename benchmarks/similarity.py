@@ -197,9 +197,12 @@ def measure_errors(device: torch.device) -> list[dict]:
             for leaf in inputs.leaves():
                 leaf.grad = None
             scores.backward(inputs.upstream.to(scores.dtype))
-            found = [scores.detach(), *(leaf.grad for leaf in inputs.leaves())]
+            computed = [scores.detach(), *(leaf.grad for leaf in inputs.leaves())]
             errors.append(
-                [((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(found, exact, strict=True)]
+                [
+                    ((a - b).square().mean() / b.square().mean()).sqrt().item()
+                    for a, b in zip(computed, exact, strict=True)
+                ]
             )
         for name, ours, theirs in zip(names, errors[1], errors[0], strict=True):
             rows.append(

@@ -1,4 +1,4 @@
-"""Llip: vision-language models whose image features listen to the caption.
+"""Llip: vision-language models whose image features depend on the caption.
 
 The names below are what a notebook types; each is imported when it is first used, so that `import llip` costs nothing.
 """
@@ -6,7 +6,7 @@ The names below are what a notebook types; each is imported when it is first use
 import importlib
 import os
 
-# Before torch is loaded: threads that wait for one another sleep. Spinning ones, the default of some OpenMP libraries,
+# Before torch is loaded: waiting threads sleep. Spinning ones, the default of some OpenMP libraries,
 # make small parallel regions 8 times slower where more threads than cores are busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

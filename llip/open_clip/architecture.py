@@ -24,7 +24,7 @@ _VOCABULARY = 49408  # of the BPE tokenizer that ships with OpenCLIP
 
 
 def _timm_refusal(vision: dict[str, Any]) -> str | None:
-    """Return why this timm image tower cannot hold mixture tokens, as far as its description shows."""
+    """Return why this timm image tower cannot have mixture tokens, None where nothing in its config forbids them."""
     name, pool = vision["timm_model_name"], vision.get("timm_pool", CLIPVisionCfg.timm_pool)
     if not timm.is_model(name):
         return f"timm has no model {name!r} for its image tower"
@@ -42,7 +42,7 @@ def is_image_text(architecture: dict[str, Any]) -> bool:
 
 
 def _refusal(architecture: dict[str, Any]) -> str | None:
-    """Return why mixture tokens cannot go into this architecture, None where they can."""
+    """Return why this architecture cannot have mixture tokens, None where it can."""
     if not is_image_text(architecture):
         return "it is not a model of images and texts"
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
@@ -65,19 +65,22 @@ def _is_self_contained(architecture: dict[str, Any]) -> bool:
     return not (architecture["vision_cfg"].get("timm_model_name") or architecture["text_cfg"].get("hf_tokenizer_name"))
 
 
+def _library_models(self_contained: bool) -> list[str]:
+    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    usable = {name: config for name, config in configs.items() if _refusal(config) is None}
+    return [name for name, config in usable.items() if _is_self_contained(config) == self_contained]
+
+
 @cache
 def list_models() -> tuple[str, ...]:
     """Return the names of the architectures that are all OpenCLIP's: its class-token ViT and its tokenizer."""
-    known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    library = [name for name, found in known.items() if _refusal(found) is None and _is_self_contained(found)]
-    return tuple(library + sorted(path.stem for path in _OURS.glob("*.json")))
+    return (*_library_models(True), *sorted(path.stem for path in _OURS.glob("*.json")))
 
 
 @cache
 def list_further_models() -> tuple[str, ...]:
-    """Return the names that mixture tokens can go into as well: an image tower from timm, or a tokenizer to bring."""
-    known = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    return tuple(n for n, found in known.items() if _refusal(found) is None and not _is_self_contained(found))
+    """Return the other names that can have mixture tokens: an image tower from timm, or a tokenizer to bring."""
+    return tuple(_library_models(False))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -110,10 +110,10 @@ def _create_tower(source: torch.nn.Module, spec: ModelSpec) -> MixtureTower:
     return timm_tower(source, spec.mixture_tokens)
 
 
-def _start_from(model: Llip, found: WeightSource, name: str, strict: bool) -> None:
-    checkpoint = read_checkpoint(found.path)
+def _start_from(model: Llip, source: WeightSource, name: str, strict: bool) -> None:
+    checkpoint = read_checkpoint(source.path)
     model.load_report = load_weights(model, checkpoint, name, towers_only=True, strict=strict)
-    statistics = found.pixels or model.visual.default_statistics()
+    statistics = source.pixels or model.visual.default_statistics()
     if statistics is not None and not is_ours(checkpoint):
         model.visual.set_pixel_statistics(*statistics)
 
@@ -349,8 +349,8 @@ def _find_source(model: str | Path, pretrained: str | None) -> Path | str:
 
 def check_model_matches(model: Llip, config: Config) -> None:
     """Raise a `UserError` that lists the differing fields when `model` is not what `config` describes."""
-    found, expected = dict(model.config), model_spec(config).to_dict()
-    for fields in (found, expected):
+    actual, expected = dict(model.config), model_spec(config).to_dict()
+    for fields in (actual, expected):
         fields.update(fields.pop("architecture"))
         for part in ("vision_cfg", "text_cfg"):
             fields.update({f"{part}.{key}": value for key, value in fields.pop(part).items()})
@@ -364,9 +364,9 @@ def check_model_matches(model: Llip, config: Config) -> None:
         if fields["pooling"] != "text":
             fields.pop("softmax_temperature")
     different = [
-        f"{key}: {found.get(key)!r} in the checkpoint, {expected.get(key)!r} in config {config.name}"
-        for key in sorted(found.keys() | expected.keys())
-        if found.get(key) != expected.get(key)
+        f"{key}: {actual.get(key)!r} in the checkpoint, {expected.get(key)!r} in config {config.name}"
+        for key in sorted(actual.keys() | expected.keys())
+        if actual.get(key) != expected.get(key)
     ]
     if different:
         raise UserError("the checkpoint's model is not the config's: " + "; ".join(different))

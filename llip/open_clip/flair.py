@@ -45,15 +45,17 @@ class FlairPooling(Pooling):
     def _normalised_text(self, t: Tensor) -> Tensor:
         return self.ln_q((t * t.shape[-1] ** 0.5).to(self.ln_q.weight.dtype))
 
+    def _with_zero(self, h: Tensor, norm: nn.LayerNorm, part: int) -> Tensor:
+        normalised = norm(self.attended(h).to(norm.weight.dtype))
+        return F.pad(self._split(normalised, part).transpose(1, 2), (0, 0, 0, 1))
+
     def keys(self, h: Tensor) -> Tensor:
         """Return keys [B, M, P + 1, d], the zero key last."""
-        normalised = self.ln_k(self.attended(h).to(self.ln_k.weight.dtype))
-        return F.pad(self._split(normalised, 1).transpose(1, 2), (0, 0, 0, 1))
+        return self._with_zero(h, self.ln_k, 1)
 
     def values(self, h: Tensor) -> Tensor:
         """Return values [B, M, P + 1, d], the zero value last."""
-        normalised = self.ln_v(self.attended(h).to(self.ln_v.weight.dtype))
-        return F.pad(self._split(normalised, 2).transpose(1, 2), (0, 0, 0, 1))
+        return self._with_zero(h, self.ln_v, 2)
 
     def _all_weights(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the weights [B, T, M, P + 1], the zero key's last."""

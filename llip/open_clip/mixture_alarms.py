@@ -15,28 +15,30 @@ LEAST_RANK = 0.02
 """Share of the width that the features' effective rank must reach."""
 
 
-def find_alarms(measures: Mapping[str, float], tokens: int, listens: bool, width: int | None = None) -> list[str]:
+def find_alarms(
+    measures: Mapping[str, float], tokens: int, text_conditioned: bool, width: int | None = None
+) -> list[str]:
     """Return one sentence for each sign of a collapse, none where all is well.
 
     Args:
         measures: as `mixture_measures` returns them; with `rank` where it is known.
         tokens: K.
-        listens: the pooling conditions on the text.
+        text_conditioned: the pooling conditions on the text.
         width: D, or the number of features if that is smaller; needed with `rank`.
     """
     alarms = []
     fewest = max(1.5, FEWEST_TOKENS * tokens)
-    if tokens > 2 and listens and measures["usage_effective"] < fewest:
+    if tokens > 2 and text_conditioned and measures["usage_effective"] < fewest:
         alarms.append(
             f"few tokens are used: {measures['usage_effective']:.1f} of {tokens} in effect (expected {fewest:.1f} or "
             "more); a larger softmax_temperature spreads the weights"
         )
     if tokens > 1 and measures["token_similarity"] > MOST_SIMILAR:
         alarms.append(
-            f"the tokens of an image are nearly copies of one another: mean cosine {measures['token_similarity']:.4f} "
+            f"the tokens of an image are nearly copies of each other: mean cosine {measures['token_similarity']:.4f} "
             f"(expected below {MOST_SIMILAR}); train longer, or seed them further apart"
         )
-    if tokens > 1 and listens:
+    if tokens > 1 and text_conditioned:
         for name, what in (("weight_text_share", "weights over tokens"), ("z_text_share", "image features")):
             if measures[name] < LEAST_TEXT_SHARE:
                 alarms.append(

@@ -117,13 +117,13 @@ def test_batch_measures_leave_no_graph_and_work_under_autocast(model):
 
 def test_no_alarm_for_tokens_that_differ(model):
     h, t = features()
-    assert find_alarms(mixture_measures(model, h, t), 4, listens=True) == []
+    assert find_alarms(mixture_measures(model, h, t), 4, text_conditioned=True) == []
 
 
 def test_copies_raise_an_alarm(model):
     h, t = features()
     copies = h[:, :1].expand(-1, 4, -1) + 1e-3 * h
-    found = find_alarms(mixture_measures(model, copies, t), 4, listens=True)
+    found = find_alarms(mixture_measures(model, copies, t), 4, text_conditioned=True)
     assert any("nearly copies" in alarm for alarm in found)
     assert any("image features hardly change" in alarm for alarm in found)
 
@@ -132,18 +132,18 @@ def test_one_token_with_all_the_weight_raises_an_alarm(model):
     h, t = features()
     weight = torch.zeros(16, 16)
     model.pooling.q_proj.weight.data.copy_(weight)  # no query: all tokens weigh the same for every text
-    found = find_alarms(mixture_measures(model, h, t), 4, listens=True)
+    found = find_alarms(mixture_measures(model, h, t), 4, text_conditioned=True)
     assert any("weights over tokens hardly change" in alarm for alarm in found)
     measures = {"usage_effective": 1.02, "token_similarity": 0.2, "weight_text_share": 0.5, "z_text_share": 0.5}
-    (alarm,) = find_alarms(measures, 64, listens=True)
+    (alarm,) = find_alarms(measures, 64, text_conditioned=True)
     assert "1.0 of 64" in alarm
-    assert find_alarms(measures, 64, listens=False) == []  # learned weights may choose one token
+    assert find_alarms(measures, 64, text_conditioned=False) == []  # learned weights may choose one token
 
 
 def test_flat_features_raise_an_alarm():
     measures = {"usage_effective": 4.0, "token_similarity": 0.2, "weight_text_share": 0.5, "z_text_share": 0.5}
-    assert find_alarms(measures | {"rank": 60.0}, 4, listens=True, width=512) == []
-    (alarm,) = find_alarms(measures | {"rank": 3.0}, 4, listens=True, width=512)
+    assert find_alarms(measures | {"rank": 60.0}, 4, text_conditioned=True, width=512) == []
+    (alarm,) = find_alarms(measures | {"rank": 3.0}, 4, text_conditioned=True, width=512)
     assert "effective rank 3.0" in alarm
 
 

@@ -2,8 +2,8 @@
 
 Shapes: B images, T texts, K mixture tokens, M heads, D embedding width, R = MK.
 
-The forms differ in how the norm of z_ij is found (see `similarity`). The choice follows from a count of multiply-adds;
-what is common to all of them is left out of the count.
+The forms differ in how the norm of z_ij is computed (see `similarity`). The choice follows from a count of
+multiply-adds, without those that all forms share.
 """
 
 import dataclasses

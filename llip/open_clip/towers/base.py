@@ -95,11 +95,11 @@ class MixtureTower(nn.Module):
         raise NotImplementedError
 
     def default_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Return mean and deviation [3] that foreign weights of this tower expect when nobody says, None: OpenAI's."""
+        """Return mean and deviation [3] that foreign weights of this tower expect by default, None: OpenAI's."""
         return None
 
     def set_pixel_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Let the tower see images normalised with `mean` and `std` [3]; a no-op for those they arrive with."""
+        """Convert images to the normalisation by `mean` and `std` [3] that the weights expect."""
         scale = torch.tensor(IMAGE_STD, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
         shift = torch.tensor(IMAGE_MEAN, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)
         if tuple(mean) == tuple(IMAGE_MEAN) and tuple(std) == tuple(IMAGE_STD):

@@ -22,7 +22,7 @@ from llip.open_clip.towers.seeding import SEED_SPREAD, copy_rows, fit_positions
 
 
 def timm_refusal(tower: TimmModel) -> str | None:
-    """Say why mixture tokens cannot go into this tower, or None where they can."""
+    """Return why this tower cannot have mixture tokens, None where it can."""
     trunk = tower.trunk
     if not isinstance(trunk, VisionTransformer | Eva):
         return f"its image tower is timm's {type(trunk).__name__}, neither a plain vision transformer nor an EVA"
@@ -142,17 +142,17 @@ class TimmTokenViT(_TimmTower):
         registers = state.pop("trunk.reg_token", None)
         if registers is not None:
             rows = torch.cat([rows, registers[0]])
-        found = len(rows)
-        if found < self.mixture_tokens and (found == 1 or found == self.source_tokens):
+        given = len(rows)
+        if given < self.mixture_tokens and given in (1, self.source_tokens):
             rows, copies = copy_rows(rows, self.mixture_tokens, spread)
             state["key_offset"] = copies_offset(copies)
             notes.append(
-                f"{self.mixture_tokens} mixture tokens: {found} of the source's own, then copies of its class token, "
+                f"{self.mixture_tokens} mixture tokens: {given} of the source's own, then copies of its class token, "
                 "counting as one"
             )
         state["trunk.cls_token"] = rows[None]
         if "trunk.pos_embed" in state:
-            own, tokens = (0, 0) if self.trunk.no_embed_class else (found, self.mixture_tokens)
+            own, tokens = (0, 0) if self.trunk.no_embed_class else (given, self.mixture_tokens)
             positions, note = fit_positions(state["trunk.pos_embed"][0], (own,), tokens, self.grid_size)
             state["trunk.pos_embed"] = positions[None]
             notes += [] if note is None else [note]

@@ -75,13 +75,13 @@ class MixtureTokenViT(MixtureTower):
             return []
         notes = []
         rows = state["class_embedding"].reshape(-1, state["class_embedding"].shape[-1])  # [1 or K, W]
-        found = len(rows)
-        if found == 1 and self.mixture_tokens > 1:
+        given = len(rows)
+        if given == 1 and self.mixture_tokens > 1:
             rows, copies = copy_rows(rows, self.mixture_tokens, spread)
             state["key_offset"] = copies_offset(copies)
             notes.append(f"{self.mixture_tokens} mixture tokens copied from one class token, counting as one")
         state["class_embedding"] = rows
         state["positional_embedding"], note = fit_positions(
-            state["positional_embedding"], tuple({found: 0, 1: 0}), self.mixture_tokens, self.grid_size
+            state["positional_embedding"], tuple({given: 0, 1: 0}), self.mixture_tokens, self.grid_size
         )
         return notes if note is None else [*notes, note]

@@ -1,4 +1,4 @@
-"""Files of weights: found by name, read without executing anything."""
+"""Files of weights: looked up by name, read without executing anything."""
 
 import json
 import pickle
@@ -39,7 +39,7 @@ class WeightSource(NamedTuple):
     """Where weights to start from are, and what is known of them beside the tensors."""
 
     path: Path
-    pixels: PixelStatistics | None  # None: nobody says
+    pixels: PixelStatistics | None  # None: unknown
 
 
 def _statistics(described: dict[str, Any]) -> PixelStatistics | None:

@@ -144,8 +144,8 @@ def _shorten(problems: list[str]) -> str:
 
 def _hint(report: LoadReport, model: Llip) -> str:
     """Return the config field to change, where the shape shows it."""
-    tokens = [found[-2] for key, found, _ in report.reshaped if key.endswith(("class_embedding", "cls_token"))]
+    tokens = [shape[-2] for key, shape, _ in report.reshaped if key.endswith(("class_embedding", "cls_token"))]
     if tokens and tokens[0] != model.visual.mixture_tokens:
         return f". The file has {tokens[0]} mixture tokens: mixture_tokens={tokens[0]}"
-    context = [found[0] for key, found, _ in report.reshaped if key == "text.positional_embedding"]
+    context = [shape[0] for key, shape, _ in report.reshaped if key == "text.positional_embedding"]
     return f". The file's captions have {context[0]} tokens: context_length={context[0]}" if context else ""

@@ -38,7 +38,7 @@ class LoadReport:
         missing, unexpected = list(missing), list(unexpected)
         lines = [f"missing {key}" for key in missing]
         lines += [f"unexpected {key} (nearest: {', '.join(nearest(key, missing, 1)) or 'none'})" for key in unexpected]
-        return lines + [f"{key} is {found}, expected {expected}" for key, found, expected in self.reshaped]
+        return lines + [f"{key} is {shape}, expected {expected}" for key, shape, expected in self.reshaped]
 
 
 def _shorten(names: tuple[str, ...]) -> str:

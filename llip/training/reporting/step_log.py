@@ -158,7 +158,7 @@ class StepLog:
             return {}
         measures = mixture_measures(self.task.model, seen.h, seen.t)
         if self.state.step >= self.config.warmup:
-            for alarm in find_alarms(measures, tokens, listens=True):
+            for alarm in find_alarms(measures, tokens, text_conditioned=True):
                 kind = alarm.split(":")[0]
                 if kind not in self.alarms:
                     self.alarms.add(kind)
