@@ -117,9 +117,12 @@ def test_our_own_clip_is_open_clips_image_for_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ensemble", ["feature", "score"])
+@pytest.mark.parametrize(("pooling", "attended"), [("text", "mixture"), ("flair", "patches")])
 @torch.no_grad()
-def test_llip_equals_a_dense_loop_over_contextualize(tmp_path: Path, ensemble: str) -> None:
-    model = tiny(tmp_path, mixture_tokens=4, pooling="text", pool_heads=2)
+def test_llip_equals_a_dense_loop_over_contextualize(
+    tmp_path: Path, pooling: str, attended: str, ensemble: str
+) -> None:
+    model = tiny(tmp_path, mixture_tokens=4, pooling=pooling, pair_tokens=attended, pool_heads=2)
     images = torch.randn(6, 3, 32, 32)
     h = model.encode_image(images)
     expected = torch.empty(6, len(NAMES))
