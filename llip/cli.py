@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 
 from llip.config_search import list_configs, search_config
 from llip.configs import FIELD_GROUPS, Config, config_fields
@@ -39,7 +40,7 @@ def _list_text() -> str:
     )
 
 
-def parse_command(arguments: list[str]) -> Command:
+def parse_command(arguments: Sequence[str]) -> Command:
     """Read the command line; `--help` prints and exits, `--list` prints.
 
     Raises:

@@ -5,12 +5,13 @@ the config asks for; under torchrun or srun it joins them.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llip.cli import parse_command
 from llip.configs import Config
-from llip.errors import EXIT_USER, UserError
+from llip.errors import UserError
+from llip.system.program import program
 from llip.training.distributed.exit_with_launcher import exit_with_launcher
 
 if TYPE_CHECKING:
@@ -18,20 +19,16 @@ if TYPE_CHECKING:
     from llip.training.reporting.step_log import StepResult
 
 
-def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluation | None" = None) -> int:
+@program
+def main(arguments: Sequence[str], submit_evaluation: "SubmitEvaluation | None" = None) -> int:
     """Resolve the config, start or join its processes, train; return the exit code.
 
     Args:
         arguments: the command line.
         submit_evaluation: submits online evaluations to other jobs, from a process that joins others in a SLURM job.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     exit_with_launcher()
-    try:
-        command = parse_command(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    command = parse_command(arguments)
     if command.config is None:
         return 0
     if command.print_only:
@@ -42,7 +39,7 @@ def main(arguments: list[str] | None = None, submit_evaluation: "SubmitEvaluatio
     return launch(command.config, arguments, submit_evaluation)
 
 
-def launch(config: Config, arguments: list[str], submit_evaluation: "SubmitEvaluation | None" = None) -> int:
+def launch(config: Config, arguments: Sequence[str], submit_evaluation: "SubmitEvaluation | None" = None) -> int:
     """Run this process's part of the config, or start the processes that do."""
     from llip.training.distributed import launch
     from llip.training.distributed.slurm_environment import adopt_slurm, joins_environment

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import llip.main
 from llip.errors import EXIT_RUN, RunError, UserError
 from llip.system.program import INTERRUPTED, program
 
@@ -27,6 +28,15 @@ def test_ctrl_c(capsys):
         raise KeyboardInterrupt
 
     assert main([]) == INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_run_starts(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llip.main.launch", interrupt)
+    assert llip.main.main(["llip_quickstart"]) == INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
 
 

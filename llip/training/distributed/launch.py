@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,7 +100,7 @@ def _smaller(config: Config, nodes: int, ngpus: int, on_cpu: bool = False) -> st
     return f"Use {overrides} (global batch {batch:,} instead of {config.global_batch:,}; accum_freq={accum} {effect})"
 
 
-def start_processes(arguments: list[str], config: Config) -> int:
+def start_processes(arguments: Sequence[str], config: Config) -> int:
     """Run the config's processes on this machine with PyTorch's elastic launcher, and return the exit code.
 
     No process is restarted: the first failure ends all, and one message reports it. A signal is passed on, so that the
