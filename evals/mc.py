@@ -117,7 +117,10 @@ def _evaluate_all(evaluation: Evaluation, devices: Sequence[str]) -> None:
             except ProcessKilledError as death:
                 if not progress.exists():
                     raise ProcessKilledError(f"{death}, before the first task began") from death
-                failed, *tasks = tasks[progress.read_text().count("done") :]
+                remaining = tasks[progress.read_text().count("done") :]
+                if not remaining:  # killed at its exit
+                    return
+                failed, *tasks = remaining
                 (entry,) = (entry for entry in evaluation.entries if entry.name == failed)
                 reason = f"{death}; with less batch_size or workers it may fit into memory"
                 evaluation = replace(evaluation, results=_stored(evaluation))
@@ -142,10 +145,11 @@ def _work(device: str, evaluation: Evaluation, tasks: Sequence[str], progress: P
         progress.touch()
 
     def record(result: TaskResult) -> None:
-        if processes.is_main:
-            results.add(result)
-            with progress.open("a") as file:
-                file.write("done\n")
+        with raise_on_all_ranks(processes, CollectiveUserError, _user_message):
+            if processes.is_main:
+                results.add(result)
+                with progress.open("a") as file:
+                    file.write("done\n")
 
     evaluate_tasks(
         model,

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from evals import compare, main_mc, mc, results
-from evals.devices import choose_devices, launch
+from evals.devices import ProcessKilledError, choose_devices, launch
 from llip.clipeval.eval_config import EvalConfig
 from llip.errors import EXIT_USER, RunError, UserError
 from tests.clipeval.fakes import FakeModel, write_catalog, write_imagefolder, write_retrieval, write_wds
@@ -187,6 +187,22 @@ def test_results_that_cannot_be_written(config: EvalConfig, name: str) -> None:
     path.mkdir(parents=True) if name != "per_sample" else (path.parent.mkdir(), path.write_text(""))
     with pytest.raises(UserError, match=f"results cannot be written: .*{name}.*; set another output_dir, or make room"):
         mc.run(config, ["cpu"], load_fake)
+
+
+def test_a_process_killed_at_its_exit_costs_no_result(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed_at_exit(worker, devices, *arguments) -> None:
+        launch(worker, devices, *arguments)
+        raise ProcessKilledError("process 0 (cpu) was killed by SIGKILL")
+
+    monkeypatch.setattr(mc, "launch", killed_at_exit)
+    assert mc.run(config, ["cpu"], load_fake) == 0
+
+
+@pytest.mark.slow  # starts two processes
+def test_results_that_cannot_be_written_end_every_process(config: EvalConfig) -> None:
+    Path(config.output_dir, "results.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="results cannot be written"):
+        mc.run(config, ["cpu", "cpu"], load_fake)
 
 
 def test_a_chart_that_cannot_be_written_costs_no_result(config: EvalConfig, capsys: pytest.CaptureFixture) -> None:
