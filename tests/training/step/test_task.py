@@ -40,7 +40,7 @@ def cut(batch, count):
 def make_model(config, patch_dropout=0.0):
     torch.manual_seed(0)
     vision = {**TINY_MODEL["vision_cfg"], "image_size": 64, "patch_size": 16, "patch_dropout": patch_dropout}
-    spec = ModelSpec({**TINY_MODEL, "vision_cfg": vision}, 3, config.pooling, 4, 5.0, config.loss)
+    spec = ModelSpec({**TINY_MODEL, "vision_cfg": vision}, 3, config.pooling, 4, 5.0, config.loss, config.pair_tokens)
     return create_model(spec).double()  # float32 rounds differently from CPU to CPU, by more than the bound
 
 
@@ -191,6 +191,14 @@ def test_several_captions_are_the_equations(pool, count, accum):
         expected = dense(**fields)
         for found in pool.run(partial(loss_and_gradients, **fields), count, accum):
             assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(("count", "accum"), [(1, 2), (2, 2)])
+def test_flair_does_not_depend_on_how_the_batch_is_spread(pool, count, accum):
+    fields = {"pooling": "flair", "pair_tokens": "patches", "captions_per_image": 3, "global_loss_weight": 0.5}
+    expected = loss_and_gradients(0, 1, 1, **fields)
+    for result in pool.run(partial(loss_and_gradients, **fields), count, accum):
+        assert_equal(result, expected)
 
 
 def test_accumulation_replays_patch_dropout():
