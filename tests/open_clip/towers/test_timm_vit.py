@@ -85,6 +85,26 @@ def test_step_0_is_the_source(tiny_timm, vision, tokens, pooling):
     assert model.logit_bias.item() == -9.0
 
 
+@pytest.mark.parametrize("vision", [TOKEN, REGISTERS, EVA], ids=["class token", "registers", "EVA"])
+@torch.no_grad()
+def test_patches_are_the_projected_outputs_of_the_trunk(tiny_timm, vision):
+    source = theirs(vision)
+    prefix = source.visual.trunk.num_prefix_tokens
+    model = create_model(ModelSpec(architecture(vision), prefix, "text", 4, 5.0, "sigmoid", "patches"))
+    load_weights(model, source.state_dict(), towers_only=True, spread=0.0)
+    h = model.eval().encode_image(inputs()[0])
+    outputs = source.visual.trunk.forward_features(inputs()[0])[:, prefix:]  # the last norm included
+    expected = source.visual.head(source.visual.trunk.head(source.visual.trunk.fc_norm(outputs)))
+    assert h.shape[1] == prefix + expected.shape[1] == model.visual.output_tokens
+    torch.testing.assert_close(h[:, prefix:], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vision", [SIGLIP, PE], ids=["latents", "EVA latents"])
+def test_attention_pools_give_no_patches(tiny_timm, vision):
+    with pytest.raises(UserError, match=r"pools by attention.*pair_tokens=mixture"):
+        create_model(ModelSpec(architecture(vision), 2, "text", 4, 5.0, "sigmoid", "patches"))
+
+
 def test_registers_become_mixture_tokens_beside_copies_of_the_class_token(tiny_timm):
     source, model = theirs(REGISTERS), ours(REGISTERS, 8, "first")
     load_weights(model, source.state_dict(), towers_only=True, spread=0.0)
