@@ -35,10 +35,13 @@ class JobTask:
         """Run the task, and exit with a code other than 0 where it failed."""
         raise NotImplementedError
 
-    def __submitit_checkpoint__(self, *_: object) -> "DelayedSubmission":
+    def checkpoint(self, *_: object) -> "DelayedSubmission":
+        """Return what submitit runs after a requeue; without a method of this name it does not requeue."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+    __submitit_checkpoint__ = checkpoint  # the name under which submitit calls it
 
 
 @dataclasses.dataclass(frozen=True)

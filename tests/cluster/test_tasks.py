@@ -13,6 +13,7 @@ from llip.cluster import tasks
 from llip.cluster.evaluation import EvaluationJobs
 from llip.cluster.tasks import TrainTask
 from llip.errors import EXIT_STOPPED
+from llip.training.distributed.signals import stop_on_signals
 
 
 @pytest.fixture
@@ -36,16 +37,14 @@ def requeued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[i
 
 
 def stopped_by(*numbers: int) -> Callable[[list[str], object], int]:
-    """Return a training run that gets signals, handles them by itself, saves and says so."""
+    """Return a training run that is signalled, handles it as runs do, and saves."""
 
     def main(_: list[str], __: object) -> int:
-        noted: list[int] = []
-        before = {number: signal.signal(number, lambda got, frame: noted.append(got)) for number in numbers}
-        for number in numbers:
-            os.kill(os.getpid(), number)
-        assert sorted(noted) == sorted(numbers)
-        for number, old in before.items():
-            signal.signal(number, old)
+        with stop_on_signals() as stop:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            stop.look()
+            assert bool(stop) == bool(numbers)
         return EXIT_STOPPED
 
     return main
@@ -112,6 +111,7 @@ def test_the_run_gets_its_words_its_folder_and_its_evaluation_jobs(requeued, mon
     jobs = EvaluationJobs(Path("slurm"), {"nodes": 1}, 3)
     task = pickle.loads(pickle.dumps(TrainTask(["a", "b=1"], str(tmp_path / "submitted_from"), jobs)))
     task()
+    assert hasattr(task, "checkpoint"), "submitit requeues no other task"
     task.__submitit_checkpoint__().function()  # what submitit runs after a requeue
     assert seen == [(["a", "b=1"], tmp_path / "submitted_from", jobs)] * 2
     assert task.__submitit_checkpoint__().function.arguments == ["a", "b=1"]
