@@ -22,11 +22,12 @@ from llip.config_search import search_config
 from llip.configs import ATTENTION_POOLINGS, Config
 from llip.errors import UserError
 from llip.extensions import find_extension
-from llip.open_clip.costs.flops import pair_tokens
+from llip.open_clip.costs.flops import keys_per_image
 from llip.open_clip.factory import create_model, model_spec
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.pooling import unit_norm
+from llip.open_clip.scores.plan import plan_scores
 from llip.system.program import program
 from llip.training.step.optimizer import create_optimizer
 
@@ -82,7 +83,7 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     Raises:
         UserError: the config's own pooling is not text-conditioned, or there are fewer texts than images.
     """
-    if config.pooling not in ATTENTION_POOLINGS:
+    if keys_per_image(model_spec(config)) is None:
         expected = " or ".join(f"pooling={name}" for name in ATTENTION_POOLINGS)
         raise UserError(f"config {config.name!r} has pooling = {config.pooling!r}: expected one with {expected}")
     own = config.batch_size * config.captions_per_image
@@ -99,8 +100,11 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     step, encoder = (statistics.median(values) for values in times)
     del first
     peak = whole.peak_bytes()
-    tokens, on_cpu = pair_tokens(model_spec(config)), device.type == "cpu"
-    plan = whole.model.pooling.score_plan(config.batch_size, texts, tokens, on_cpu=on_cpu, memory_budget=whole.budget)
+    spec = model_spec(config)
+    plan = plan_scores(
+        config.batch_size, texts, keys_per_image(spec), config.pool_heads, spec.architecture["embed_dim"],
+        training=True, on_cpu=device.type == "cpu", budget=whole.budget,
+    )  # fmt: skip
     return {
         "config": config.name,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores import similarity
 from llip.open_clip.scores.gram import full_precision
-from llip.open_clip.scores.plan import ScorePlan, plan_scores
 
 
 class FlairPooling(Pooling):
@@ -24,6 +23,8 @@ class FlairPooling(Pooling):
     Our reading: the text enters at norm sqrt(D), where LayerNorm's epsilon has no effect. The text-free feature is the
     first token, FLAIR's class token. `softmax_temperature` has no effect.
     """
+
+    extra_keys = 1  # the zero key
 
     def __init__(self, width: int, heads: int) -> None:
         """Build the head of `heads` heads M; `width` is D, divisible by M."""
@@ -94,14 +95,6 @@ class FlairPooling(Pooling):
         query = F.pad(torch.cat(query_parts, dim=1), (0, width))  # [D, 2D + 1]
         out = F.pad(out, (0, 0, width + 1, 0))  # [2D + 1, M (d + spare)]
         return similarity.pairwise_scores(keys, values, texts, query, out, size**-0.5, memory_budget=memory_budget)
-
-    def score_plan(
-        self, images: int, texts: int, tokens: int, *, on_cpu: bool, memory_budget: int | None = None
-    ) -> ScorePlan:
-        width = self.attn.embed_dim
-        return plan_scores(
-            images, texts, tokens + 1, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget
-        )
 
 
 def _constant(values: Tensor, count: int) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from llip.extensions import find_extension
 from llip.open_clip.scores import similarity
 from llip.open_clip.scores.gram import full_precision
-from llip.open_clip.scores.plan import ScorePlan, plan_scores
 
 NORM_EPS = 1e-6
 """Norms below this count as this, so that features of degenerate tokens stay finite."""
@@ -29,6 +28,8 @@ class Pooling(nn.Module):
 
     optional_biases: tuple[str, ...] = ()
     """Parameters that the pooling has only if its weights bring them."""
+    extra_keys: int | None = None
+    """Keys per image beside the tokens that texts attend to; None: texts attend to none, scores are inner products."""
     first_pair_token = 0
     """Where the tokens that texts attend to begin in `h`: at K where a config's `pair_tokens` is patches."""
 
@@ -59,15 +60,6 @@ class Pooling(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             z = self.global_feature(h)
             return z @ t.to(z.dtype).T
-
-    def score_plan(
-        self, images: int, texts: int, tokens: int, *, on_cpu: bool, memory_budget: int | None = None
-    ) -> ScorePlan | None:
-        """Return how `scores` of such a shape are computed in training; None where they are plain inner products.
-
-        `tokens` of an image are attended to: K, L or K + L.
-        """
-        return None
 
     def contextualize(self, h: Tensor, t: Tensor) -> Tensor:
         """Return the unit-norm features z [B, T, D], formed one by one: the reference, for small B x T."""
@@ -171,6 +163,7 @@ class TextConditionedPooling(Pooling):
     """
 
     optional_biases = ("q_proj.bias", "v_proj.bias")
+    extra_keys = 0
 
     def __init__(self, width: int, heads: int, temperature: float) -> None:
         """Build the head.
@@ -245,12 +238,6 @@ class TextConditionedPooling(Pooling):
             out = F.pad(out, (0, 0, 0, 1))
             t = F.pad(t, (0, 1), value=t.shape[-1] ** -0.5)
         return similarity.pairwise_scores(keys, values, t, query, out, gain, memory_budget=memory_budget)
-
-    def score_plan(
-        self, images: int, texts: int, tokens: int, *, on_cpu: bool, memory_budget: int | None = None
-    ) -> ScorePlan:
-        width = self.out_proj.weight.shape[0]
-        return plan_scores(images, texts, tokens, self.heads, width, training=True, on_cpu=on_cpu, budget=memory_budget)
 
 
 def _project(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from llip.configs import Config
 from llip.errors import RunError, UserError
+from llip.open_clip.costs.flops import score_plan_of
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
@@ -234,7 +235,7 @@ class Trainer:
             ) from error
 
     def _score_plan(self) -> ScorePlan | None:
-        return self.task.score_plan(self.config.batch_size * self.config.accum_freq)
+        return score_plan_of(self.config, on_cpu=self.processes.device.type == "cpu")
 
     def _save_and_evaluate(self, agreed: Agreement) -> Outcome | None:
         """Save and evaluate if that is due; return the outcome if training ends with the step."""

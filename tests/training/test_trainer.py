@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llip.errors import UserError
 from llip.main import train
-from llip.open_clip.pooling import create_pooling
 from llip.run_configs.quickstart import llip_quickstart
 from llip.system.processes import Processes
 from llip.training.trainer import Trainer
@@ -78,14 +77,9 @@ def steps_saved_by_time(rank, count, config, main_is_due):
 def trainer(pooling="text", **changes):
     """A trainer with just what speaks of memory."""
     made = Trainer.__new__(Trainer)
-    made.config = llip_quickstart().replace(**changes)
+    made.config = llip_quickstart().replace(pooling=pooling, **changes)
     made.state = SimpleNamespace(step=7)
-    made.processes = SimpleNamespace(rank=1)
-    head = create_pooling(pooling, 8, 128, 8, 5.0)
-    budget = None if made.config.score_memory is None else int(made.config.score_memory * 2**30)
-    made.task = SimpleNamespace(
-        score_plan=lambda images: head.score_plan(images, images, 8, on_cpu=True, memory_budget=budget)
-    )
+    made.processes = SimpleNamespace(rank=1, device=torch.device("cpu"))
     return made
 
 

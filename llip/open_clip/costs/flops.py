@@ -9,7 +9,8 @@ Attention counts in full, although the text tower's mask leaves half of it unuse
 import dataclasses
 from typing import Any
 
-from llip.configs import ATTENTION_POOLINGS, Config
+from llip.configs import Config
+from llip.extensions import find_extension
 from llip.open_clip.costs.shapes import Tower, fewest_tokens, kept_patches, timm_image_tower
 from llip.open_clip.factory import ModelSpec, model_spec
 from llip.open_clip.scores.gram import upper_blocks
@@ -48,9 +49,10 @@ def pair_tokens(spec: ModelSpec) -> int:
     return both - spec.mixture_tokens if spec.pair_tokens == "patches" else both
 
 
-def attended_tokens(spec: ModelSpec) -> int:
-    """Return `pair_tokens` and FLAIR's zero key."""
-    return pair_tokens(spec) + (spec.pooling == "flair")
+def keys_per_image(spec: ModelSpec) -> int | None:
+    """Return how many keys of an image a text attends to in training; None where it attends to none."""
+    extra = getattr(find_extension("pooling", spec.pooling), "extra_keys", None)
+    return None if extra is None else pair_tokens(spec) + extra
 
 
 def text_tower(spec: ModelSpec) -> Tower:
@@ -147,12 +149,13 @@ class StepFlops:
 def score_plan_of(config: Config, spec: ModelSpec | None = None, on_cpu: bool = False) -> ScorePlan | None:
     """Return how a process of the run computes its scores; None without text conditioning."""
     spec = spec or model_spec(config)
-    if spec.pooling not in ATTENTION_POOLINGS:
+    keys = keys_per_image(spec)
+    if keys is None:
         return None
     budget = None if config.score_memory is None else int(config.score_memory * 2**30)
     width = spec.architecture["embed_dim"]
     return plan_scores(
-        config.batch_size * config.accum_freq, config.global_texts, attended_tokens(spec), spec.pool_heads, width,
+        config.batch_size * config.accum_freq, config.global_texts, keys, spec.pool_heads, width,
         training=True, on_cpu=on_cpu, budget=budget,
     )  # fmt: skip
 
@@ -160,12 +163,14 @@ def score_plan_of(config: Config, spec: ModelSpec | None = None, on_cpu: bool = 
 def head_flops(config: Config, spec: ModelSpec, on_cpu: bool = False) -> Head:
     """Return the FLOPs of one process's scores in one step."""
     images, texts, width = config.batch_size * config.accum_freq, config.global_texts, spec.architecture["embed_dim"]
-    plan, product = score_plan_of(config, spec, on_cpu), 2 * images * texts * width
-    if plan is None:
+    plan, keys, product = score_plan_of(config, spec, on_cpu), keys_per_image(spec), 2 * images * texts * width
+    if plan is None or keys is None:
         return Head(product, 2 * product, 0)
-    head = text_head(images, texts, attended_tokens(spec), spec.pool_heads, width, plan)
-    if config.global_loss_weight:  # features conditioned on the zero text, to which no gradient goes
-        tokens = images * spec.mixture_tokens * width
+    head = text_head(images, texts, keys, spec.pool_heads, width, plan)
+    if config.global_loss_weight and spec.pooling == "flair":  # the first token
+        head = Head(head.forward + product, head.backward + 2 * product, head.again)
+    elif config.global_loss_weight:  # features conditioned on the zero text, to which no gradient goes
+        tokens = images * keys * width
         forward = 4 * tokens * width + 4 * tokens + 2 * (images + 1) * width**2 + product
         head = Head(head.forward + forward, head.backward + 2 * forward - 2 * width**2, head.again)
     return head

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llip.configs import Config
-from llip.open_clip.costs.flops import attended_tokens, score_plan_of
+from llip.open_clip.costs.flops import keys_per_image, score_plan_of
 from llip.open_clip.factory import model_spec
 from llip.open_clip.model import autocast_dtype
 from llip.open_clip.scores.similarity import pairwise_scores
@@ -38,14 +38,14 @@ def score_bytes(config: Config) -> int:
     twice, two of them in the direction of the images stand for all.
     """
     spec = model_spec(config)
-    plan = score_plan_of(config, spec)
-    if plan is None:
+    plan, keys_of_image = score_plan_of(config, spec), keys_per_image(spec)
+    if plan is None or keys_of_image is None:
         return 0
     width, dtype = spec.architecture["embed_dim"], autocast_dtype(config.precision) or torch.float32
     images = all_images = config.batch_size * config.accum_freq
     if not plan.keep:
         images = min(all_images, 2 * plan.tile_images)
-    by_head = (spec.pool_heads, images, attended_tokens(spec), width // spec.pool_heads)
+    by_head = (spec.pool_heads, images, keys_of_image, width // spec.pool_heads)
     with FakeTensorMode(), ByteCounter() as counter:
         keys, values = (torch.empty(by_head, dtype=dtype, requires_grad=True) for _ in range(2))
         texts, query, out = (torch.empty(n, width, requires_grad=True) for n in (config.global_texts, width, width))

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from llip.configs import Config
 from llip.extensions import find_extension
-from llip.open_clip.costs.flops import pair_tokens
-from llip.open_clip.factory import ModelSpec
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.objectives.objective import LossFunction, Objective
-from llip.open_clip.scores.plan import ScorePlan
 from llip.system.processes import Processes
 from llip.training.distributed.collectives import combine_logsumexp, gather_texts
 
@@ -50,14 +47,6 @@ class ContrastiveTask(nn.Module):
         self.model, self.config, self.processes = model, config, processes
         self.memory_budget = None if config.score_memory is None else int(config.score_memory * 2**30)
         self.seen: Features | None = None  # of the first images, with one caption each, to be measured now and then
-
-    def score_plan(self, images: int) -> ScorePlan | None:
-        """Return how the scores of `images` images of this process are computed; None without text conditioning."""
-        return self.model.pooling.score_plan(
-            images, images * self.processes.world_size * self.config.captions_per_image,
-            pair_tokens(ModelSpec(**self.model.config)),
-            on_cpu=self.processes.device.type == "cpu", memory_budget=self.memory_budget,
-        )  # fmt: skip
 
     def forward(
         self,
