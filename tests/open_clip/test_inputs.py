@@ -8,7 +8,7 @@ from PIL import Image
 import llip
 from llip.errors import UserError
 
-POOLINGS = ["first", "mean", "learned", "text"]
+POOLINGS = ["first", "mean", "learned", "text", "flair"]
 
 
 def build(tiny_model, pooling="text"):
