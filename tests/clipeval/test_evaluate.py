@@ -247,6 +247,7 @@ def _results(rank: int, count: int, folder: Path) -> list[dict]:
     return [result.to_json() for result in evaluate(folder)]
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_results_of_one(folder: Path, pool: ProcessPool) -> None:
     """To the last bit of every value, error and hash; 4 processes are more than some tasks have images."""
     alone = [result.to_json() for result in evaluate(folder)]

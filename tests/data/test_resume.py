@@ -26,6 +26,7 @@ def test_a_restart_sees_what_an_uninterrupted_run_sees(tmp_path, workers, stop):
     assert all(torch.equal(a.images, b.images) for a, b in zip(resumed, straight[stop:], strict=True))
 
 
+@pytest.mark.slow
 def test_a_restart_in_another_topology_repeats_and_leaves_out_nothing(tmp_path):
     pattern = write_pairs(tmp_path, 90, 9)
     settings = config(pattern, batch_size=3, shuffle_buffer=7)

@@ -135,6 +135,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_terminated_program_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "llip.scenes", "--out", str(tmp_path / "scenes"), "--train", "1000000"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

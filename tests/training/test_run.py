@@ -133,7 +133,7 @@ def interrupt_after(steps):
     return on_step
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", [{}, {"accum_freq": 2, "batch_size": 8, "patch_dropout": 0.5, "loss": "softmax"}])
 def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, workers, changes):
     plain = {"batch_size": 10, "train_num_samples": 30}

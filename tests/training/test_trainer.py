@@ -47,6 +47,7 @@ def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch, changes):
     assert per_step == [(1, 0)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main_is_due", [True, False])
 def test_the_main_process_alone_decides_by_its_clock(pool, tmp_path, main_is_due):
     config = tiny_run(tmp_path, batch_size=8, ngpus=2, save_minutes=60)

@@ -127,6 +127,7 @@ def _count_texts(rank: int, count: int, folder: Path) -> list[int]:
     return [texts_encoded(folder) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_the_file(folder: Path, pool: ProcessPool) -> None:
     assert pool.run(_count_texts, 2, folder) == [[6, 0], [4, 0]]  # classes 0, 2, 4 and 1, 3
     assert len(list((folder / "cache").iterdir())) == 1

@@ -199,6 +199,7 @@ def test_folders_of_others_are_left_alone(tmp_path, capsys):
     assert main([str(tmp_path / "none.pt"), "--out", str(tmp_path / "x")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "pooling"), [(3, "text"), (2, "learned")])
 def test_exported_programs_run_without_our_code(tmp_path, tokens, pooling):
     path, model = checkpoint(tmp_path, tokens, pooling)
@@ -213,6 +214,7 @@ def test_exported_programs_run_without_our_code(tmp_path, tokens, pooling):
     torch.testing.assert_close(scores, model(images, tokens).detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_programs_of_copied_tokens(tmp_path):
     path, model = checkpoint(tmp_path, 4)
     source = open_clip.CustomTextCLIP(**TINY_MODEL)
