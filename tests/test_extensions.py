@@ -45,6 +45,7 @@ def losses(config: Config) -> list[float]:
     return [record["loss"] for record in read_records(config.folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_all_four_train_resume_and_load_elsewhere(tmp_path, example, workers, monkeypatch):
     config = tiny_run(tmp_path, epochs=10, workers=workers, save_steps=5, **example)

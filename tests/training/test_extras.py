@@ -98,6 +98,7 @@ def test_the_log_tells_speed_and_mixture(config):
     assert not any(name.startswith("mixture_") for name in first)
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_steps(config):
     train(config.replace(profile_steps="2-3"), "cpu")
     folder = config.folder / "profile"

@@ -68,6 +68,7 @@ def kill():
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_killed_evaluation_is_made_up(config, monkeypatch, step):
     with monkeypatch.context() as patch:

@@ -288,6 +288,7 @@ def test_repeated_data_are_announced(config):
     assert "each epoch repeats the data 3.00 times" in (config.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_bf16_run(config):
     train(config, "cpu")
     checkpointed = config.replace(name="checkpointed", grad_checkpointing=True)

@@ -111,6 +111,7 @@ def test_captions_that_attend_to_patches(tmp_path, tiny_model, images, capsys, w
         np.testing.assert_allclose(maps.reshape(2, -1), patches, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plain_open_clip_model(plain_model, images, tmp_path, capsys):
     """Its class token is the one mixture token; the map is its attention in the last block."""
     command = [str(plain_model), "--images", *images, "--captions", "a", "b", "--out", str(tmp_path / "x.png")]

@@ -80,6 +80,7 @@ def test_published_runs_are_within_the_range(config, samples_per_second, gpus, s
     assert low <= share <= high
 
 
+@pytest.mark.slow
 def test_a_slow_network_is_waited_for():
     config = search_config("llip_b16_k32")
 
@@ -122,6 +123,7 @@ def test_an_unknown_device_has_no_peak():
         find_gpu("h100-80gb")
 
 
+@pytest.mark.slow
 def test_advice_fits_and_keeps_the_global_batch():
     config = search_config("llip_G14_k64", ["grad_checkpointing=false"])
     gpu = find_gpu("h100-80g")

@@ -27,6 +27,7 @@ def test_published_shapes(config, gigabytes):
     assert score_bytes(search_config(config)) == pytest.approx(gigabytes * 1e9, rel=0.05)
 
 
+@pytest.mark.slow
 def test_more_images_move_more():
     config = search_config("llip_b16_k32")
     assert score_bytes(config.replace(nodes=1, accum_freq=16)) == pytest.approx(16 * score_bytes(config), rel=0.05)

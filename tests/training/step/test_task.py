@@ -184,7 +184,8 @@ SEVERAL = [
 
 
 @pytest.mark.parametrize(
-    ("count", "accum"), [(1, 1), (1, 2), (2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+    ("count", "accum"),
+    [(1, 1), (1, 2), (2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2), (4, 1)))],
 )
 def test_several_captions_are_the_equations(pool, count, accum):
     for fields in SEVERAL:
