@@ -18,8 +18,9 @@ RUNGS = {
     "average": "quickstart_mean",
     "learned weights": "quickstart_learned",
     "Llip": "llip_quickstart",
+    "FLAIR": "quickstart_flair",
 }
-"""The paper's ladder (its figure 3), from the bottom to the top."""
+"""The paper's ladder (its figure 3), from the bottom to the top, and FLAIR."""
 
 COLUMNS = {
     "retrieval text->image R@1": "scenes_retrieval text_to_image_R@1",

@@ -34,6 +34,11 @@ def llip_quickstart() -> Config:
     )
 
 
+def quickstart_flair() -> Config:
+    """Ladder: FLAIR, whose captions attend to patches; half of the loss is that of its class token."""
+    return llip_quickstart().replace(pooling="flair", mixture_tokens=1, pair_tokens="patches", global_loss_weight=0.5)
+
+
 def quickstart_learned() -> Config:
     """Ladder: 8 mixture tokens, one learned weighting of them for all captions."""
     return llip_quickstart().replace(pooling="learned")
