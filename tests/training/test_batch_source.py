@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +16,7 @@ from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
 from llip.training.checkpoints.records import read_records
 from tests.helpers import config_file, tiny_run, write_pairs
+from tests.training.distributed.test_survival import ranks
 
 
 @pytest.fixture(autouse=True)
@@ -96,18 +96,6 @@ def start(config, folder):
     """Start the config's processes by their launcher; return what knows them."""
     command = [sys.executable, "-m", "llip.main", config_file(folder / f"{config.name}.py", config)]
     return Launched(command, folder / f"{config.name}.txt")
-
-
-def ranks(launched):
-    """Return the processes that train, by rank."""
-    found = {}
-    for process in launched.members():
-        words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-        rank = next((int(word.removeprefix(b"RANK=")) for word in words if word.startswith(b"RANK=")), None)
-        parent = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        if rank is not None and parent == launched.process.pid:
-            found[rank] = process
-    return found
 
 
 @pytest.mark.slow  # starts two processes three times
