@@ -1,4 +1,4 @@
-"""The command that submits training: its script, its array of seeds, and mistakes told before anything is submitted."""
+"""The command that submits training: its script, its array of seeds, and mistakes reported before the submission."""
 
 import os
 import shutil
@@ -47,9 +47,9 @@ def test_a_dry_run_prints_the_script_without_slurm_and_writes_nothing(words, tmp
 
 def test_a_dry_run_says_what_a_submission_would_be_refused_for(words, capsys):
     assert main([*words[:3], "train_data=/nowhere/0.tar", "--dry-run"]) == 0
-    told = capsys.readouterr()
-    assert "#SBATCH" in told.out
-    assert "the submission would fail: train_data: 1 of 1 shards are missing" in told.err
+    printed = capsys.readouterr()
+    assert "#SBATCH" in printed.out
+    assert "the submission would fail: train_data: 1 of 1 shards are missing" in printed.err
 
 
 def test_the_task_runs_the_config_as_it_was_resolved(words, tmp_path):
@@ -99,9 +99,9 @@ def test_evaluation_jobs_are_small_and_can_be_switched_off(words):
 def test_mistakes_are_one_message_and_exit_code_2(more, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(more) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.startswith("error: ")
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("error: ")
 
 
 @pytest.mark.slow

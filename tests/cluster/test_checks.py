@@ -1,4 +1,4 @@
-"""Mistakes that are told before anything is submitted."""
+"""Mistakes that are reported before anything is submitted."""
 
 import fcntl
 import re

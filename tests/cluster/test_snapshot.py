@@ -102,9 +102,9 @@ def test_the_same_code_is_the_same_folder_and_an_edit_another_one(project: Path,
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_same_folder(project: Path, tmp_path: Path):
-    told = take_snapshot(tmp_path / "code", {}, tmp_path / "runs", write=False)
+    snapshot = take_snapshot(tmp_path / "code", {}, tmp_path / "runs", write=False)
     assert not (tmp_path / "code").exists()
-    assert take_snapshot(tmp_path / "code", {}, tmp_path / "runs") == told
+    assert take_snapshot(tmp_path / "code", {}, tmp_path / "runs") == snapshot
 
 
 def test_the_commit_is_told_with_changes(project: Path):

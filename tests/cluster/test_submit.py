@@ -90,9 +90,9 @@ def test_a_job_that_submits_a_job_does_not_pass_its_own_settings_on(sbatch, tmp_
     kept = {"SLURM_CONF": "/somewhere/slurm.conf", "LLIP_SCENES": "/data"}
     for name, value in (own | kept).items():
         monkeypatch.setenv(name, value)
-    told = sbatch("echo Submitted batch job 79")
+    printed = sbatch("echo Submitted batch job 79")
     request(tmp_path).submit()
-    environment = dict(line.split("=", 1) for line in told.read_text().splitlines() if "=" in line)
+    environment = dict(line.split("=", 1) for line in printed.read_text().splitlines() if "=" in line)
     assert {name: environment.get(name) for name in kept} == kept
     assert not own.keys() & environment.keys()
     assert os.environ["SLURM_JOB_ID"] == "5"
@@ -100,9 +100,9 @@ def test_a_job_that_submits_a_job_does_not_pass_its_own_settings_on(sbatch, tmp_
 
 def test_at_a_terminal_the_users_own_settings_stay(sbatch, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
-    told = sbatch("echo Submitted batch job 80")
+    printed = sbatch("echo Submitted batch job 80")
     request(tmp_path).submit()
-    assert "SBATCH_ACCOUNT=lab" in told.read_text().splitlines()
+    assert "SBATCH_ACCOUNT=lab" in printed.read_text().splitlines()
 
 
 def test_the_parameters_travel_as_json():

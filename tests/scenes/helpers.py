@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 CLASS_TASKS = ("scenes_top_left", "scenes_red_shape", "scenes_background")
-SIZE = 48  # pixels a side, as the program writes them unless told otherwise
+SIZE = 48  # pixels a side, as the program writes them by default
 
 
 def read(path: Path) -> dict[str, dict[str, bytes]]:

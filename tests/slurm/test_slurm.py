@@ -169,9 +169,9 @@ def test_a_failing_jobs_error_reaches_the_user(cluster: Cluster, jobs: dict[str,
     failing = jobs["failing"]
     ended = cluster.wait_ended(failing.id)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    told = re.search(r"^logs: +(\S+)", failing.printed, re.MULTILINE)[1]
+    log = re.search(r"^logs: +(\S+)", failing.printed, re.MULTILINE)[1]
     message = "error: train_data: 1 of 2 shards are missing, the first is"
-    assert message in Path(told).read_text()
+    assert message in Path(log).read_text()
     logs = [path.read_text() for path in (failing.run / "slurm").glob("*_log.*")]
     assert sum(text.count("shards are missing") for text in logs) == 1
     assert not any("Traceback" in text for text in logs)

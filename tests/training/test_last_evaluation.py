@@ -40,12 +40,12 @@ def after_first_task(monkeypatch, step, action):
     tell = online.report_result
 
     def telling(result, at):
-        told = tell(result, at)
+        stop = tell(result, at)
         if at == step and result.task == TASKS[0]:
             monkeypatch.setattr(online, "report_result", tell)
             online_log_first(result, at)
             action()
-        return told and not (at == step and result.task == TASKS[0])
+        return stop and not (at == step and result.task == TASKS[0])
 
     def online_log_first(result, at):
         telling.run_log.evaluation(at, result.task, result.values)

@@ -41,7 +41,7 @@ def test_an_index_tells_the_samples_without_reading(tmp_path, said):
     assert "100 samples; schedule: 60 pairs (0.60 epochs of the data)" in said()
 
 
-def test_a_stale_index_is_said_and_counted_anew(tmp_path, said):
+def test_a_stale_index_is_reported_and_counted_again(tmp_path, said):
     pattern = write_pairs(tmp_path, 20, 10)
     url = str(tmp_path / "00000.tar")
     write_index({url: describe_shard(url, 70, 0)})

@@ -95,12 +95,12 @@ def test_a_disk_that_fills_up_and_has_room_again(small_disk, capfd):
     run_log.metrics({"step": 400, "loss": 0.5})
     steps = [record["step"] for record in whole_lines(folder / "metrics.jsonl")]
     assert steps == [*range(1, len(steps)), 400]
-    told = capfd.readouterr().err
-    assert "Traceback" not in told
-    assert "Logging error" not in told
-    assert told.count("metrics.jsonl cannot be written: [Errno 28]") == 1
-    assert told.count("log.txt cannot be written: [Errno 28]") == 1
-    assert f"{400 - len(steps)} records are lost" in told
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert "Logging error" not in printed
+    assert printed.count("metrics.jsonl cannot be written: [Errno 28]") == 1
+    assert printed.count("log.txt cannot be written: [Errno 28]") == 1
+    assert f"{400 - len(steps)} records are lost" in printed
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
