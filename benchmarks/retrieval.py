@@ -21,7 +21,7 @@ from benchmarks.measure import benchmark_parser, in_fresh_process, peak_resident
 from benchmarks.similarity import HEADS, TEMPERATURE
 from llip.clipeval.retrieval import RetrievalShare, join, recalls, score_share
 from llip.clipeval.scorer import Scorer
-from llip.clipeval.shortlist import Shortlist, text_free_features
+from llip.clipeval.shortlist import Shortlist
 from llip.errors import UserError
 from llip.open_clip.pooling import create_pooling, unit_norm
 from llip.system.program import program
@@ -87,7 +87,7 @@ def exact(scorer: Scorer, data: Data) -> RetrievalShare:
 def by_shortlist(scorer: Scorer, data: Data, length: int) -> RetrievalShare:
     """Score the candidates of a shortlist as an evaluation does."""
     images = torch.arange(len(data.h), device=scorer.device)
-    shortlist = Shortlist.of(text_free_features(scorer, data.h), images, data.texts, length)
+    shortlist = Shortlist.of(scorer.text_free_features(data.h), images, data.texts, length)
     return score_share(scorer, data.h, images, data.texts, data.owners, shortlist)
 
 
@@ -127,7 +127,7 @@ def measure_coco(length: int, images: int) -> dict[str, Any]:
     def score() -> None:
         shortlist = None
         if length:
-            shortlist = Shortlist.of(text_free_features(scorer, data.h), torch.arange(COCO[0]), data.texts, length)
+            shortlist = Shortlist.of(scorer.text_free_features(data.h), torch.arange(COCO[0]), data.texts, length)
         share = score_share(scorer, data.h[:images], torch.arange(images), data.texts, data.owners, shortlist)
         assert len(share.first_hits) == images, "images are missing"
 

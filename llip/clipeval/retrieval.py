@@ -18,7 +18,7 @@ from llip.clipeval.loading import Unreadable, describe_skipped
 from llip.clipeval.metrics import RECALLS, recall_at
 from llip.clipeval.outcomes import Outcomes, hash_samples
 from llip.clipeval.scorer import Scorer
-from llip.clipeval.shortlist import Shortlist, candidate_scores, text_free_features
+from llip.clipeval.shortlist import Shortlist, candidate_scores
 from llip.clipeval.task_run import TaskRun
 from llip.clipeval.texts.labels import hash_texts
 
@@ -79,7 +79,7 @@ def _shortlist(h: Tensor, images: Tensor, texts: Tensor, count: int, run: TaskRu
     if run.config.shortlist is None:
         return None
     with run.fail_together():
-        mine = text_free_features(run.scorer, h).cpu() if len(images) else torch.empty(0, texts.shape[1])
+        mine = run.scorer.text_free_features(h).cpu() if len(images) else torch.empty(0, texts.shape[1])
     parts = run.processes.all_gather_object((images, mine))
     everything = torch.zeros(count, texts.shape[1])
     for indices, part in parts:

@@ -19,6 +19,7 @@ from llip.errors import UserError
 from llip.open_clip.model import Llip
 
 TEXT_BATCH = 512
+_IMAGES_AT_ONCE = 64  # whose text-free features are computed, from tokens that need not all be on the device
 _row = "image {} of the batch".format
 
 
@@ -64,9 +65,10 @@ class Scorer:
         return require_finite(self.model.similarity(h, t).float(), self.model, "scores", _row)
 
     def text_free_features(self, h: Tensor) -> Tensor:
-        """Return unit-norm features [B, D], float32, of mixture tokens [B, K, D], the same for every text."""
-        features = self.model.pooling.global_feature(h)
-        return require_finite(features.float(), self.model, "image features", _row)
+        """Return unit-norm features [B, D] on the device, the same for every text, of mixture tokens [B, K, D]."""
+        blocks = (block.to(self.device) for block in h.split(_IMAGES_AT_ONCE))
+        features = torch.cat([self.model.pooling.global_feature(block).float() for block in blocks])
+        return require_finite(features, self.model, "image features", _row)
 
 
 def require_finite(values: Tensor, model: nn.Module, what: str, name: Callable[[int], str]) -> Tensor:

@@ -17,13 +17,8 @@ from torch import Tensor
 
 from llip.clipeval.scorer import Scorer
 
-CAPTIONS, IMAGES = 1024, 64
-"""Captions and images that are processed at once, which bounds memory."""
-
-
-def text_free_features(scorer: Scorer, h: Tensor) -> Tensor:
-    """Return unit-norm features [B, D] of mixture tokens [B, K, D], the same for every text, on the device."""
-    return torch.cat([scorer.text_free_features(block.to(scorer.device)) for block in h.split(IMAGES)])
+CAPTIONS = 1024
+"""Captions that are processed at once, which bounds memory."""
 
 
 @dataclass(frozen=True)

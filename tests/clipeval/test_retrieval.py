@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llip.clipeval import retrieval
 from llip.clipeval.retrieval import join, recalls, score_share
 from llip.clipeval.scorer import Scorer
-from llip.clipeval.shortlist import Shortlist, candidate_scores, text_free_features
+from llip.clipeval.shortlist import Shortlist, candidate_scores
 from llip.clipeval.task_result import TaskResult
 from llip.errors import UserError
 from llip.open_clip.pooling import create_pooling
@@ -130,7 +130,7 @@ def test_the_text_independent_feature_weighs_all_tokens_alike(kind: str) -> None
     scorer = Scorer(model, preprocess, tokenize, torch.device("cpu"))
     h = torch.randn(100, 4, 16)
     with torch.no_grad():  # as initialised, W_V and W_O are the identity
-        torch.testing.assert_close(text_free_features(scorer, h), F.normalize(h.mean(dim=1), dim=1))
+        torch.testing.assert_close(scorer.text_free_features(h), F.normalize(h.mean(dim=1), dim=1))
 
 
 def evaluate(folder: Path, **options: object) -> TaskResult:

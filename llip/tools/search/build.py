@@ -15,7 +15,6 @@ from tqdm import tqdm
 from llip.clipeval.datasets import ImageSource
 from llip.clipeval.loading import image_batches
 from llip.clipeval.scorer import Scorer
-from llip.clipeval.shortlist import text_free_features
 from llip.data.images import decode_image
 from llip.errors import UserError
 from llip.open_clip.model import Llip
@@ -125,7 +124,7 @@ def _encode(
                     index.damaged[bad.name] = states[bad.name], bad.reason.removeprefix("BadSample: ")
                 if batch.indices:
                     h = scorer.encode_images(batch.images)
-                    features.append(text_free_features(scorer, h).cpu().numpy())
+                    features.append(scorer.text_free_features(h).cpu().numpy())
                     tokens.append(h.cpu().numpy().astype(dtype))
                     encoded += [segment[i] for i in batch.indices]
                 bar.update(len(batch.indices) + len(batch.unreadable))
