@@ -83,8 +83,10 @@ def write_scenes(out: Path, train: int, test: int, seed: int, image_size: int, c
     `out` is never half-made: see `atomic_folder`.
     Raises UserError for an argument out of range and for an `out` that is taken or cannot be written.
     """
-    args = ScenesArgs(train, test, seed, image_size, captions)
-    out = Path(out)
+    return _write(Path(out), ScenesArgs(train, test, seed, image_size, captions))
+
+
+def _write(out: Path, args: ScenesArgs) -> Path:
     _refuse_if_taken(out)
     try:
         with atomic_folder(out.resolve()) as draft:  # a link to an empty folder is followed
@@ -108,7 +110,7 @@ def ensure_scenes(
     if _holds(out, args):
         return out
     try:
-        return write_scenes(out, train, test, seed, image_size, captions)
+        return _write(out, args)
     except UserError:
         if _holds(out, args):  # another process was faster
             return out
