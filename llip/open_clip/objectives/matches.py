@@ -34,7 +34,12 @@ class Matches:
     def __post_init__(self) -> None:
         layout = f"{self.images} images with {self.captions} texts each at offset {self.offset}"
         assert self.texts % self.captions == 0, f"{layout} do not divide {self.texts}"
-        assert 0 <= self.offset <= self.texts // self.captions - self.images, f"{layout} exceed {self.texts} texts"
+        assert 0 <= self.offset <= self.all_images - self.images, f"{layout} exceed {self.texts} texts"
+
+    @property
+    def all_images(self) -> int:
+        """Images of the global batch, W B."""
+        return self.texts // self.captions
 
     def positives(self, scores: Tensor) -> Tensor:
         """Return the entries of [B, T] where image and text belong together, as a view [N, B]."""

@@ -51,17 +51,15 @@ class Objective:
 
 
 def _sigmoid(
-    scores: Tensor, matches: Matches, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
+    scores: Tensor,
+    matches: Matches,
+    scale: Tensor,
+    bias: Tensor | None,
+    combine: CombineColumns | None,
+    loss: Callable[[Tensor, Matches, Tensor, Tensor], Tensor] = sigmoid_loss,
 ) -> Tensor:
     assert bias is not None, "the sigmoid loss has a bias"
-    return sigmoid_loss(scores, matches, scale, bias)
-
-
-def _sampled(
-    scores: Tensor, matches: Matches, scale: Tensor, bias: Tensor | None, combine: CombineColumns | None
-) -> Tensor:
-    assert bias is not None, "the sigmoid loss has a bias"
-    return sampled_sigmoid_loss(scores, matches, scale, bias)
+    return loss(scores, matches, scale, bias)
 
 
 def _softmax(
@@ -77,7 +75,9 @@ def _softmax(
 
 SIGMOID = Objective(_sigmoid, scale=10.0, bias=-10.0)
 """SigLIP's, the one that Llip is trained with."""
-FLAIR_SAMPLED = Objective(_sampled, scale=10.0, bias=-10.0, global_loss=_sigmoid)
+FLAIR_SAMPLED = Objective(
+    functools.partial(_sigmoid, loss=sampled_sigmoid_loss), scale=10.0, bias=-10.0, global_loss=_sigmoid
+)
 """FLAIR's, with the texts that its code draws; `SIGMOID` is exact over all of them."""
 SOFTMAX = Objective(_softmax, scale=1 / 0.07, bias=None)
 """CLIP's."""

@@ -15,9 +15,8 @@ def draw_texts(matches: Matches, device: torch.device) -> Tensor:
 
     Masked texts are not drawn; an image without any is met by no one.
     """
-    everyone = matches.texts // matches.captions  # W B
     keys = torch.rand(matches.images, matches.texts, device=device)
-    by_image = matches.hide(keys, -1.0).unflatten(1, (everyone, matches.captions))  # [B, W B, N]
+    by_image = matches.hide(keys, -1.0).unflatten(1, (-1, matches.captions))  # [B, W B, N]
     first = by_image.argmax(dim=2, keepdim=True)
     drawn = torch.zeros_like(by_image, dtype=torch.bool).scatter_(2, first, True).flatten(1)
     matches.positives(drawn).fill_(True)
@@ -39,7 +38,7 @@ def sampled_sigmoid_loss(scores: Tensor, matches: Matches, scale: Tensor, bias: 
         W times this process's share of -(1/n) sum over the pairs that meet of log sigmoid(y_ij (a s_ij + b)), with
         n = W B + N - 1 texts that an image meets.
     """
-    everyone = matches.texts // matches.captions
+    everyone = matches.all_images
     logits = torch.addcmul(bias, scale, scores)
     negatives = F.softplus(logits.masked_fill(~draw_texts(matches, scores.device), -torch.inf)).sum()
     positives = (matches.local_mask(logits) * matches.positives(logits)).sum()
