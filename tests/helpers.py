@@ -34,6 +34,20 @@ def tiny_model_file(folder: Path) -> str:
     return str(path)
 
 
+def write_plain_model(folder: Path, mean: float = 0.5, std: float = 0.5) -> Path:
+    """Write a plain OpenCLIP model of random weights as a local folder, with its normalisation constants."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    config = {"model_cfg": TINY_MODEL, "preprocess_cfg": {"mean": [mean] * 3, "std": [std] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(open_clip.CLIP(**TINY_MODEL).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
 def image_bytes(seed: int, size: int = 40, suffix: str = "png") -> bytes:
     """Return an encoded picture: one colour and a differently coloured corner, both by the seed."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from evals import main_mc, mc, scaffold
 from evals.models import model_precision
@@ -19,7 +18,7 @@ from llip.clipeval.eval_config import EvalConfig
 from llip.errors import UserError
 from llip.tools.export.__main__ import main as export
 from tests.clipeval.fakes import write_catalog, write_imagefolder
-from tests.helpers import TINY_MODEL
+from tests.helpers import TINY_MODEL, write_plain_model
 
 ROOT = Path(__file__).parents[2]
 CLASSES, PROMPTS = ["ant", "bee", "cow"], ["a photo of a {c}", "one {c}"]
@@ -37,13 +36,7 @@ def evaluation(tmp_path: Path) -> EvalConfig:
 @pytest.fixture
 def plain_folder(tmp_path: Path) -> Path:
     """An OpenCLIP model of random weights as a local folder."""
-    torch.manual_seed(0)
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    described = {"model_cfg": TINY_MODEL, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.3] * 3}}
-    (folder / "open_clip_config.json").write_text(json.dumps(described))
-    save_file(open_clip.CLIP(**TINY_MODEL).state_dict(), folder / "open_clip_model.safetensors")
-    return folder
+    return write_plain_model(tmp_path / "plain", mean=0.4, std=0.3)
 
 
 @torch.no_grad()
