@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from llip.configs import Config
 from llip.data.captions import choose_captions, parse_caption_keys
-from llip.data.images import RandomCrops, decode_image
+from llip.data.images import ImageReader, decode_image
 from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition
 from llip.data.sources import IMAGE_KEYS, check_shards_exist, is_local, parse_train_data
@@ -194,7 +194,7 @@ def stages(setup: Setup) -> dict[str, float]:
     count, size = len(samples), setup.image_size
     files, captions = [image_bytes(sample) for sample in samples], [caption(sample) for sample in samples]
     tokenizer = get_tokenizer(context_length=CONTEXT_LENGTH)
-    reader, rng = RandomCrops(size, CROP_SCALE), random.Random(0)
+    reader, rng = ImageReader(size, CROP_SCALE), random.Random(0)
     with one_thread():
         crops = [reader.read(data, rng) for data in files[: setup.batch_size]]
         batch = torch.empty(len(crops), 3, size, size, dtype=torch.uint8)

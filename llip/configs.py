@@ -74,7 +74,10 @@ class Config:
         bounds=Bounds("0 or more", 0, 100),
     )
     image_transform: str | None = _field(
-        None, "path/file.py:Name: maps a decoded image (uint8 [H, W, 3]) and a seed to an image, before the random crop"
+        None, "path/file.py:Name: maps a decoded image (uint8 [H, W, 3]) and a seed to an image, before the crop"
+    )
+    image_crop: Literal["random", "center"] = _field(
+        "random", "random: a crop of 90 to 100 % of the area; center: the evaluation's resize and center crop"
     )
     caption_transform: str | None = _field(None, "path/file.py:Name: maps a caption and a seed to a caption")
     workers: int = _operational(

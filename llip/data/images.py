@@ -1,4 +1,4 @@
-"""Encoded image bytes to the pixels a model trains on: decoded, randomly cropped, resized. Fast, on one thread.
+"""Encoded image bytes to the pixels a model trains on: decoded, cropped, resized. Fast, on one thread.
 
 The reference is PIL: `Image.open(...).convert("RGB")` (16-bit greys scaled, not clipped), crop, bicubic resize, EXIF
 orientation ignored as OpenCLIP does. An ordinary JPEG takes a fast decoder that gives the same pixels; what that
@@ -25,6 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from llip.data.captions import BadSample
 from llip.open_clip.pixels import to_rgb
+from llip.open_clip.transforms import RESIZE_MODES
 
 MAX_PIXELS = 89_478_485
 """Pictures of more pixels are not decoded. Here PIL starts to warn of decompression bombs."""
@@ -56,16 +57,29 @@ class CropBox(NamedTuple):
     width: int
 
 
-class RandomCrops:
-    """Reads pictures as randomly cropped training images. Reuses memory between pictures: for one thread."""
+class ImageReader:
+    """Reads pictures as training images. Reuses memory between pictures: for one thread."""
 
-    def __init__(self, size: int, scale: tuple[float, float], max_pixels: int = MAX_PIXELS) -> None:
-        """Prepare for images of `size` pixels a side that show a share within `scale` of a picture's area."""
-        self.size, self.scale, self.max_pixels = size, scale, max_pixels
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] | None,
+        max_pixels: int = MAX_PIXELS,
+        resize_mode: str = RESIZE_MODES[0],
+    ) -> None:
+        """Prepare for images of `size` pixels a side.
+
+        Args:
+            size: of an image.
+            scale: range of the share of a picture's area that a random crop shows; None: the evaluation's center crop.
+            max_pixels: largest H x W that is decoded.
+            resize_mode: of the center crop, see `center_crop`.
+        """
+        self.size, self.scale, self.max_pixels, self.resize_mode = size, scale, max_pixels, resize_mode
         self._scratch = np.empty(0, np.uint8)
 
     def read(self, data: bytes, rng: random.Random, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return the picture in `data`, transformed if asked, cropped as `rng` draws, [3, S, S] uint8.
+        """Return the picture in `data`, transformed if asked, cropped (at random, as `rng` draws), [3, S, S] uint8.
 
         Raises:
             BadSample: the picture cannot be used.
@@ -73,6 +87,8 @@ class RandomCrops:
         pixels = decode_image(data, self.max_pixels, self._reuse)
         if transform is not None:
             pixels = transform(pixels)
+        if self.scale is None:
+            return center_crop(pixels, self.size, self.resize_mode)
         _, height, width = pixels.shape
         return resize_crop(pixels, crop_box(height, width, rng, self.scale), self.size)
 
@@ -146,6 +162,31 @@ def resize_crop(image: Tensor, box: CropBox, size: int) -> Tensor:
     # torch resizes channels-last bytes with vector instructions, which saves more than the copy costs
     part = part.contiguous(memory_format=torch.channels_last)
     return interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
+
+
+def center_crop(image: Tensor, size: int, resize_mode: str) -> Tensor:
+    """Return `image` [3, H, W] uint8 as the evaluation's transform crops it, [3, size, size] uint8.
+
+    Args:
+        image: of any shape.
+        size: pixels a side.
+        resize_mode: shortest: the shorter side becomes `size`, the center is kept; squash: both sides become `size`.
+
+    Raises:
+        BadSample: a picture so narrow that its resized form has too many pixels.
+    """
+    _, height, width = image.shape
+    resized = (size, size)
+    if resize_mode == "shortest":  # torchvision's rounding
+        short = min(height, width)
+        resized = (size * height // short, size * width // short)
+        if math.prod(resized) > MAX_PIXELS:
+            raise BadSample(TOO_LARGE)
+    part = image[None].contiguous(memory_format=torch.channels_last)
+    if resized != (height, width):
+        part = interpolate(part, size=resized, mode="bicubic", antialias=True)
+    top, left = (round((side - size) / 2) for side in resized)
+    return part[0, :, top : top + size, left : left + size].clone()
 
 
 def _jpeg_shape(data: bytes) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llip.configs import Config
 from llip.data.captions import BadSample, choose_captions, parse_caption_keys
-from llip.data.images import RandomCrops
+from llip.data.images import ImageReader
 from llip.data.order import WorkerSlot
 from llip.data.position import Cursor, DataPosition, Layout, SlotPosition, StreamPosition
 from llip.data.prefetch import READ_DEADLINE
@@ -32,7 +32,7 @@ from llip.data.transforms import transform_caption, transform_function, transfor
 from llip.data.worker_failure import FailureNote
 from llip.data.worker_stats import WorkerReport, WorkerStats
 from llip.errors import UserError
-from llip.open_clip.transforms import CROP_SCALE
+from llip.open_clip.transforms import CROP_SCALE, RESIZE_MODES
 from llip.system.exit_with_parent import serve_parent
 
 BATCH_DEADLINE = 300.0
@@ -90,6 +90,7 @@ class CaptionedImages(IterableDataset):
         rank: int = 0,
         processes: int = 1,
         deadline: float = READ_DEADLINE,
+        resize_mode: str = RESIZE_MODES[0],
     ) -> None:
         """Read `data` from `position` on.
 
@@ -102,6 +103,7 @@ class CaptionedImages(IterableDataset):
             rank: of this process.
             processes: of the run.
             deadline: seconds without a byte after which a shard counts as stalled.
+            resize_mode: of the model's evaluation transform, for image_crop=center.
 
         Raises:
             UserError: `caption_keys` cannot be read, or a transform is not found.
@@ -114,6 +116,7 @@ class CaptionedImages(IterableDataset):
         self.caption_transform = transform_function("caption_transform", config.caption_transform)
         self.tokenizer, self.image_size, self.deadline = tokenizer, image_size, deadline
         self.rank, self.processes, self.position = rank, processes, position
+        self.resize_mode = resize_mode
         self.failure = FailureNote()
         self.on_wait: Callable[[], None] = lambda: None  # called now and then in a wait, where batches are made here
 
@@ -162,7 +165,12 @@ class CaptionedImages(IterableDataset):
         ]
         return Mixture(streams, [source.weight for source in self.sources], self.layout.seed, position)
 
-    def decode(self, sample: RawSample, data_epoch: int, crops: RandomCrops) -> Sample:
+    def image_reader(self) -> ImageReader:
+        """Return a reader of images, for one thread."""
+        scale = None if self.config.image_crop == "center" else CROP_SCALE
+        return ImageReader(self.image_size, scale, resize_mode=self.resize_mode)
+
+    def decode(self, sample: RawSample, data_epoch: int, reader: ImageReader) -> Sample:
         """Return an augmented image and its captions.
 
         Raises:
@@ -171,11 +179,11 @@ class CaptionedImages(IterableDataset):
         name = f"{shard_name(sample['__url__'])}/{sample['__key__']}"
         draw = zlib.crc32(f"{self.layout.seed}/{data_epoch}/{name}".encode(errors="surrogateescape"))
         try:
-            return self._draw(sample, draw, crops)
+            return self._draw(sample, draw, reader)
         except UserError as error:
             raise UserError(f"{error} (sample {name})") from error
 
-    def _draw(self, sample: RawSample, draw: int, crops: RandomCrops) -> Sample:
+    def _draw(self, sample: RawSample, draw: int, reader: ImageReader) -> Sample:
         count, sentences = self.config.captions_per_image, self.config.caption_sentences
         captions = choose_captions(sample, self.caption_sources, count, random.Random(draw), sentences)
         mask = [caption not in captions[:place] for place, caption in enumerate(captions)]
@@ -190,7 +198,7 @@ class CaptionedImages(IterableDataset):
             raise BadSample("no image")
         transform = self.image_transform and functools.partial(transform_image, self.image_transform, seed=draw)
         # separate draws: crops do not depend on what captions take
-        return Sample(crops.read(sample[key], random.Random(draw + 2**32), transform), captions, mask)
+        return Sample(reader.read(sample[key], random.Random(draw + 2**32), transform), captions, mask)
 
 
 class _Check:
@@ -199,11 +207,11 @@ class _Check:
     def __init__(self, dataset: CaptionedImages, stats: WorkerStats) -> None:
         self.dataset, self.stats = dataset, stats
         self.bad: Counter[tuple[str, str]] = Counter()
-        self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
+        self.reader = dataset.image_reader()
 
     def usable(self, sample: RawSample) -> bool:
         try:
-            self.dataset.decode(sample, 0, self.crops)
+            self.dataset.decode(sample, 0, self.reader)
         except BadSample as error:
             self.bad[sample["__url__"], error.reason] += 1
             self.stats.check_start(self.bad, sample)
@@ -216,7 +224,7 @@ class _BatchMaker:
 
     def __init__(self, dataset: CaptionedImages, stats: WorkerStats, mixture: Mixture) -> None:
         self.dataset, self.stats, self.mixture = dataset, stats, mixture
-        self.crops = RandomCrops(dataset.image_size, CROP_SCALE)
+        self.reader = dataset.image_reader()
         self.known_words = dict(getattr(dataset.tokenizer, "cache", {}))
 
     def batches(self) -> Iterator[Batch]:
@@ -250,7 +258,7 @@ class _BatchMaker:
             if sample is None:  # counted where it was missed
                 continue
             try:
-                decoded = self.dataset.decode(sample, stream.data_epoch, self.crops)
+                decoded = self.dataset.decode(sample, stream.data_epoch, self.reader)
             except BadSample as error:
                 self.stats.drop(error.reason, sample["__url__"], sample)
                 continue

@@ -163,8 +163,9 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
             for difference in differences(checkpoint.get("provenance", checkpoint.get("passport", {})), provenance):
                 log.info("changed since the checkpoint: %s", difference)
     tokenizer = spec_tokenizer(spec)
+    place = {"rank": processes.rank, "processes": processes.world_size}
     dataset = CaptionedImages(
-        config, data, tokenizer, spec.image_size, state.position, processes.rank, processes.world_size
+        config, data, tokenizer, spec.image_size, state.position, **place, resize_mode=spec.resize_mode
     )
     loader = make_loader(dataset, pin=processes.device.type == "cuda")
     run_log = _open_log(config, processes, state, data)

@@ -8,6 +8,7 @@ import warnings
 import zlib
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
@@ -15,7 +16,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from llip.data import images
 from llip.data.captions import BadSample
-from llip.data.images import CropBox, RandomCrops, crop_box, decode_image, resize_crop
+from llip.data.images import CropBox, ImageReader, crop_box, decode_image, resize_crop
 
 SCALE = (0.9, 1.0)
 
@@ -64,7 +65,7 @@ def difference(image, reference):
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("size", [64, 224, 512])  # far down, as in training, up
 def test_photographs_have_the_pixels_of_pil(size, subsampling):
-    reader = RandomCrops(size, SCALE)
+    reader = ImageReader(size, SCALE)
     for seed in range(3):
         data = encode(photo(seed, 512, 384), quality=88, subsampling=subsampling)
         box = crop_box(384, 512, random.Random(seed), SCALE)
@@ -74,6 +75,24 @@ def test_photographs_have_the_pixels_of_pil(size, subsampling):
         off = difference(image, pil_crop(data, box, size))
         assert off.mean() < 0.1  # grey levels; the project asks for 1
         assert off.max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("shape", [(384, 512), (301, 96), (64, 64), (40, 33), (1, 90)])  # H, W
+def test_the_center_crop_has_the_pixels_of_the_evaluation_transform(shape, mode):
+    height, width = shape
+    data = encode(photo(1, 512, 384).resize((width, height)), "PNG")
+    transform = open_clip.image_transform(64, is_train=False, resize_mode=mode, mean=(0, 0, 0), std=(1, 1, 1))
+    expected = 255 * transform(Image.fromarray(pil_pixels(data))).permute(1, 2, 0).numpy()
+    image = ImageReader(64, None, resize_mode=mode).read(data, random.Random(0))
+    off = difference(image, expected.round())
+    assert off.mean() < 0.3  # grey levels: two rounded passes, as for `test_odd_shapes`
+    assert off.max() <= 2
+
+
+def test_a_picture_too_narrow_for_the_center_crop_is_dropped():
+    with pytest.raises(BadSample, match="too many pixels"):
+        ImageReader(224, None).read(encode(Image.new("RGB", (4000, 1)), "PNG"), random.Random(0))
 
 
 def test_a_crop_depends_on_the_pixels_inside_only():
@@ -100,7 +119,7 @@ def test_odd_shapes(shape):
     data = encode(photo(3, 512, 384).resize((width, height)))
     assert (rows(decode_image(data)) == pil_pixels(data)).all()
     box = crop_box(height, width, random.Random(0), SCALE)
-    off = difference(RandomCrops(64, SCALE).read(data, random.Random(0)), pil_crop(data, box, 64))
+    off = difference(ImageReader(64, SCALE).read(data, random.Random(0)), pil_crop(data, box, 64))
     assert off.max() <= 2
 
 
@@ -265,7 +284,7 @@ def test_damage_is_named(case, capfd):
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for read in (decode_image, lambda data: RandomCrops(32, SCALE).read(data, random.Random(0))):
+        for read in (decode_image, lambda data: ImageReader(32, SCALE).read(data, random.Random(0))):
             with pytest.raises(BadSample) as caught:
                 read(data)
             assert caught.value.reason == reason
@@ -278,7 +297,7 @@ def test_the_limit_of_pixels_is_exact(form):
     assert decode_image(data, max_pixels=1200).shape == (3, 30, 40)
     for read in (
         lambda: decode_image(data, max_pixels=1199),
-        lambda: RandomCrops(32, SCALE, max_pixels=1199).read(data, random.Random(0)),
+        lambda: ImageReader(32, SCALE, max_pixels=1199).read(data, random.Random(0)),
     ):
         with pytest.raises(BadSample, match=images.TOO_LARGE):
             read()
@@ -320,7 +339,7 @@ def test_metadata_that_unpacks_to_much_is_refused():
 
 
 def test_the_seed_alone_decides_and_nothing_global_moves():
-    reader, data = RandomCrops(32, (0.3, 1.0)), encode(photo())
+    reader, data = ImageReader(32, (0.3, 1.0)), encode(photo())
     first = reader.read(data, random.Random(7))
     random.seed(1), torch.manual_seed(1)
     before = random.getstate(), torch.get_rng_state()
@@ -332,14 +351,14 @@ def test_the_seed_alone_decides_and_nothing_global_moves():
 
 def test_reading_on_does_not_change_what_was_read(monkeypatch):
     files = [encode(photo(seed, 128 - 9 * seed, 96)) for seed in range(4)] + [encode(photo(5), "PNG")]
-    whole = RandomCrops(96, (1.0, 1.0))  # of a square picture the crop is the picture: nothing is left to copy
+    whole = ImageReader(96, (1.0, 1.0))  # of a square picture the crop is the picture: nothing is left to copy
     square = [encode(photo(seed, 96, 96), form) for seed in range(2) for form in ("JPEG", "PNG")]
-    reader = RandomCrops(32, SCALE)
+    reader = ImageReader(32, SCALE)
     read = [reader.read(data, random.Random(i)) for i, data in enumerate(files)]
     read += [whole.read(data, random.Random(0)) for data in square]
     monkeypatch.setattr(images, "_SCRATCH_BYTES", 0)  # nothing is kept
-    again = [RandomCrops(32, SCALE).read(data, random.Random(i)) for i, data in enumerate(files)]
-    again += [RandomCrops(96, (1.0, 1.0)).read(data, random.Random(0)) for data in square]
+    again = [ImageReader(32, SCALE).read(data, random.Random(i)) for i, data in enumerate(files)]
+    again += [ImageReader(96, (1.0, 1.0)).read(data, random.Random(0)) for data in square]
     assert all(torch.equal(a, b) for a, b in zip(read, again, strict=True))
 
 
