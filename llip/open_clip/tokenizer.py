@@ -1,5 +1,6 @@
 """Tokenizers: the BPE one that ships with OpenCLIP, or a Hugging Face one from a folder on this machine."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def create_tokenizer(text_cfg: dict[str, Any], folder: str | Path | None = None)
     length = text_cfg["context_length"]
     name = text_cfg.get("hf_tokenizer_name")
     if name is None:
-        return SimpleTokenizer(context_length=length)
+        return _openclip_tokenizer(length)
     path = Path(folder or name).expanduser()
     if not path.is_dir():
         raise UserError(
@@ -52,3 +53,8 @@ def create_tokenizer(text_cfg: dict[str, Any], folder: str | Path | None = None)
             f"tokenizer {str(path)!r} has {size} tokens, the text tower only {vocabulary}: it belongs to another model"
         )
     return tokenizer
+
+
+@functools.cache  # reading its merges takes 0.2 s
+def _openclip_tokenizer(context_length: int) -> SimpleTokenizer:
+    return SimpleTokenizer(context_length=context_length)
