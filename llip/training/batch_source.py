@@ -105,8 +105,10 @@ class BatchSource:
         if isinstance(error, ConnectionError | EOFError | FileNotFoundError):  # a batch comes with its worker's help
             multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=2)
         ends = {name_of_exit(worker.exitcode) for worker in self._workers if worker.exitcode}
-        if ends or "exited unexpectedly" in text:
-            cause = self.dataset.failure.read() or f"a worker died: {', '.join(sorted(ends)) or text}"
+        if failure := self.dataset.failure.read():
+            cause = failure
+        elif ends or "exited unexpectedly" in text:
+            cause = f"a worker died: {', '.join(sorted(ends)) or text}"
         elif isinstance(error, MemoryError) or any(words in text for words in _SHORTAGES):
             cause = f"a worker ran out of memory, threads or files: {(text or 'MemoryError').splitlines()[-1]}"
         else:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,9 +15,12 @@ from benchmarks.kill_resume import Launched, logged_steps, wait_for
 from llip.errors import EXIT_RUN, EXIT_STOPPED, RunError
 from llip.main import train
 from llip.open_clip.weights.load import read_checkpoint
+from llip.training.batch_source import BatchSource
 from llip.training.checkpoints.records import read_records
 from tests.helpers import config_file, tiny_run, write_pairs
 from tests.training.distributed.test_survival import ranks
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +178,15 @@ def test_a_worker_that_fails_ends_the_run_at_once_with_a_checkpoint(tmp_path, ho
     (tmp_path / "transform.py").write_text("def fail(caption, seed):\n    return caption\n")
     assert train(config, "cpu")
     assert re.search(rf"resumed at step [12] of {config.total_steps}", (config.folder / "log.txt").read_text())
+
+
+def test_a_worker_that_fails_while_its_batch_is_received_is_the_cause():
+    """It ends with code 0, so that the loader does not report it."""
+    failure = SimpleNamespace(read=lambda: "a worker could not hand over a batch: no memory")
+    source = SimpleNamespace(_workers=set(), dataset=SimpleNamespace(failure=failure))
+    error = BatchSource._explain(source, ConnectionResetError(104, "Connection reset by peer"))
+    assert isinstance(error, RunError)
+    assert "a worker could not hand over a batch: no memory. Try fewer workers" in str(error)
 
 
 @pytest.mark.slow  # starts two processes
