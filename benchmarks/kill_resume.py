@@ -54,27 +54,33 @@ class Outcome:
 
 
 class Launched:
-    """A command and all its descendants, identified by a variable of their environment."""
+    """A command and all its descendants, identified by a variable of their environment, or by the log they write."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.mark = uuid.uuid4().hex
         self.began = time.time()
         self.log = open(log, "ab")  # noqa: SIM115 - as long as the command runs
+        self.log_file = os.fstat(self.log.fileno())
         environment = os.environ | {_MARK: self.mark}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
 
     def members(self) -> list[int]:
         """Return the ids of the live processes."""
-        mark, processes = f"{_MARK}={self.mark}".encode(), []
+        processes = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
                     state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                    if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
+                    if state != "Z" and self._includes(folder):
                         processes.append(int(folder.name))
                 except OSError:
                     continue  # it has just ended
         return processes
+
+    def _includes(self, folder: Path) -> bool:
+        """Return whether the process of a folder of /proc is the command's; a forked one has no variable."""
+        marked = f"{_MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        return marked or os.path.samestat(os.stat(folder / "fd" / "1"), self.log_file)
 
     def kill(self, kind: str) -> int:
         """Kill, and return the number of processes that outlived the launcher."""

@@ -1,9 +1,11 @@
 """Fixtures of the whole suite."""
 
 import os
+import subprocess
 
 import pytest
 
+from tests.forked import ForkedProgram
 from tests.helpers import ProcessPool, tiny_model_file
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -15,6 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pool() -> ProcessPool:
     """Groups of gloo processes that share one import of torch and open_clip."""
     return ProcessPool()
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Fork the Python programs that the test starts; see `ForkedProgram`."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedProgram)
 
 
 @pytest.fixture(scope="session")

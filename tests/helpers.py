@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import pickle
 import queue
 import tarfile
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llip.configs import Config
+from tests.forked import FORKSERVER, start_server
 
 TINY_MODEL = {
     "embed_dim": 16,
@@ -152,8 +152,8 @@ class ProcessPool:
     """Starts groups of gloo processes from one server process that has imported torch and open_clip once."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "open_clip", "llip.training.setup", "llip.training.trainer"])
+        start_server()
+        self.context = FORKSERVER
 
     def run(self, function: Callable, count: int, *arguments: Any) -> list[Any]:
         """Return `[function(rank, count, *arguments) for each rank]`, run as a gloo group of `count` processes."""

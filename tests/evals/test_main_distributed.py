@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TASK = "from evals.main_distributed import EvaluationProgram; EvaluationProgram('mc.yaml', '.', 'cpu')()"
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

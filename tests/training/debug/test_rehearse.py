@@ -8,6 +8,8 @@ from llip.configs import Config
 from llip.training.debug.rehearse import main, margin
 from tests.helpers import tiny_model_file, write_pairs
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def config_file(tmp_path):
