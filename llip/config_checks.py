@@ -47,11 +47,22 @@ def collect_errors() -> Iterator[list[str]]:
         raise UserError("; ".join(messages))
 
 
+def is_union(kind: Any) -> bool:
+    """Return whether a field's declared type is one of several."""
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def alternatives(kind: Any) -> list[Any]:
+    """Return the types of a union, without none."""
+    return [part for part in typing.get_args(kind) if part is not types.NoneType]
+
+
 def type_name(kind: Any) -> str:
     """Return a field's declared type in words."""
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
+        values = typing.get_args(kind)
+        return "one of " * (len(values) > 1) + ", ".join(map(repr, values))
+    if is_union(kind):
         return " or ".join("none" if part is types.NoneType else type_name(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a list of strings"
@@ -60,11 +71,13 @@ def type_name(kind: Any) -> str:
 
 def checked(name: str, kind: Any, value: Any) -> Any:
     """Return `value` as the field's declared type, or raise the error that names field, value and type."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
+    if is_union(kind):
+        if value is None and types.NoneType in typing.get_args(kind):
             return None
-        inner = [part for part in typing.get_args(kind) if part is not types.NoneType]
-        return checked(name, inner[0], value)
+        for part in alternatives(kind):
+            with contextlib.suppress(UserError):
+                return checked(name, part, value)
+        raise UserError(f"config field {name} = {shown(value)}: expected {type_name(kind)}")
     if typing.get_origin(kind) is Literal:
         if value in typing.get_args(kind):
             return value
@@ -82,8 +95,9 @@ def checked(name: str, kind: Any, value: Any) -> Any:
 
 
 def check_bounds(name: str, value: Any, bounds: Bounds | None) -> None:
-    """Raise a UserError that names field, value and bounds unless `value` is None or within `bounds`."""
-    if bounds is not None and value is not None and value not in bounds:
+    """Raise a UserError that names field, value and bounds where `value` is a number outside `bounds`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if bounds is not None and is_number and value not in bounds:
         limit = f" and at most {bounds.high:,}" if value > bounds.high > 1 else ""
         raise UserError(f"config field {name} = {shown(value)}: expected {bounds.expected}{limit}")
 

@@ -1,5 +1,6 @@
 """Configs by name, `path/to/file.py:function`, and `field=value` overrides. Imports no torch."""
 
+import contextlib
 import importlib
 import inspect
 import pkgutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from llip.config_checks import collect_errors, type_name
+from llip.config_checks import alternatives, checked, collect_errors, is_union, type_name
 from llip.configs import Config, check_field_name, config_fields
 from llip.errors import UserError, did_you_mean, shown
 from llip.extensions import describe_failure, load_file
@@ -24,11 +25,19 @@ def parse_value(name: str, text: str) -> Any:
         UserError: the text does not read as that type.
     """
     kind = config_fields()[name].type
-    optional = isinstance(kind, types.UnionType)
-    if optional:
-        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
-    if text.lower() == "none" and (optional or typing.get_origin(kind) is tuple):
-        return None if optional else ()
+    return _parse(name, kind, text)
+
+
+def _parse(name: str, kind: Any, text: str) -> Any:
+    if is_union(kind):
+        if text.lower() == "none" and types.NoneType in typing.get_args(kind):
+            return None
+        for part in alternatives(kind):
+            with contextlib.suppress(UserError):
+                return checked(name, part, _parse(name, part, text))
+        raise UserError(f"config field {name} = {shown(text)}: expected {type_name(kind)}")
+    if text.lower() == "none" and typing.get_origin(kind) is tuple:
+        return ()
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]

@@ -78,6 +78,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
+        or isinstance(before.get(name), bool) != isinstance(now.get(name), bool)  # True == 1
     ]
 
 
