@@ -112,8 +112,15 @@ class Config:
         bounds=Bounds("at least 0.001", 1e-3, 1e6),
     )
     patch_dropout: float = _field(0.0, "fraction of patches dropped in training", bounds=FROM_0_BELOW_1)
-    lock_image: bool = _field(False, "freeze the image tower, except its mixture tokens if it has several")
-    lock_text: bool = _field(False, "freeze the text tower")
+    lock_image: bool | int | Literal["backbone"] = _field(
+        False,
+        "freeze the image tower: true, except its mixture tokens if it has several; backbone: all below a "
+        "mixture_head; N: all below its last N blocks",
+        bounds=AT_LEAST_1,
+    )
+    lock_text: bool | Literal["encoder"] = _field(
+        False, "freeze the text tower: true; encoder, all below its projection"
+    )
     pretrained: str | None = _field(None, "weights to start from: a checkpoint file or folder, or an OpenCLIP tag")
     tokenizer: str | None = _operational(
         None, "folder of the tokenizer's files, for models whose tokenizer does not ship with OpenCLIP"
@@ -299,7 +306,8 @@ REFUSED_NAMES = {
     "gather_with_grad": "gradients always flow to the texts of every process. Drop it.",
     "grad_clip_norm": "the field is called grad_clip.",
     "zeroshot_steps": "the field is called eval_steps.",
-    "lock_image_unlocked_groups": "lock_image locks the whole image tower; layer_decay trains its lower blocks less.",
+    "lock_image_unlocked_groups": "lock_image=N freezes all below the image tower's last N blocks.",
+    "lock_text_unlocked_layers": "lock_text=encoder freezes all below the projection.",
 }
 """Names that users of neighbouring trainers type, with what to do instead."""
 

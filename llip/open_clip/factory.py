@@ -22,6 +22,7 @@ from llip.open_clip.model import Llip
 from llip.open_clip.plain import find_plain_weights, is_plain_folder, open_plain
 from llip.open_clip.pooling import create_pooling
 from llip.open_clip.tokenizer import Tokenizer, create_tokenizer
+from llip.open_clip.towers.backbone import BackboneTower, MixtureHeadConfig
 from llip.open_clip.towers.base import MixtureTower
 from llip.open_clip.towers.timm_vit import timm_tower
 from llip.open_clip.towers.vit import MixtureTokenViT
@@ -103,6 +104,9 @@ def model_spec(config: Config) -> ModelSpec:
 def _create_tower(source: torch.nn.Module, spec: ModelSpec) -> MixtureTower:
     if not isinstance(source, TimmModel):
         return MixtureTokenViT(source, spec.mixture_tokens)
+    if described := spec.architecture.get("mixture_head"):
+        head, width = MixtureHeadConfig.from_json(described), spec.architecture["embed_dim"]
+        return BackboneTower(source.trunk, head, spec.mixture_tokens, spec.image_size, width)
     patch = source.trunk.patch_embed.patch_size[0] if hasattr(source.trunk, "patch_embed") else 1
     if spec.image_size < patch:
         raise UserError(f"image_size {spec.image_size} is less than one patch of {patch} pixels")

@@ -50,6 +50,15 @@ def check_tokens(tokens: Any, context_length: int | None) -> None:
         raise UserError(f"texts: expected at most {context_length} tokens each, got {_describe(tokens)}")
 
 
+def check_cached(features: Any, dimensions: str) -> None:
+    """Raise a UserError for anything but float features of these dimensions, as in [B, L, W]."""
+    sizes = dimensions.count(",") + 1
+    if not isinstance(features, Tensor) or features.ndim != sizes or not features.is_floating_point():
+        raise UserError(f"features: expected frozen features {dimensions}, got {_describe(features)}")
+    if features.shape[0] == 0:
+        raise UserError("features: expected one or more rows, got none")
+
+
 def check_features(h: Any, t: Any, tokens: int | None, *, unit_norm: bool) -> None:
     """Raise a UserError for features that do not fit together.
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llip.extensions import find_extension
-from llip.open_clip.inputs import check_features, check_images, check_tokens
+from llip.open_clip.inputs import check_cached, check_features, check_images, check_tokens
 from llip.open_clip.objectives.objective import Objective
 from llip.open_clip.pooling import Pooling, unit_norm
 from llip.open_clip.scores.gram import full_precision
 from llip.open_clip.tokenizer import Tokenizer
 from llip.open_clip.towers.base import MixtureTower
+from llip.open_clip.towers.text import text_from_features
 from llip.open_clip.transforms import IMAGE_MEAN, IMAGE_STD, ImageTransform
 from llip.open_clip.weights.report import LoadReport
 
@@ -79,6 +80,16 @@ class Llip(nn.Module):
         check_tokens(tokens, getattr(self.text, "context_length", None))
         return unit_norm(self.text(tokens))
 
+    def encode_image_features(self, features: Tensor) -> Tensor:
+        """Map `visual.frozen_features` [B, L, W] of any float dtype to mixture tokens [B, K, D], as `encode_image`."""
+        check_cached(features, "[B, L, W]")
+        return full_precision(self.visual.from_features(features.to(next(self.visual.parameters()).dtype)))
+
+    def encode_text_features(self, features: Tensor) -> Tensor:
+        """Map `frozen_text_features` [T, W] of any float dtype to text features [T, D], as `encode_text`."""
+        check_cached(features, "[T, W]")
+        return unit_norm(text_from_features(self.text, features.to(next(self.text.parameters()).dtype)))
+
     def similarity(self, h: Tensor, t: Tensor, memory_budget: int | None = None) -> Tensor:
         """Return the cosine of every image and text [B, T] in float32, exact, in tiles over texts.
 
@@ -107,6 +118,18 @@ class Llip(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return the cosine of every image and text [B, T]."""
         return self.similarity(self.encode_image(images), self.encode_text(tokens))
+
+    def train(self, mode: bool = True) -> "Llip":
+        """Set training mode; a module of which every parameter is locked stays in eval mode.
+
+        Locked parts therefore drop nothing and keep their BatchNorm statistics.
+        """
+        super().train(mode)
+        for module in (*self.visual.modules(), *self.text.modules()):
+            parameters = list(module.parameters())
+            if mode and parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute both towers' blocks in the backward pass: less memory, the same values."""

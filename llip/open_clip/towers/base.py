@@ -90,6 +90,17 @@ class MixtureTower(nn.Module):
         """
         raise NotImplementedError
 
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """Return what the part below the head gives for images [B, 3, H, W]: features [B, L, W].
+
+        A tower without a `mixture_head` is that part in full: these are its outputs.
+        """
+        return self(images)
+
+    def from_features(self, features: Tensor) -> Tensor:
+        """Return what `forward` returns, from `frozen_features` [B, L, W]."""
+        return features
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass: less memory, the same values."""
         raise NotImplementedError
