@@ -1,11 +1,13 @@
 """Fixtures of the whole suite."""
 
+import multiprocessing
 import os
 import subprocess
+from typing import Any
 
 import pytest
 
-from tests.forked import ForkedProgram
+from tests.forked import FORKSERVER, ForkedProgram, start_server
 from tests.helpers import ProcessPool, tiny_model_file
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,7 +23,16 @@ def pool() -> ProcessPool:
 
 @pytest.fixture
 def forked(monkeypatch) -> None:
-    """Fork the Python programs that the test starts; see `ForkedProgram`."""
+    """Fork the Python programs that the test starts (see `ForkedProgram`), and what it would spawn."""
+    get_context = multiprocessing.get_context
+
+    def context(method: str | None = None) -> Any:
+        if method != "spawn":
+            return get_context(method)
+        start_server()
+        return FORKSERVER
+
+    monkeypatch.setattr(multiprocessing, "get_context", context)
     monkeypatch.setattr(subprocess, "Popen", ForkedProgram)
 
 

@@ -26,7 +26,7 @@ def start_server() -> None:
 
 
 class ForkedProgram(subprocess.Popen):
-    """`subprocess.Popen` that forks `[python, "-m", module, ...]` and `[python, "-c", code, ...]`, and executes others.
+    """`subprocess.Popen` that forks `[python, ...]` with `-m module`, `-c code` or a script, and executes the others.
 
     A forked process leads its own session. Its environment in /proc is that of the process it was forked from. If it is
     the launcher of a run, that run's processes are forked from it.
@@ -37,7 +37,7 @@ class ForkedProgram(subprocess.Popen):
 
     def _execute_child(self, *given: Any) -> None:
         call = _execute_child.bind(self, *given).arguments
-        if isinstance(call["args"], str) or call["args"][0] != sys.executable or call["args"][1] not in ("-m", "-c"):
+        if isinstance(call["args"], str) or call["args"][0] != sys.executable:
             super()._execute_child(*given)
             return
         environment = dict(os.environ if call["env"] is None else call["env"])
@@ -94,6 +94,8 @@ def _become(command: list[str], cwd: str | None, environment: dict[str, str], st
     for target, stream in enumerate(streams):
         if stream.number >= 0:
             os.dup2(stream.number, target)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
@@ -104,13 +106,17 @@ def _become(command: list[str], cwd: str | None, environment: dict[str, str], st
     if cwd is not None:
         os.chdir(cwd)
     _fork_ranks()
-    _, flag, name, *arguments = command
-    sys.argv = [flag, *arguments]
-    if flag == "-c":
-        exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})
+    if command[1] == "-m":
+        sys.argv = command[2:]
+        sys.modules.pop(command[2], None)
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    elif command[1] == "-c":
+        sys.argv = ["-c", *command[3:]]
+        exec(compile(command[2], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.modules.pop(name, None)
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        sys.argv = command[1:]
+        sys.path.insert(0, str(Path(command[1]).absolute().parent))
+        runpy.run_path(command[1], run_name="__main__")
 
 
 def _fork_ranks() -> None:

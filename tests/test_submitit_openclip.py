@@ -105,6 +105,7 @@ def test_mistakes_are_one_message_and_exit_code_2(more, message, capsys, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_command_answers_as_a_program(words):
     command = [sys.executable, str(ROOT / "submitit_openclip.py"), *words, "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ})

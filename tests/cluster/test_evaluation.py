@@ -63,6 +63,7 @@ def task(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_job_finds_a_pooling_from_a_file(task, tmp_path):
     (tmp_path / "task.pkl").write_bytes(pickle.dumps(task))
     command = [sys.executable, "-c", JOB, str(tmp_path / "task.pkl")]

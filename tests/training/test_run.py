@@ -300,6 +300,7 @@ def test_gradient_checkpointing_and_bf16_run(config):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_mistake_of_two_processes_is_told_once(config, tmp_path):
     """How two processes train together is in `test_survival`."""
     train(config.replace(name="two"), "cpu")

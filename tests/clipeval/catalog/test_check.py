@@ -125,6 +125,7 @@ def test_program(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_as_a_module() -> None:
     command = [sys.executable, "-m", "llip.clipeval.catalog", "--check", "--tasks", "cifar10", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -31,6 +31,7 @@ def used(config):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_killed_and_resumed_uses_the_same_samples(config, tmp_path):
     train(config, "cpu")
     assert [line["step"] for line in used(config)] == [step for step in range(1, 49) for _ in range(2)]
