@@ -126,7 +126,7 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     torch.manual_seed(config.seed)
     spec = model_spec(config)
     checkpoint = _starting_point(config, processes)
-    model = create_model(spec, config.pretrained if checkpoint is None else None, config.model)
+    model = create_model(spec) if checkpoint else create_model(spec, config.pretrained, config.model)
     if checkpoint is not None:
         load_weights(model, checkpoint, "the run's checkpoint")
     model.to(processes.device)

@@ -148,7 +148,7 @@ def replay(folder: Path, device: torch.device) -> dict[str, Any]:
     record = read_record(folder)
     fields = record["config"]
     config = read_config(fields | relocate(fields, folder.absolute().parent.parent / FOLDER))
-    model = create_model(model_spec(config), None, config.model)
+    model = create_model(model_spec(config))
     load_weights(model, read_checkpoint(folder / "model.pt"), "the nan dump")
     model.to(device).train()
     slices, states = read_parts(folder, record["processes"], device)
