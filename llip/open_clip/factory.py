@@ -16,6 +16,7 @@ from llip.open_clip.architecture import (
     build_towers,
     list_further_models,
     list_models,
+    part_weights,
     resolve_architecture,
 )
 from llip.open_clip.model import Llip
@@ -36,6 +37,7 @@ from llip.open_clip.weights.files import (
     weights_in_folder,
 )
 from llip.open_clip.weights.load import load_weights
+from llip.open_clip.weights.parts import load_parts
 
 __all__ = [
     "ModelSpec",
@@ -128,6 +130,7 @@ def create_model(spec: ModelSpec, pretrained: str | None = None, model_name: str
     Args:
         spec: what to build.
         pretrained: a checkpoint file, a folder of one, or an OpenCLIP tag for `model_name`.
+        model_name: of the config; a json's parts start from the weights that it names for them. Empty: from none.
         strict: weights that do not fit are an error; otherwise they are reported and left out.
 
     Raises:
@@ -142,6 +145,7 @@ def create_model(spec: ModelSpec, pretrained: str | None = None, model_name: str
         pooling.first_pair_token = spec.mixture_tokens if spec.pair_tokens == "patches" else 0
     model = Llip(tower, towers.text, pooling, spec.loss)
     model.config = spec.to_dict()
+    load_parts(model, part_weights(model_name))
     if pretrained is not None:
         _start_from(model, find_weights(pretrained, model_name), pretrained, strict)
     return model

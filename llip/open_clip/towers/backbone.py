@@ -16,8 +16,10 @@ tokens, D embedding width.
 
 import copy
 import dataclasses
+import sys
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -27,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from llip.errors import UserError, did_you_mean
 from llip.open_clip.towers.base import MixtureTower
 from llip.open_clip.towers.seeding import copy_rows
+from llip.open_clip.weights.key_names import part
 
 _CHANNELS_LAST = "NHWC"  # timm's `output_fmt` of maps such as Swin's; others are NCHW
 
@@ -237,14 +240,39 @@ class BackboneTower(MixtureTower):
             if len(rows) == 1 < self.mixture_tokens:
                 state["head.latents"], _ = copy_rows(rows, self.mixture_tokens, spread)
                 notes.append(f"{self.mixture_tokens} latents of the mixture head copied from one")
-        else:
-            others = [key for key in state if key.startswith(("head.", "trunk.head.", "trunk.attn_pool."))]
-            expected = self.state_dict()
-            for key in others:
-                if key not in expected or key.startswith("head."):
-                    del state[key]
+        elif trunk := part(state, "trunk."):
+            _, notes = fit_trunk(self.trunk, trunk)
+            state.clear()
+            state.update({f"trunk.{key}": value for key, value in trunk.items()})
             notes.append("the mixture head starts from fresh weights")
         return notes
+
+
+def fit_trunk(trunk: Any, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Turn a timm model's weights into those of `trunk`, in place, as timm does.
+
+    timm's own function for the family translates the names of other releases and resizes position embeddings.
+
+    Returns:
+        (names left out, of the model's own pooling and classifier; what else was done, one sentence each).
+    """
+    name = trunk.pretrained_cfg["architecture"]
+    translate = getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
+    if translate and state:
+        translated = dict(translate(dict(state), trunk))
+        state.clear()
+        state.update(translated)
+    notes = []
+    if "norm.weight" not in state and "fc_norm.weight" in state and hasattr(trunk, "norm"):
+        for key in ("weight", "bias"):
+            state[f"norm.{key}"] = state.pop(f"fc_norm.{key}")
+        notes.append("the norm behind the source's pooling is applied to each token")
+    with torch.device("meta"):
+        beyond = timm.create_model(name).state_dict().keys() - trunk.state_dict().keys()
+    left = [key for key in state if key in beyond]
+    for key in left:
+        del state[key]
+    return left, notes
 
 
 def set_input_size(trunk: Any, name: str, image_size: int) -> None:

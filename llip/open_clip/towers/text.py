@@ -89,9 +89,9 @@ class HFTextTower(nn.Module):
         super().__init__()
         config = encoder_config(text_cfg["hf_config"])
         self.pad_token_id: int = config.pad_token_id
-        pooler = text_cfg["hf_pooler_type"]
-        self.transformer: Any = encoder_of(encoder_class(config).from_config(config), pooler)
-        self.pooler = POOLERS[pooler]()
+        self.pooler_type: str = text_cfg["hf_pooler_type"]
+        self.transformer: Any = encoder_of(encoder_class(config).from_config(config), self.pooler_type)
+        self.pooler = POOLERS[self.pooler_type]()
         width, hidden = config.hidden_size, (config.hidden_size + embed_dim) // 2
         if text_cfg["hf_proj_type"] == "mlp":
             self.proj: nn.Module = nn.Sequential(

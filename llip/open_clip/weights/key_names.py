@@ -27,14 +27,19 @@ def _alone(state: Mapping[str, Tensor]) -> str:
     return "visual.trunk." if _TIMM_TRUNK in state else ""
 
 
+def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without the prefixes of DDP and torch.compile, and without what is not a weight."""
+    state = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+    return {key: value for key, value in state.items() if not _NOT_WEIGHTS.search(key)}
+
+
 def canonical_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights under `visual.` and `text.`, whatever wrote the file.
 
     Strips the prefixes of DDP and torch.compile, moves a plain CLIP's text tower below `text.`, puts an image tower
     that was saved by itself (OpenCLIP's or timm's) below `visual.`, and drops what is not a weight.
     """
-    state = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
-    state = {key: value for key, value in state.items() if not _NOT_WEIGHTS.search(key)}
+    state = without_wrappers(state_dict)
     prefix = _alone(state)
     if prefix:
         return {prefix + key: value for key, value in state.items()}

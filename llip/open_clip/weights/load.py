@@ -1,8 +1,8 @@
 """Weights into a model: whatever layout they come in, strictly, with a report.
 
 Two ways in. A checkpoint of this project holds exactly the model's tensors. Weights to *start from* (`towers_only`)
-come from a model without this pooling and objective, perhaps without mixture tokens: what lies outside the towers may
-be missing, and the towers' tokens are made from the source's (`MixtureTower.fit_source`).
+come from a model without this pooling and objective, perhaps without mixture tokens: what lies outside the towers, and
+a whole mixture head, may be missing, and the towers' tokens are made from the source's (`MixtureTower.fit_source`).
 """
 
 import logging
@@ -72,6 +72,8 @@ def _allowed_missing(missing: list[str], expected: Mapping[str, Tensor], loaded:
     allowed = {key for key in missing if not key.startswith(TOWERS)}
     if any(key.startswith("pooling.") for key in loaded):  # half a head is a mistake
         allowed -= {key for key in missing if key.startswith("pooling.")}
+    if "visual.head.latents" in missing:  # a mixture head on another model's backbone
+        allowed |= {key for key in missing if key.startswith("visual.head.")}
     for tower in TOWERS:
         whole = {key for key in expected if key.startswith(tower)}
         if whole <= set(missing) and loaded:
@@ -144,7 +146,9 @@ def _shorten(problems: list[str]) -> str:
 
 def _hint(report: LoadReport, model: Llip) -> str:
     """Return the config field to change, where the shape shows it."""
-    tokens = [shape[-2] for key, shape, _ in report.reshaped if key.endswith(("class_embedding", "cls_token"))]
+    tokens = [
+        shape[-2] for key, shape, _ in report.reshaped if key.endswith(("class_embedding", "cls_token", "latents"))
+    ]
     if tokens and tokens[0] != model.visual.mixture_tokens:
         return f". The file has {tokens[0]} mixture tokens: mixture_tokens={tokens[0]}"
     context = [shape[0] for key, shape, _ in report.reshaped if key == "text.positional_embedding"]

@@ -41,6 +41,13 @@ class LoadReport:
         return lines + [f"{key} is {shape}, expected {expected}" for key, shape, expected in self.reshaped]
 
 
+def join_reports(reports: Iterable[LoadReport]) -> LoadReport:
+    """Return one report of the files that several parts of a model were loaded from."""
+    fields = [field.name for field in dataclasses.fields(LoadReport)]
+    parts = list(reports)
+    return LoadReport(**{name: tuple(x for part in parts for x in getattr(part, name)) for name in fields})
+
+
 def _shorten(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
