@@ -1,6 +1,7 @@
 """Python programs in processes forked from one that has imported torch and open_clip, which otherwise takes seconds."""
 
 import contextlib
+import functools
 import inspect
 import multiprocessing
 import os
@@ -19,8 +20,9 @@ FORKSERVER.set_forkserver_preload(["tests.preload"])
 _execute_child = inspect.signature(subprocess.Popen._execute_child)
 
 
+@functools.cache
 def start_server() -> None:
-    """Start the process that the others are forked from, unless it runs."""
+    """Start the process that the others are forked from."""
     with contextlib.chdir(ROOT):  # where it imports from
         forkserver.ensure_running()
 
@@ -63,6 +65,18 @@ class ForkedProgram(subprocess.Popen):
         if self._internal_poll() is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
+
+
+def run_forked(*words: object, timeout: float, **options: Any) -> subprocess.CompletedProcess:
+    """Run `[python, ...]` to its end like `subprocess.run`, and capture what it prints."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with ForkedProgram(list(map(str, words)), **pipes, **options) as process:
+        try:
+            printed = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, *printed)
 
 
 class _ForkedRank(ForkedProgram):

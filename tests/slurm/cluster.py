@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.forked import ROOT, run_forked
+
 DEADLINE = 150.0
 """Seconds within which a job must get where it is waited for."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -28,9 +30,16 @@ class Cluster:
             words, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE, check=False
         )
 
-    def submit(self, checkout: Path, *words: str) -> tuple[str, str]:
-        """Run a program of the checkout that submits a job; returns the job's id and what was printed."""
-        done = self.command(sys.executable, *words, cwd=checkout)
+    def program(self, *words: str) -> subprocess.CompletedProcess:
+        """Run a program of the project to its end, forked."""
+        return run_forked(sys.executable, *words, env=self.environment, cwd=ROOT, timeout=DEADLINE)
+
+    def submit(self, *words: str, checkout: Path = ROOT) -> tuple[str, str]:
+        """Run a program that submits a job; returns the job's id and what was printed."""
+        if checkout == ROOT:
+            done = self.program(*words)
+        else:
+            done = self.command(sys.executable, *words, cwd=checkout)
         assert done.returncode == 0, done.stderr + done.stdout
         found = re.search(r"^job (\d+):", done.stdout, re.MULTILINE)
         assert found, done.stdout

@@ -1,22 +1,22 @@
 """The proof on a real Slurm: jobs are submitted, requeued, warned and failed, and nothing is lost.
 
-The quickstart's model on two CPU tasks. All jobs run at the same time, and the code they were submitted from is broken
-right after the submission.
+The quickstart's model on two CPU tasks. All jobs run at the same time, and the code that one was submitted from is
+broken right after the submission.
 """
 
 import json
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.forked import ROOT, start_server
 from tests.helpers import image_bytes, write_pairs
-from tests.slurm.cluster import DEADLINE, ENDED, Cluster, losses, read_lines, wait_until
+from tests.slurm.cluster import Cluster, losses, read_lines, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +25,7 @@ pytestmark = [
 
 EPOCH, EPOCHS = 12, 3  # steps, epochs
 STEPS = EPOCH * EPOCHS
-STOP_AFTER = 14  # a step in the second epoch
+STOP_AFTER = (EPOCH + 2, 2 * EPOCH + 2)  # steps in the second and third epoch
 EVALUATED = (18, 36)
 
 
@@ -80,88 +80,79 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, checkout: Path, folder: Path) -> dict[str, Job]:
-    """Submit four runs, break what they were submitted from, and stop two of them in their second epoch."""
+    """Submit three runs; break what one was submitted from, requeue it in its second epoch and warn it in its third."""
 
-    def submit(name: str, *options: str, **fields: object) -> Job:
-        job, printed = cluster.submit(checkout, *training_words(folder, name, **fields), *options)
+    def submit(name: str, *options: str, source: Path = ROOT, **fields: object) -> Job:
+        job, printed = cluster.submit(*training_words(folder, name, **fields), *options, checkout=source)
         return Job(job, folder / "logs" / name, printed)
 
+    start_server()
     lost = folder / "lost" / "{00000..00001}.tar"
     with ThreadPoolExecutor() as together:
         waiting = {
+            "stopped": together.submit(submit, "stopped", source=checkout, eval_steps=EVALUATED[0]),
             "failing": together.submit(submit, "failing", train_data=lost, train_num_samples=32),
             "reference": together.submit(submit, "reference", "--eval-tasks", "0", eval_steps=EVALUATED[0]),
-            "requeued": together.submit(submit, "requeued"),
-            "warned": together.submit(submit, "warned", eval_steps=EVALUATED[0]),
         }
         waiting["failing"].result()
         (folder / "lost" / "00001.tar").unlink()  # after the checks, before the job has started Python
         submitted = {name: job.result() for name, job in waiting.items()}
     main = checkout / "llip" / "main.py"
     main.write_text('raise RuntimeError("this code was edited after the submission")\n' + main.read_text())
-    stops = {
-        "requeued": ("scontrol", "requeue", submitted["requeued"].id),
-        "warned": ("scancel", "--signal=USR2", submitted["warned"].id),
-    }
-    end = time.monotonic() + DEADLINE
-    while stops:
-        assert time.monotonic() < end, f"{', '.join(stops)} did not come to step {STOP_AFTER}"
-        for name in list(stops):
-            ended = cluster.job(submitted[name].id)["JobState"] in ENDED
-            assert not ended, f"{name} ended too early:\n{cluster.last_words(submitted[name].run)}"
-            if len(read_lines(submitted[name].run / "metrics.jsonl")) >= STOP_AFTER:
-                done = cluster.command(*stops.pop(name))
-                assert done.returncode == 0, done.stderr
-        time.sleep(0.05)
+    stopped = submitted["stopped"]
+    stops = ("scontrol", "requeue", stopped.id), ("scancel", "--signal=USR2", stopped.id)
+    for step, command in zip(STOP_AFTER, stops, strict=True):
+        wait_until(lambda step=step: len(read_lines(stopped.run / "metrics.jsonl")) >= step, f"step {step}")
+        assert cluster.job(stopped.id)["JobState"] == "RUNNING", cluster.last_words(stopped.run)
+        done = cluster.command(*command)
+        assert done.returncode == 0, done.stderr
     return submitted
 
 
 def test_an_evaluation_job_gives_what_the_run_found_at_its_end(cluster: Cluster, jobs: dict[str, Job], folder: Path):
     cluster.wait_ended(jobs["reference"].id)
-    root = Path(__file__).parents[2]
     words = ["-m", "evals.main_distributed", "--fname", str(folder / "final.yaml"), "--device", "cpu", "--ngpus", "2"]
-    job, printed = cluster.submit(root, *words, "--time", "5", "--cpus-per-task", "1")
+    job, printed = cluster.submit(*words, "--time", "5", "--cpus-per-task", "1")
     assert cluster.wait_ended(job)["JobState"] == "COMPLETED", printed
     found = json.loads((folder / "results" / "results.json").read_text())["tasks"]["pictures"]
     assert found["n"] == 24
     assert found["value"] == read_lines(jobs["reference"].run / "evals.jsonl")[-1]["values"]["top1"]
 
 
-@pytest.mark.parametrize("name", ["requeued", "warned"])
-def test_a_job_stopped_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_happened(
-    cluster: Cluster, jobs: dict[str, Job], name: str
+def test_a_job_stopped_twice_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_happened(
+    cluster: Cluster, jobs: dict[str, Job]
 ):
     assert cluster.wait_ended(jobs["reference"].id)["JobState"] == "COMPLETED"
-    ended = cluster.wait_ended(jobs[name].id)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
-    log = (jobs[name].run / "log.txt").read_text()
-    stopped = int(re.search(rf"stopped as requested after step (\d+) of {STEPS}", log)[1])
-    assert STOP_AFTER <= stopped < 2 * EPOCH
-    assert f"resumed at step {stopped} of {STEPS}" in log
+    ended = cluster.wait_ended(jobs["stopped"].id)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2")
+    log = (jobs["stopped"].run / "log.txt").read_text()
+    steps = [int(step) for step in re.findall(rf"stopped as requested after step (\d+) of {STEPS}", log)]
+    assert len(steps) == 2
+    for epoch, after, step in zip((1, 2), STOP_AFTER, steps, strict=True):
+        assert after <= step < (epoch + 1) * EPOCH
+        assert f"resumed at step {step} of {STEPS}" in log
     expected = losses(jobs["reference"].run)
     assert [step for step, _ in expected] == list(range(1, STEPS + 1))
-    assert losses(jobs[name].run) == expected  # to the last bit
+    assert losses(jobs["stopped"].run) == expected  # to the last bit
 
 
-def test_an_edit_after_the_submission_does_not_reach_the_requeued_job(
-    cluster: Cluster, jobs: dict[str, Job], checkout: Path
-):
+def test_an_edit_after_the_submission_does_not_reach_the_job(cluster: Cluster, jobs: dict[str, Job], checkout: Path):
     again = cluster.command(sys.executable, "-m", "llip.main", "--list", cwd=checkout)
     assert "this code was edited after the submission" in again.stderr
-    assert cluster.wait_ended(jobs["requeued"].id)["Restarts"] == "1"
-    for log in (jobs["requeued"].run / "slurm").glob("*_log.*"):
+    assert cluster.wait_ended(jobs["stopped"].id)["Restarts"] == "2"
+    for log in (jobs["stopped"].run / "slurm").glob("*_log.*"):
         assert "this code was edited" not in log.read_text()
 
 
 def test_online_evaluation_in_jobs_gives_what_the_run_itself_finds(cluster: Cluster, jobs: dict[str, Job]):
-    cluster.wait_ended(jobs["warned"].id)
-    warned, reference = jobs["warned"].run, jobs["reference"].run
-    wait_until(lambda: len(read_lines(warned / "evals.jsonl")) == len(EVALUATED), "the evaluations")
+    cluster.wait_ended(jobs["stopped"].id)
+    stopped, reference = jobs["stopped"].run, jobs["reference"].run
+    wait_until(lambda: len(read_lines(stopped / "evals.jsonl")) == len(EVALUATED), "the evaluations")
     expected = read_lines(reference / "evals.jsonl")
     assert [line["step"] for line in expected] == list(EVALUATED)
-    assert sorted(read_lines(warned / "evals.jsonl"), key=lambda line: line["step"]) == expected
-    wait_until(lambda: not any((warned / "evaluating").iterdir()), "the end of the weights")
-    assert "is evaluated by job" in (warned / "log.txt").read_text()
+    assert sorted(read_lines(stopped / "evals.jsonl"), key=lambda line: line["step"]) == expected
+    wait_until(lambda: not any((stopped / "evaluating").iterdir()), "the end of the weights")
+    assert "is evaluated by job" in (stopped / "log.txt").read_text()
     assert "is evaluated by job" not in (reference / "log.txt").read_text()
 
 
@@ -178,9 +169,7 @@ def test_a_failing_jobs_error_reaches_the_user(cluster: Cluster, jobs: dict[str,
 
 
 def test_sbatch_takes_the_script_of_a_dry_run(cluster: Cluster, folder: Path, tmp_path: Path):
-    root = Path(__file__).parents[2]
-    words = training_words(folder, "dry")
-    dry = cluster.command(sys.executable, *words, "--dry-run", cwd=root)
+    dry = cluster.program(*training_words(folder, "dry"), "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "#SBATCH --ntasks-per-node=2" in dry.stdout
     assert not (folder / "logs" / "dry").exists()
