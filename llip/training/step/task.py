@@ -64,8 +64,8 @@ class ContrastiveTask(nn.Module):
         propagates their gradients into the towers.
 
         Args:
-            images: uint8 [B, 3, S, S] on the device.
-            tokens: token ids [B, N, C].
+            images: uint8 [B, 3, S, S] on the device, or cached features [B, L, W].
+            tokens: token ids [B, N, C], or cached features [B, N, W].
             mask: [B, N], False where a caption comes again.
             features: cached features of the whole process's batch.
             feature_gradients: of the loss, with respect to the features of these images and tokens.
@@ -84,9 +84,14 @@ class ContrastiveTask(nn.Module):
         return self._loss(features, mask)
 
     def encode(self, images: Tensor, tokens: Tensor) -> Features:
-        """Run both towers."""
-        h = self.model.encode_image(self.model.normalise(images))
-        return Features(h, self.model.encode_text(tokens.flatten(0, 1)))
+        """Run both towers, or of a tower what follows its cached features, which are floats."""
+        model, texts = self.model, tokens.flatten(0, 1)
+        if images.is_floating_point():
+            h = model.encode_image_features(images)
+        else:
+            h = model.encode_image(model.normalise(images))
+        t = model.encode_text_features(texts) if texts.is_floating_point() else model.encode_text(texts)
+        return Features(h, t)
 
     def _loss(self, features: Features, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         h, weight = features.h, self.config.global_loss_weight
