@@ -13,6 +13,7 @@ PROGRAMS = {
     "submit": ("submitit_openclip:main", "train a config on a SLURM cluster"),
     "doctor": ("llip.data.doctor.__main__:main", "validate shards and write an index of their sample counts"),
     "pack": ("llip.data.pack.__main__:main", "pack images and captions into shards"),
+    "encode": ("llip.tools.encode.__main__:main", "compute the features of frozen towers once, to train on them"),
     "plan": ("llip.tools.plan.__main__:main", "predict memory and time of a run"),
     "explain": ("llip.tools.explain.__main__:main", "draw what a model attends to for a caption"),
     "diagnose": ("llip.tools.diagnose.__main__:main", "measure what the mixture tokens of a model do"),

@@ -80,6 +80,9 @@ class Config:
         "random", "random: a crop of 90 to 100 % of the area; center: the evaluation's resize and center crop"
     )
     caption_transform: str | None = _field(None, "path/file.py:Name: maps a caption and a seed to a caption")
+    feature_cache: str | None = _operational(
+        None, "folder written by `llip encode`: frozen features are read from it instead of images and captions"
+    )
     workers: int = _operational(
         4,
         "data-loading processes per training process; 0 loads in the training process",
@@ -312,7 +315,7 @@ REFUSED_NAMES = {
 """Names that users of neighbouring trainers type, with what to do instead."""
 
 
-_PATHS = ("logs", "resume", "model", "pretrained", "tokenizer", "evals")
+_PATHS = ("logs", "resume", "model", "pretrained", "tokenizer", "evals", "feature_cache")
 """Fields in which `~` and variables are expanded; `train_data` expands its own."""
 LOGGERS = ("tensorboard", "wandb")
 TEXT_FREE_POOLINGS = ("first", "mean", "learned")

@@ -94,6 +94,24 @@ def parse_caption_keys(text: str) -> tuple[CaptionSource, ...]:
     return tuple(sources)
 
 
+def distinct_captions(sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...]) -> list[str]:
+    """Return every caption that `choose_captions` may draw from a sample, once each.
+
+    Raises:
+        BadSample: there is none; with the reason of a source that cannot be read, if there is one.
+    """
+    captions: dict[str, None] = {}
+    problem = BadSample("no caption")
+    for source in sources:
+        try:
+            captions |= dict.fromkeys(source.captions(sample))
+        except BadSample as error:
+            problem = error
+    if not captions:
+        raise problem
+    return list(captions)
+
+
 def choose_captions(
     sample: Mapping[str, bytes], sources: tuple[CaptionSource, ...], count: int, rng: random.Random, sentences: int = 0
 ) -> list[str]:

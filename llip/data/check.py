@@ -38,19 +38,20 @@ def check_data(config: Config, data: DataSpec) -> None:
     Raises:
         UserError: missing or empty shards, fewer samples than one global batch, or more workers than samples.
     """
-    check_shards_exist(data)
+    if data.features is None:  # the shards of a cache have been checked
+        check_shards_exist(data)
     check_schedule(config)
-    counts = _known_counts(data)
+    log.info("data: %d shards in %d datasets", len(data.urls), len(data.sources))
+    counts = count_samples(data)
     for source in data.sources:
         _check_workers(config, source, counts)
     if all(url in counts for url in data.urls):
         _compare_schedule(config, sum(counts[url] for url in data.urls))
 
 
-def _known_counts(data: DataSpec) -> dict[str, int]:
+def count_samples(data: DataSpec) -> dict[str, int]:
     """Return the samples by URL, as far as an index has them or counting is quick."""
     counts = load_index(data.urls)
-    log.info("data: %d shards in %d datasets", len(data.urls), len(data.sources))
     began = time.monotonic()
     entries = _count([url for url in data.urls if url not in counts and is_local(url) and Path(url).is_file()])
     if time.monotonic() - began > _WORTH_AN_INDEX:

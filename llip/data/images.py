@@ -30,6 +30,7 @@ from llip.open_clip.transforms import RESIZE_MODES
 MAX_PIXELS = 89_478_485
 """Pictures of more pixels are not decoded. Here PIL starts to warn of decompression bombs."""
 
+NO_IMAGE = "no image"
 EMPTY, NOT_AN_IMAGE, TRUNCATED, DAMAGED, TOO_LARGE = (
     "empty image",
     "not an image",

@@ -1,6 +1,7 @@
 """Batches of images and token ids from webdataset shards: deterministic, resumable, and never silently empty.
 
-Shapes: B images of a batch, N captions per image, S image size, C context length.
+Shapes: B images of a batch, N captions per image, S image size, C context length. With a feature cache, L features of
+width W stand for an image, and where the text encoder is frozen too, one of width W for a caption.
 
 Each data worker reads its share of the shards. It streams raw samples (`stream`), decodes them and puts
 whole batches together. What is drawn for a sample (captions, crop) depends on the seed, the epoch, the shard's name and
@@ -15,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llip.configs import Config
 from llip.data.captions import BadSample, choose_captions, parse_caption_keys
-from llip.data.images import ImageReader
+from llip.data.images import NO_IMAGE, ImageReader
 from llip.data.order import WorkerSlot
 from llip.data.position import Cursor, DataPosition, Layout, SlotPosition, StreamPosition
 from llip.data.prefetch import READ_DEADLINE
@@ -45,16 +47,16 @@ _CACHED_WORDS = 200_000  # of the tokenizer, which keeps each word it meets for 
 class MicroBatch(NamedTuple):
     """What a process runs its towers on at once."""
 
-    images: Tensor  # [B, 3, S, S] uint8
-    tokens: Tensor  # [B, N, C] int64
+    images: Tensor  # [B, 3, S, S] uint8, or features [B, L, W] float16 or bfloat16
+    tokens: Tensor  # [B, N, C] int64, or features [B, N, W]
     mask: Tensor  # [B, N] bool, False where a caption comes again because its image has fewer than N
 
 
 class Batch(NamedTuple):
     """What a data worker hands over."""
 
-    images: Tensor  # [B, 3, S, S] uint8, channels last
-    tokens: Tensor  # [B, N, C] int64
+    images: Tensor  # [B, 3, S, S] uint8, channels last; or features, see `MicroBatch`
+    tokens: Tensor  # [B, N, C] int64, or features
     mask: Tensor  # [B, N] bool, see `MicroBatch`
     cursor: Cursor  # the worker's position after it
     data_epoch: int  # of the last sample
@@ -72,8 +74,8 @@ class Batch(NamedTuple):
 class Sample(NamedTuple):
     """An image and its captions."""
 
-    image: Tensor  # [3, S, S] uint8
-    captions: list[str]  # N
+    image: Any  # Tensor [3, S, S] uint8, or array of features [L, W]
+    captions: list[Any]  # N strings, or arrays of features [W]
     mask: list[bool]  # N, False where a caption comes again
 
 
@@ -109,7 +111,7 @@ class CaptionedImages(IterableDataset):
             UserError: `caption_keys` cannot be read, or a transform is not found.
         """
         super().__init__()
-        self.config, self.sources = config, data.sources
+        self.config, self.sources, self.features = config, data.sources, data.features
         self.layout = Layout(config.seed, config.shuffle_buffer, data.shard_counts)
         self.caption_sources = parse_caption_keys(config.caption_keys)
         self.image_transform = transform_function("image_transform", config.image_transform)
@@ -129,7 +131,8 @@ class CaptionedImages(IterableDataset):
         captions = " or ".join(
             source.member if source.field is None else f"json field {source.field!r}" for source in self.caption_sources
         )
-        wanted = f"an image ({', '.join(IMAGE_KEYS)}) and a caption ({captions})"
+        image = "image.npy" if self.features else f"an image ({', '.join(IMAGE_KEYS)})"
+        wanted = f"{image} and a caption ({captions})"
         stats = WorkerStats(self.config.max_bad_fraction, len(self.sources), wanted)
         maker = _BatchMaker(self, stats, self._mixture(slot, self._start(logical), stats))
         if info:  # torch has given each worker one thread
@@ -148,9 +151,30 @@ class CaptionedImages(IterableDataset):
     def blank(self) -> Batch:
         """Return a batch of black pictures with empty captions, for a step that is not to be learned from."""
         mask = torch.ones(self.config.batch_size, self.config.captions_per_image, dtype=torch.bool)
-        images = torch.zeros(len(mask), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        tokens = self.tokenizer([""] * mask.numel()).unflatten(0, mask.shape)
-        return Batch(images, tokens, mask, Cursor(0, []), 0, WorkerReport([], [], {}, 0), [], "")
+        images = self.new_images()
+        images[:] = 0
+        text: Any = ""
+        if self.features is not None and self.features.text is not None:
+            text = np.zeros(self.features.text, self.features.array_dtype)
+        tokens = self.as_tokens([text] * mask.numel()).unflatten(0, mask.shape)
+        return Batch(self.as_images(images), tokens, mask, Cursor(0, []), 0, WorkerReport([], [], {}, 0), [], "")
+
+    def new_images(self) -> Any:
+        """Return room for the images of a batch, to be filled with `Sample.image`s."""
+        count, size = self.config.batch_size, self.image_size
+        if self.features is not None:
+            return np.empty((count, *self.features.image), self.features.array_dtype)
+        return torch.empty(count, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as crops lie
+
+    def as_images(self, images: Any) -> Tensor:
+        """Return filled `new_images` as a tensor."""
+        return images if self.features is None else self.features.to_tensor(images)
+
+    def as_tokens(self, captions: list[Any]) -> Tensor:
+        """Return the captions of samples as token ids [captions, C], or as features [captions, W]."""
+        if self.features is not None and self.features.text is not None:
+            return self.features.to_tensor(np.stack(captions))
+        return self.tokenizer(captions)
 
     def _start(self, logical: int) -> SlotPosition:
         if self.position.slots:
@@ -171,7 +195,7 @@ class CaptionedImages(IterableDataset):
         return ImageReader(self.image_size, scale, resize_mode=self.resize_mode)
 
     def decode(self, sample: RawSample, data_epoch: int, reader: ImageReader) -> Sample:
-        """Return an augmented image and its captions.
+        """Return an image, augmented if the config asks for it, and its captions; or the cached features of both.
 
         Raises:
             BadSample: one of them cannot be used. UserError: a user's transform fails; names the sample.
@@ -193,9 +217,11 @@ class CaptionedImages(IterableDataset):
                 transform_caption(self.caption_transform, caption, seed)
                 for caption, seed in zip(captions, seeds, strict=True)
             ]
+        if self.features is not None:
+            return Sample(*self.features.read(sample, captions), mask)
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
-            raise BadSample("no image")
+            raise BadSample(NO_IMAGE)
         transform = self.image_transform and functools.partial(transform_image, self.image_transform, seed=draw)
         # separate draws: crops do not depend on what captions take
         return Sample(reader.read(sample[key], random.Random(draw + 2**32), transform), captions, mask)
@@ -241,12 +267,11 @@ class _BatchMaker:
 
     def _fill(
         self, samples: Iterator[tuple[DatasetStream, RawSample | None]]
-    ) -> tuple[Tensor, list[str], Tensor, list[str], int]:
+    ) -> tuple[Tensor, list[Any], Tensor, list[str], int]:
         """Return images, captions (B N), mask, ids, and the data epoch of the last sample."""
-        config, size = self.dataset.config, self.dataset.image_size
-        images = torch.empty(config.batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as crops lie
+        config, images = self.dataset.config, self.dataset.new_images()
         mask = torch.empty(config.batch_size, config.captions_per_image, dtype=torch.bool)
-        captions: list[str] = []
+        captions: list[Any] = []
         ids: list[str] = []
         clock, seconds = time.perf_counter, self.stats.seconds
         self.stats.batch_began = time.monotonic()
@@ -267,11 +292,10 @@ class _BatchMaker:
             self.stats.use(stream.dataset)
             ids.append(f"{shard_name(sample['__url__'])}/{sample['__key__']}")
             seconds["decode"] += clock() - read
-        return images, captions, mask, ids, stream.data_epoch
+        return self.dataset.as_images(images), captions, mask, ids, stream.data_epoch
 
-    def _tokenize(self, captions: list[str]) -> Tensor:
-        tokenizer = self.dataset.tokenizer
-        tokens = tokenizer(captions)
+    def _tokenize(self, captions: list[Any]) -> Tensor:
+        tokenizer, tokens = self.dataset.tokenizer, self.dataset.as_tokens(captions)
         if len(getattr(tokenizer, "cache", ())) > _CACHED_WORDS:
             tokenizer.cache = dict(self.known_words)
         return tokens

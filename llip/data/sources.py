@@ -11,6 +11,7 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
+from llip.data.features.format import FeatureFormat
 from llip.errors import UserError, shown
 from llip.system.paths import expand_variables
 
@@ -36,6 +37,7 @@ class DataSpec:
     """What `train_data` names, resolved once at the start of a run."""
 
     sources: tuple[ShardSource, ...]
+    features: FeatureFormat | None = None  # the shards are those of a feature cache
 
     @functools.cached_property
     def urls(self) -> tuple[str, ...]:

@@ -14,13 +14,16 @@ from torch.utils.data import DataLoader
 from llip.clipeval.catalog.catalog import load_evaluation
 from llip.configs import Config
 from llip.data import check
+from llip.data.features.cache import cached_data
+from llip.data.features.made_with import check_made_with
 from llip.data.index import load_index
 from llip.data.loader import CaptionedImages, make_loader
 from llip.data.position import DataPosition, Layout, shards_digest
 from llip.data.sources import SCENES_SCHEME, DataSpec, is_local, parse_train_data, shard_name
 from llip.errors import CollectiveUserError, UserError
 from llip.extensions import FOLDER, copy_extensions, extension_files, find_extension
-from llip.open_clip.factory import create_model, model_spec, spec_tokenizer
+from llip.open_clip.factory import ModelSpec, create_model, model_spec, spec_tokenizer
+from llip.open_clip.model import Llip
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.paths import expand_variables
 from llip.system.processes import Processes, raise_on_all_ranks
@@ -95,7 +98,7 @@ def check_request(config: Config) -> None:
 
 
 def check_data(config: Config, processes: Processes) -> DataSpec:
-    """Check the request, render the embedded dataset if it is asked for, and return what `train_data` names.
+    """Check the request, and return what the run reads: what `train_data` names, or a cache of its features.
 
     Raises:
         UserError: a mistake of the config, or data that cannot be what it asks for; on every process.
@@ -104,14 +107,25 @@ def check_data(config: Config, processes: Processes) -> DataSpec:
     with _all_fail_alike(processes):
         if processes.is_main:
             check_request(config)
-            for part in config.train_data.split("::"):
-                if part.startswith(SCENES_SCHEME):
-                    from llip.scenes import ensure_scenes
-
-                    ensure_scenes(Path(expand_variables(part.removeprefix(SCENES_SCHEME))))
-            data = parse_train_data(config.train_data)
+            data = find_data(config)
+            if config.feature_cache is not None:
+                data = cached_data(config, data)
             check.check_data(config, data)
     return processes.broadcast_object(data)
+
+
+def find_data(config: Config) -> DataSpec:
+    """Render the embedded dataset if it is asked for, and return what `train_data` names.
+
+    Raises:
+        UserError: `train_data` cannot be read, or names no file.
+    """
+    for part in config.train_data.split("::"):
+        if part.startswith(SCENES_SCHEME):
+            from llip.scenes import ensure_scenes
+
+            ensure_scenes(Path(expand_variables(part.removeprefix(SCENES_SCHEME))))
+    return parse_train_data(config.train_data)
 
 
 def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
@@ -123,14 +137,13 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.manual_seed(config.seed)
     spec = model_spec(config)
-    checkpoint = _starting_point(config, processes)
-    model = create_model(spec) if checkpoint else create_model(spec, config.pretrained, config.model)
-    if checkpoint is not None:
-        load_weights(model, checkpoint, "the run's checkpoint")
-    model.to(processes.device)
-    lock_towers(model, config)
+    tokenizer, checkpoint = spec_tokenizer(spec), starting_point(config, processes)
+    model = start_model(config, spec, checkpoint, processes.device)
+    if config.feature_cache is not None:
+        with _all_fail_alike(processes):
+            if processes.is_main:
+                check_made_with(config, spec, model, tokenizer)
     averaged = None if config.ema_decay is None else ModelEmaV3(model, config.ema_decay, use_warmup=True)
     if averaged is not None and checkpoint is not None and "ema_state_dict" in checkpoint:
         load_weights(averaged.module, checkpoint["ema_state_dict"], "the run's averaged weights")
@@ -162,7 +175,6 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
                 log.warning(note)
             for difference in differences(checkpoint.get("provenance", checkpoint.get("passport", {})), provenance):
                 log.info("changed since the checkpoint: %s", difference)
-    tokenizer = spec_tokenizer(spec)
     place = {"rank": processes.rank, "processes": processes.world_size}
     dataset = CaptionedImages(
         config, data, tokenizer, spec.image_size, state.position, **place, resize_mode=spec.resize_mode
@@ -171,6 +183,27 @@ def build_run(config: Config, data: DataSpec, processes: Processes) -> Run:
     run_log = _open_log(config, processes, state, data)
     task = ContrastiveTask(model, config, processes)
     return Run(task, state, loader, run_log, provenance)
+
+
+def start_model(config: Config, spec: ModelSpec, checkpoint: dict | None, device: torch.device) -> Llip:
+    """Return the model that a run starts or continues with, on its device, with the config's locks.
+
+    Args:
+        config: the run.
+        spec: its model.
+        checkpoint: to continue from, see `starting_point`.
+        device: of the process.
+
+    Raises:
+        UserError: weights that are missing or do not fit, or nothing left to train.
+    """
+    torch.manual_seed(config.seed)
+    model = create_model(spec) if checkpoint else create_model(spec, config.pretrained, config.model)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, "the run's checkpoint")
+    model.to(device)
+    lock_towers(model, config)
+    return model
 
 
 def _data_digest(data: DataSpec) -> int:
@@ -197,7 +230,7 @@ def _open_log(config: Config, processes: Processes, state: TrainState, data: Dat
         return RunLog(config.folder if processes.is_main else None, config, state.step, report, samples)
 
 
-def _starting_point(config: Config, processes: Processes) -> dict | None:
+def starting_point(config: Config, processes: Processes) -> dict | None:
     """Return the checkpoint to continue from: the run's newest good one, else the one that `resume` names, else None.
 
     The main process chooses, and the others read the same file.

@@ -16,7 +16,7 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 
 from llip.data.captions import BadSample, CaptionSource, parse_caption_keys
-from llip.data.images import EMPTY, MAX_PIXELS, NOT_AN_IMAGE, TOO_LARGE, decode_image
+from llip.data.images import EMPTY, MAX_PIXELS, NO_IMAGE, NOT_AN_IMAGE, TOO_LARGE, decode_image
 from llip.data.index import ShardEntry, describe_shard
 from llip.data.prefetch import READ_DEADLINE, ReadWatch, read_ahead
 from llip.data.shard_file import COMMAND_FAILED, DOWNLOAD_FAILED, MISSING, STALLED, UNREADABLE
@@ -24,7 +24,6 @@ from llip.data.sources import IMAGE_KEYS
 from llip.data.tar_reader import Damage, read_samples
 from llip.errors import UserError
 
-NO_IMAGE = "no image"
 NO_CAPTION = "no caption"
 NO_SAMPLES = "shard holds no samples"
 

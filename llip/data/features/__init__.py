@@ -1,0 +1,1 @@
+"""Frozen features, computed once, that stand for images and captions in training."""
