@@ -13,6 +13,7 @@ from llip.open_clip.costs.flops import StepFlops, head_flops, image_tower, score
 from llip.open_clip.factory import ModelSpec, model_spec
 from llip.system.gpus import Gpu
 from llip.tools.plan.advice import advise, fits
+from llip.tools.plan.cache_size import CacheSize, cache_size
 from llip.tools.plan.memory import Memory, gpu_memory
 from llip.tools.plan.parameters import Parameters, count_parameters
 from llip.tools.plan.score_bytes import score_bytes
@@ -90,6 +91,7 @@ class Plan:
     scores: str
     score_bytes: int
     times: tuple[StepTime, StepTime]  # fast, slow
+    cache: CacheSize | None  # of frozen features, where the locks leave some
     advice: list[str]
 
     @property
@@ -141,6 +143,7 @@ class Plan:
             "storage_bytes_per_second": [rate * self.assumptions.sample for rate in self.samples_per_second],
             "hours": self.hours,
             "gpu_hours": [hours * config.processes for hours in self.hours],
+            "feature_cache": self.cache and dataclasses.asdict(self.cache) | {"total": self.cache.total},
             "advice": self.advice,
         }
         other = "memory_bytes_without_checkpointing" if config.grad_checkpointing else "memory_bytes_with_checkpointing"
@@ -192,5 +195,6 @@ def make_plan(config: Config, gpu: Gpu, assumptions: Assumptions | None = None) 
         scores=str(plan) if plan else "one feature per image, one product with all texts",
         score_bytes=moved,
         times=(fast, slow),
+        cache=cache_size(config, spec),
         advice=advise(config, gpu),
     )

@@ -42,6 +42,21 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), f"{_bytes(value):>10}") for name, value in parts.items()]
 
 
+def _cache_rows(plan: Plan) -> list[str]:
+    if (cache := plan.cache) is None:
+        return []
+    tokens, width = cache.shape
+    captions = f"{_bytes(cache.captions):>10}  {plan.config.captions_per_image} of them"
+    return _section(
+        "features of the locked towers, encoded once (llip encode, fp16; int8 takes about half)",
+        [
+            ("an image", f"{_bytes(cache.image):>10}  {tokens:,} x {width:,}"),
+            ("its captions", captions if cache.captions else "tokens, as ever: the text encoder is trained"),
+            ("the data", f"{_bytes(cache.total):>10}  {cache.samples:,} samples"),
+        ],
+    )
+
+
 def as_table(plan: Plan) -> str:
     """Return the plan as text."""
     config, flops, traffic, parameters = plan.config, plan.flops, plan.traffic, plan.parameters
@@ -94,6 +109,7 @@ def as_table(plan: Plan) -> str:
             ("GPU-hours", _range((h * config.processes for h in hours), ",.0f")),
         ],
     )  # fmt: skip
+    lines += _cache_rows(plan)
     mfu = _range((100 * share for share in assumed.mfu or ()), "g")
     lines.append(
         f"assumed: {mfu} % of the peak of {_count(plan.peak)}FLOP/s (--mfu), {assumed.network / 1e9:g} GB/s from GPU "
