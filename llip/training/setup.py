@@ -24,6 +24,7 @@ from llip.errors import CollectiveUserError, UserError
 from llip.extensions import FOLDER, copy_extensions, extension_files, find_extension
 from llip.open_clip.factory import ModelSpec, create_model, model_spec, spec_tokenizer
 from llip.open_clip.model import Llip
+from llip.open_clip.towers.locks import lock_towers
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.paths import expand_variables
 from llip.system.processes import Processes, raise_on_all_ranks
@@ -35,7 +36,7 @@ from llip.training.reporting.data_report import DataCounts, DataReport
 from llip.training.reporting.run_log import RunLog, log, start_logging
 from llip.training.reporting.sample_log import SampleLog, cut_back_ids
 from llip.training.step.create_engine import create_engine
-from llip.training.step.optimizer import create_optimizer, lock_towers
+from llip.training.step.optimizer import create_optimizer
 from llip.training.step.task import ContrastiveTask
 
 
@@ -202,7 +203,7 @@ def start_model(config: Config, spec: ModelSpec, checkpoint: dict | None, device
     if checkpoint is not None:
         load_weights(model, checkpoint, "the run's checkpoint")
     model.to(device)
-    lock_towers(model, config)
+    lock_towers(model, config.lock_image, config.lock_text)
     return model
 
 

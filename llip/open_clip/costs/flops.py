@@ -11,21 +11,36 @@ from typing import Any
 
 from llip.configs import Config
 from llip.extensions import find_extension
-from llip.open_clip.costs.shapes import Tower, fewest_tokens, kept_patches, timm_image_tower
+from llip.open_clip.costs.shapes import (
+    Tower,
+    backbone_tower,
+    fewest_tokens,
+    hf_text_tower,
+    kept_patches,
+    timm_image_tower,
+)
 from llip.open_clip.factory import ModelSpec, model_spec
 from llip.open_clip.scores.gram import upper_blocks
 from llip.open_clip.scores.plan import ScorePlan, plan_scores
+from llip.open_clip.towers.locks import LockImage, LockText
 
 
-def image_tower(spec: ModelSpec, mixture_tokens: int | None = None) -> Tower:
+def image_tower(spec: ModelSpec, mixture_tokens: int | None = None, lock: LockImage = False) -> Tower:
     """Return the image tower in training; with another number of mixture tokens where one is given.
 
     Towers from timm come in many shapes: they are run without memory, under PyTorch's own flop counter.
+
+    Args:
+        spec: the model.
+        mixture_tokens: K, if not the model's.
+        lock: `lock_image` of the run.
     """
     vision: dict[str, Any] = spec.architecture["vision_cfg"]
     tokens = spec.mixture_tokens if mixture_tokens is None else mixture_tokens
+    if "mixture_head" in spec.architecture:
+        return backbone_tower(dataclasses.replace(spec, mixture_tokens=tokens), lock)
     if vision.get("timm_model_name"):
-        return timm_image_tower(dataclasses.replace(spec, mixture_tokens=tokens))
+        return timm_image_tower(dataclasses.replace(spec, mixture_tokens=tokens)).locked(lock, tokens > 1)
     width, patch = vision.get("width", 768), vision["patch_size"]
     patches = (vision["image_size"] // patch) ** 2
     kept = kept_patches(patches, vision.get("patch_dropout", 0.0))
@@ -38,14 +53,14 @@ def image_tower(spec: ModelSpec, mixture_tokens: int | None = None) -> Tower:
         stem=2 * patches * 3 * patch**2 * width,
         projected=tokens if spec.pair_tokens == "mixture" else tokens + kept,
         embedding=spec.architecture["embed_dim"],
-    )
+    ).locked(lock, tokens > 1)
 
 
 def pair_tokens(spec: ModelSpec) -> int:
     """Return how many tokens of an image a text attends to in training."""
     if spec.pair_tokens == "mixture":
         return spec.mixture_tokens
-    both = image_tower(spec).tokens
+    both = image_tower(spec).projected
     return both - spec.mixture_tokens if spec.pair_tokens == "patches" else both
 
 
@@ -55,9 +70,11 @@ def keys_per_image(spec: ModelSpec) -> int | None:
     return None if extra is None else pair_tokens(spec) + extra
 
 
-def text_tower(spec: ModelSpec) -> Tower:
-    """Return the text tower."""
+def text_tower(spec: ModelSpec, lock: LockText = False) -> Tower:
+    """Return the text tower; `lock` is the run's `lock_text`."""
     text: dict[str, Any] = spec.architecture["text_cfg"]
+    if "hf_config" in text:
+        return hf_text_tower(spec).locked(lock)
     width = text.get("width", 512)
     return Tower(
         tokens=spec.context_length,
@@ -68,7 +85,7 @@ def text_tower(spec: ModelSpec) -> Tower:
         stem=0,
         projected=1,
         embedding=spec.architecture["embed_dim"],
-    )
+    ).locked(lock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +196,9 @@ def head_flops(config: Config, spec: ModelSpec, on_cpu: bool = False) -> Head:
 def step_flops(config: Config, on_cpu: bool = False) -> StepFlops:
     """Return the FLOPs of one training step by part, per image."""
     spec = model_spec(config)
-    image, text, head = image_tower(spec), text_tower(spec), head_flops(config, spec, on_cpu)
-    plain = image_tower(spec, mixture_tokens=fewest_tokens(spec))
+    lock, head = config.lock_image, head_flops(config, spec, on_cpu)
+    image, text = image_tower(spec, lock=lock), text_tower(spec, config.lock_text)
+    plain = image_tower(spec, fewest_tokens(spec), lock)
     images, captions = config.batch_size * config.accum_freq, config.captions_per_image
     recomputed = head.again / images
     if config.grad_checkpointing:

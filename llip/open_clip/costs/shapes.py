@@ -9,11 +9,16 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from llip.open_clip.architecture import build_towers
 from llip.open_clip.factory import ModelSpec, create_model
 from llip.open_clip.model import Llip
+from llip.open_clip.towers.locks import LockImage, LockText, lock_towers
+
+_HIDDEN = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "hidden_dim")  # names in `transformers`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Tower:
     projected: int  # outputs that are projected to D
     embedding: int  # D
     counted: int = 0  # FLOPs of one sample forward, where they were counted by running and not by these shapes
+    counted_backward: int | None = None  # of a tower with locked parts, or with a backbone
+    backbone: int = 0  # FLOPs of one sample forward below a mixture head
+    kept: int = 0  # numbers that a backbone keeps of one sample for the backward pass
 
     @property
     def block(self) -> int:
@@ -44,8 +52,27 @@ class Tower:
 
     @property
     def backward(self) -> int:
-        """FLOPs of one sample, backward: two products for each, one for the stem."""
-        return 2 * self.forward - self.stem
+        """FLOPs of one sample, backward: two products for each, one for the stem; less where parts are locked."""
+        return 2 * self.forward - self.stem if self.counted_backward is None else self.counted_backward
+
+    def locked(self, lock: LockImage | LockText, several_tokens: bool = False) -> "Tower":
+        """Return this tower with the FLOPs of a backward pass under `lock`.
+
+        Gradients of weights are formed above the lock alone; those of inputs down to there, or in all blocks where
+        mixture tokens below are trained.
+        """
+        if lock is False:
+            return self
+        projection = 2 * self.projected * self.width * self.embedding
+        if isinstance(lock, bool):
+            weights = inputs = 0
+        elif isinstance(lock, int):
+            weights = inputs = lock * self.block + projection
+        else:  # all but a projection
+            weights, inputs = projection, 0
+        if several_tokens:
+            inputs = self.forward - self.stem
+        return dataclasses.replace(self, counted_backward=weights + inputs)
 
 
 def kept_patches(patches: int, dropout: float) -> int:
@@ -62,7 +89,7 @@ def meta_model(spec: ModelSpec) -> Llip:
 def fewest_tokens(spec: ModelSpec) -> int:
     """Return the number of prefix tokens in the source of the image tower: 1 unless it has registers."""
     vision = spec.architecture["vision_cfg"]
-    if not vision.get("timm_model_name") or vision.get("timm_pool") == "map":
+    if not vision.get("timm_model_name") or vision.get("timm_pool") == "map" or "mixture_head" in spec.architecture:
         return 1
     with torch.device("meta"):
         return build_towers(spec.architecture).visual.trunk.num_prefix_tokens
@@ -71,6 +98,83 @@ def fewest_tokens(spec: ModelSpec) -> int:
 def timm_image_tower(spec: ModelSpec) -> Tower:
     """Return the image tower of a model whose tower comes from timm."""
     return _timm_image_tower(json.dumps(spec.to_dict()))
+
+
+def backbone_tower(spec: ModelSpec, lock: LockImage = False) -> Tower:
+    """Return the image tower of a model with a mixture head; its blocks are the head's.
+
+    The tower runs without memory, with the parts locked as in the run. PyTorch's counter takes the backward pass of a
+    depthwise convolution for that of a dense one; so the backward pass of the backbone counts as twice its forward
+    pass, times the share of its parameters that is trained.
+    """
+    return _backbone_tower(json.dumps(spec.to_dict()), json.dumps(lock))
+
+
+@functools.cache  # seconds, and asked for several times
+def _backbone_tower(described: str, described_lock: str) -> Tower:
+    lock: LockImage = json.loads(described_lock)
+    spec, count = ModelSpec(**json.loads(described)), 2  # images: BatchNorm in training wants more than one value
+    model = meta_model(spec).train()
+    lock_towers(model, lock, False)
+    visual: Any = model.visual
+    images = torch.empty(count, 3, spec.image_size, spec.image_size, device="meta")
+    kept, parameters = 0, set(map(id, visual.parameters()))
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if id(tensor) in parameters else tensor.numel()
+        return tensor
+
+    with FlopCounterMode(display=False) as backbone, saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = visual.frozen_features(images)
+    with FlopCounterMode(display=False) as head:
+        visual.from_features(features)
+    below, above = backbone.get_total_flops() // count, head.get_total_flops() // count
+    weights = 0 if lock is True else above  # gradients of the head's; those of its inputs lead to its tokens
+    inputs = 0 if lock is True and spec.mixture_tokens == 1 else above
+    trunk = list(visual.trunk.parameters())
+    trained = sum(p.numel() for p in trunk if p.requires_grad) / sum(p.numel() for p in trunk)
+    width, block = visual.head.proj.in_features, visual.head.blocks[0]
+    return Tower(
+        tokens=spec.mixture_tokens + features.shape[1],
+        width=width,
+        layers=len(visual.head.blocks),
+        heads=block.attn.num_heads,
+        hidden=block.mlp.fc1.out_features,
+        stem=0,
+        projected=visual.output_tokens,
+        embedding=spec.architecture["embed_dim"],
+        counted=below + above,
+        counted_backward=round(2 * trained * below) + weights + inputs,
+        backbone=below,
+        kept=kept // count,
+    )
+
+
+def hf_text_tower(spec: ModelSpec) -> Tower:
+    """Return the text tower of a model whose encoder comes from Hugging Face."""
+    return _hf_text_tower(json.dumps(spec.to_dict()))
+
+
+@functools.cache
+def _hf_text_tower(described: str) -> Tower:
+    spec = ModelSpec(**json.loads(described))
+    text: Any = meta_model(spec).text.eval()
+    tokens = torch.ones(1, spec.context_length, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as flops:
+        text(tokens)
+    config = text.transformer.config
+    return Tower(
+        tokens=spec.context_length,
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        hidden=next((size for name in _HIDDEN if (size := getattr(config, name, None))), 4 * config.hidden_size),
+        stem=0,
+        projected=1,
+        embedding=spec.architecture["embed_dim"],
+        counted=flops.get_total_flops(),
+    )
 
 
 @functools.cache  # seconds, and asked for several times

@@ -118,14 +118,17 @@ class MixtureHead(nn.Module):
         self.proj = nn.Linear(size, embed_dim, bias=False)
         self.grad_checkpointing = False
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the projected outputs of the latents and of the features [B, K + L, D]."""
+    def forward(self, features: Tensor, patches: int) -> Tensor:
+        """Map features [B, L, W] to mixture tokens [B, K, D], followed by the outputs of the last `patches` of them."""
         inputs = self.proj_in(self.dropout(self.norm_in(features))) + self.positions
-        tokens = torch.cat([self.latents.to(inputs.dtype).expand(len(inputs), -1, -1), inputs], dim=1)
+        tokens = torch.cat([self.latents.to(inputs.dtype).expand(inputs.shape[0], -1, -1), inputs], dim=1)
         for block in self.blocks:
             recompute = self.grad_checkpointing and self.training
             tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
-        return self.proj(self.norm(tokens))
+        outputs = tokens[:, : len(self.latents)]
+        if patches:
+            outputs = torch.cat([outputs, tokens[:, -patches:]], dim=1)
+        return self.proj(self.norm(outputs))
 
 
 class BackboneTower(MixtureTower):
@@ -174,9 +177,8 @@ class BackboneTower(MixtureTower):
 
         Features [B, L, W] from `frozen_features` are taken instead of images.
         """
-        outputs = self.head(images if images.ndim == 3 else self.frozen_features(images))
-        mixture, patches = outputs[:, : self.mixture_tokens], outputs[:, -self.grid_size[0] * self.grid_size[1] :]
-        return torch.cat([mixture, patches], dim=1) if self.gives_patches else mixture
+        features = images if images.ndim == 3 else self.frozen_features(images)
+        return self.head(features, self.output_tokens - self.mixture_tokens)
 
     def frozen_features(self, images: Tensor) -> Tensor:
         """See `MixtureTower`: the backbone's features [B, L, W], any prefix tokens first, pooled to the grid."""
@@ -193,7 +195,7 @@ class BackboneTower(MixtureTower):
         """Return the backbone's outputs as prefix tokens [B, P or 0, W] and patches [B, W, H, W]."""
         if outputs.ndim == 4:
             patches = outputs.permute(0, 3, 1, 2) if self.trunk_is_channels_last else outputs
-            return outputs.new_empty(len(outputs), 0, patches.shape[1]), patches
+            return outputs.new_empty(outputs.shape[0], 0, patches.shape[1]), patches
         prefix, rows = outputs[:, : self.prefix], outputs[:, self.prefix :]
         side = round(rows.shape[1] ** 0.5)
         patches = rows.transpose(1, 2).unflatten(2, (side, -1))
@@ -281,6 +283,9 @@ def set_input_size(trunk: Any, name: str, image_size: int) -> None:
     Raises:
         UserError: the model cannot take it.
     """
+    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    if patch and image_size % patch[0]:
+        raise UserError(f"image_size {image_size}: timm's {name} has patches of {patch[0]} pixels; set a multiple")
     if not hasattr(trunk, "set_input_size"):
         return
     try:

@@ -106,12 +106,14 @@ class HFTextTower(nn.Module):
 
     def frozen_features(self, tokens: Tensor) -> Tensor:
         """Return the pooled hidden states [T, W] of token ids [T, C]."""
+        if tokens.device.type == "meta":  # the encoder would look into the mask
+            outputs = self.transformer(input_ids=tokens)
+            return self.pooler(outputs, torch.ones_like(tokens))
         mask = tokens != self.pad_token_id
-        if not torch.compiler.is_compiling():  # columns of padding alone
+        if not torch.compiler.is_compiling():  # drop columns of padding alone
             longest = int(mask.any(0).nonzero().max()) + 1
             tokens, mask = tokens[:, :longest], mask[:, :longest]
-        outputs = self.transformer(input_ids=tokens, attention_mask=mask.long())
-        return self.pooler(outputs, mask.long())
+        return self.pooler(self.transformer(input_ids=tokens, attention_mask=mask.long()), mask.long())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass."""

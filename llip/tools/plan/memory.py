@@ -14,7 +14,7 @@ from llip.configs import Config
 from llip.open_clip.costs.flops import image_tower, score_plan_of, text_tower
 from llip.open_clip.costs.shapes import Tower
 from llip.open_clip.factory import ModelSpec, model_spec
-from llip.tools.plan.parameters import Parameters, count_parameters
+from llip.tools.plan.parameters import Parameters, count_parameters, trained_in_towers
 
 FLOAT, HALF = 4, 2
 RESERVED = int(1.5 * 2**30)
@@ -105,18 +105,15 @@ def activations(config: Config, spec: ModelSpec, checkpointing: bool, norm_is_ha
     """Return the bytes that the blocks of the image and the text tower keep for one micro-batch."""
     quick_gelu = spec.architecture["quick_gelu"] and not config.torchcompile  # which keeps no product of the two
     norm_is_half = norm_is_half or config.torchcompile
-    image, text = (
-        count * (tower_bytes(tower, widths, quick_gelu, checkpointing) + _ends_bytes(tower, widths))
-        for count, tower, widths in (
-            (config.batch_size, image_tower(spec), tower_widths(config.precision, True, norm_is_half)),
-            (
-                config.batch_size * config.captions_per_image,
-                text_tower(spec),
-                tower_widths(config.precision, False, norm_is_half),
-            ),
-        )
-    )
-    return image, text
+    image, text = image_tower(spec, lock=config.lock_image), text_tower(spec, config.lock_text)
+    captions, kept = config.batch_size * config.captions_per_image, []
+    for count, tower, is_image in ((config.batch_size, image, True), (captions, text, False)):
+        widths = tower_widths(config.precision, is_image, norm_is_half)
+        blocks = tower_bytes(tower, widths, quick_gelu, checkpointing) + _ends_bytes(tower, widths)
+        kept.append(count * (blocks + tower.kept * widths.product))
+    # nothing is kept of a tower that is locked in full, or but for its projection
+    is_locked = config.lock_image is True and spec.mixture_tokens == 1
+    return 0 if is_locked else kept[0], 0 if config.lock_text else kept[1]
 
 
 def parameters_on_gpu(config: Config, parameters: Parameters) -> tuple[int, int]:
@@ -127,9 +124,8 @@ def parameters_on_gpu(config: Config, parameters: Parameters) -> tuple[int, int]
     processes = config.processes if config.distributed_engine == "fsdp" else 1
     image, text = parameters.image_tower + parameters.mixture_tokens, parameters.text_tower
     head = parameters.pooling + parameters.other
-    trained_image = parameters.mixture_tokens if config.lock_image else image
-    trained_text = 0 if config.lock_text else text
-    return -(-(image + text) // processes) + head, -(-(trained_image + trained_text) // processes) + head
+    trained = trained_in_towers(config) if config.lock_image or config.lock_text else image + text
+    return -(-(image + text) // processes) + head, -(-trained // processes) + head
 
 
 def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Parameters | None = None) -> Memory:
@@ -149,7 +145,7 @@ def gpu_memory(config: Config, checkpointing: bool | None = None, parameters: Pa
     captions = config.captions_per_image
     towers = activations(config, spec, checkpointing)
     plan = score_plan_of(config, spec)
-    tokens = spec.mixture_tokens if spec.pair_tokens == "mixture" else image_tower(spec).tokens
+    tokens = image_tower(spec).projected
     pixels = 3 * spec.image_size**2
     image, text = image_tower(spec), text_tower(spec)
     # h, its direction, keys and values, and the gradients of all these; texts, gathered, with gradients

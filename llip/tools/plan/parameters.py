@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from llip.configs import Config
 from llip.open_clip.costs.shapes import fewest_tokens, meta_model
-from llip.open_clip.factory import ModelSpec
+from llip.open_clip.factory import ModelSpec, model_spec
+from llip.open_clip.towers.locks import lock_towers
 from llip.training.step.optimizer import decays
 
 
@@ -46,3 +48,10 @@ def count_parameters(spec: ModelSpec) -> Parameters:
         other=counts["other"],
         in_products=sum(p.numel() for name, p in model.named_parameters() if decays(name, p)),
     )
+
+
+def trained_in_towers(config: Config) -> int:
+    """Return how many parameters of the two towers the run trains."""
+    model = meta_model(model_spec(config))
+    lock_towers(model, config.lock_image, config.lock_text)
+    return sum(p.numel() for tower in (model.visual, model.text) for p in tower.parameters() if p.requires_grad)

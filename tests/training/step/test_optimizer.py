@@ -1,14 +1,10 @@
 """What is trained, and how fast."""
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 
 from llip.configs import Config
-from llip.errors import UserError
 from llip.open_clip.factory import create_model, model_spec
-from llip.training.step.optimizer import blocks_above, create_optimizer, lock_towers, set_learning_rate
+from llip.training.step.optimizer import create_optimizer, set_learning_rate
 
 
 @pytest.fixture
@@ -53,29 +49,3 @@ def test_layers_further_down_learn_slower(make):
     assert found["visual.ln_post.weight"] == found["text.text_projection"] == found["logit_scale"] == 2.0
     assert all(rate == 2.0 for name, rate in found.items() if name.startswith("pooling."))
     assert set(rates(model, config.replace(layer_decay=1.0)).values()) == {2.0}
-
-
-def test_towers_of_other_libraries_have_blocks_too():
-    names = ["visual.trunk.blocks.0.attn.qkv.weight", "visual.trunk.blocks.2.norm1.weight", "visual.trunk.pos_embed"]
-    model = SimpleNamespace(visual=None, named_parameters=lambda: [(name, None) for name in names])
-    assert list(blocks_above(model).values()) == [2, 0, 3]
-
-
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_locked_towers_do_not_learn(make, tokens):
-    config, model = make(lock_image=True, lock_text=True, mixture_tokens=tokens)
-    lock_towers(model, config)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tokens_are_trained = any(name == "visual.class_embedding" for name in trained)
-    assert tokens_are_trained == (tokens > 1)
-    assert {name.split(".")[0] for name in trained} - {"visual"} == {"pooling", "logit_scale", "logit_bias"}
-    assert rates(model, config).keys() == trained
-
-
-def test_nothing_to_train_is_a_mistake(make):
-    config, model = make(lock_image=True, lock_text=True, mixture_tokens=1, pooling="first")
-    model.logit_scale.requires_grad_(False)
-    model.logit_bias.requires_grad_(False)
-    with pytest.raises(UserError, match="leave nothing to train"):
-        lock_towers(model, config)
-    assert isinstance(model.logit_scale, torch.nn.Parameter)
