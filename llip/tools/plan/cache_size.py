@@ -8,7 +8,7 @@ from llip.data.features.made_with import check_frozen, feature_format
 from llip.errors import UserError
 from llip.open_clip.costs.shapes import meta_model
 from llip.open_clip.factory import ModelSpec
-from llip.training.step.optimizer import lock_towers
+from llip.open_clip.towers.locks import lock_towers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def cache_size(config: Config, spec: ModelSpec) -> CacheSize | None:
     if not images:
         return None
     model = meta_model(spec)
-    lock_towers(model, config)
+    lock_towers(model, config.lock_image, config.lock_text)
     try:
         check_frozen(model, texts)
     except UserError:
