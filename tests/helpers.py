@@ -55,6 +55,54 @@ def write_plain_model(folder: Path, mean: float = 0.5, std: float = 0.5) -> Path
     return folder
 
 
+_WORDS = ["picture", "number", "of", "all", "one", "two", "them", *map(str, range(64)), "▁ein", "▁Bild", "▁zwei", "▁"]
+
+
+def write_hf_encoder(folder: Path, kind: str) -> Path:
+    """Write a Hugging Face text encoder of random weights with its tokenizer, as `save_pretrained` does.
+
+    Args:
+        folder: new.
+        kind: bert (WordPiece), xlm-roberta or mt5 (both unigram; mt5 with its decoder).
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = {
+        "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        "xlm-roberta": ["<s>", "<pad>", "</s>", "<unk>"],
+        "mt5": ["<pad>", "</s>", "<unk>"],
+    }[kind]
+    words = [*special, *_WORDS]
+    pad, unknown = next(x for x in special if "pad" in x.lower()), next(x for x in special if "unk" in x.lower())
+    first, last = {"bert": ("[CLS]", "[SEP]"), "xlm-roberta": ("<s>", "</s>"), "mt5": ("", "</s>")}[kind]
+    if kind == "bert":
+        tokenizer = Tokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=words.index(unknown)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    ends = [(word, words.index(word)) for word in (first, last) if word]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}".strip(), special_tokens=ends)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown)
+    sizes = {"vocab_size": len(words), "pad_token_id": words.index(pad)}
+    if kind == "mt5":
+        config = transformers.MT5Config(
+            **sizes, d_model=24, d_ff=48, d_kv=12, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+    else:
+        of_kind = transformers.BertConfig if kind == "bert" else transformers.XLMRobertaConfig
+        config = of_kind(
+            **sizes, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=20, type_vocab_size=2,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
 def image_bytes(seed: int, size: int = 40, suffix: str = "png") -> bytes:
     """Return an encoded picture: one colour and a differently coloured corner, both by the seed."""
     rng = np.random.default_rng(seed)

@@ -246,6 +246,8 @@ class BackboneTower(MixtureTower):
             _, notes = fit_trunk(self.trunk, trunk)
             state.clear()
             state.update({f"trunk.{key}": value for key, value in trunk.items()})
+            if self.pixel_scale is not None and self.pixel_shift is not None:  # foreign weights have none: timm's
+                state |= {"pixel_scale": self.pixel_scale, "pixel_shift": self.pixel_shift}
             notes.append("the mixture head starts from fresh weights")
         return notes
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from llip.open_clip.model import Llip
 from llip.open_clip.pooling import TextConditionedPooling
+from llip.open_clip.towers.backbone import BackboneTower
 from llip.open_clip.towers.base import OPTIONAL_BUFFERS
+from llip.open_clip.towers.text import HFTextTower
 from llip.open_clip.towers.vit import MixtureTokenViT
 from llip.open_clip.transforms import RESIZE_MODES
 from llip.open_clip.weights.key_names import part
@@ -32,6 +34,10 @@ def why_not(model: Llip) -> str | None:
     tokens = model.visual.mixture_tokens
     if tokens > 1:
         return f"the image tower has {tokens} mixture tokens: OpenCLIP's has one class token and one feature per image"
+    if isinstance(model.visual, BackboneTower):
+        return "the image tower has a mixture head, which OpenCLIP does not have"
+    if isinstance(model.text, HFTextTower):
+        return "OpenCLIP reads the config of a Hugging Face text encoder from the encoder's own folder or the hub"
     if model.config["pair_tokens"] != "mixture" or model.config["pooling"] == "flair":
         return "its image features depend on the caption: OpenCLIP's model has one feature per image"
     if not isinstance(model.pooling, TextConditionedPooling):

@@ -116,6 +116,7 @@ def test_a_checkpoint_and_an_export_need_no_encoder(encoder, tmp_path):
     torch.testing.assert_close(again.encode_text(again.tokenizer(CAPTIONS)), model.encode_text(tokens))
 
 
+@pytest.mark.slow  # torch.export traces three programs
 def test_an_encoder_becomes_a_program(bert, tmp_path):
     model = create(model_file(tmp_path, bert))
     torch.save({"model": model.config, "state_dict": model.state_dict()}, tmp_path / "c.pt")
