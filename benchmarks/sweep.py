@@ -11,7 +11,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,21 @@ def parse_sweep(parser: argparse.ArgumentParser, arguments: Sequence[str], logs:
     return parser.parse_intermixed_args(arguments)
 
 
-def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, prefix: str) -> list[Result]:
+def run_variants(
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    logs: Path,
+    prefix: str,
+    evaluate_run: Callable[[Config], dict[str, float]] | None = None,
+) -> list[Result]:
     """Train and evaluate every variant with every seed, into `<logs>/<prefix>_<label>_seed<n>`.
+
+    Args:
+        variants: what is trained.
+        seeds: of each variant.
+        logs: folder of the runs.
+        prefix: of their names.
+        evaluate_run: returns the values of a finished run; None: those of the tasks that its `evals` name.
 
     Raises:
         UserError: `logs` holds results of another config.
@@ -67,7 +80,11 @@ def run_variants(variants: Sequence[Variant], seeds: Sequence[int], logs: Path, 
     for variant in variants:
         for seed in seeds:
             read_result(_config(variant, seed, logs, prefix))  # complain before hours of training
-    return [_run(variant, seed, logs, prefix) for seed in seeds for variant in variants]
+    return [
+        _run(_config(variant, seed, logs, prefix), variant.label, evaluate_run or evaluate)
+        for seed in seeds
+        for variant in variants
+    ]
 
 
 def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
@@ -77,16 +94,15 @@ def _config(variant: Variant, seed: int, logs: Path, prefix: str) -> Config:
     )
 
 
-def _run(variant: Variant, seed: int, logs: Path, prefix: str) -> Result:
-    config = _config(variant, seed, logs, prefix)
+def _run(config: Config, label: str, evaluate_run: Callable[[Config], dict[str, float]]) -> Result:
     finished = read_result(config)
     if finished is not None:
-        return dataclasses.replace(finished, variant=variant.label)
+        return dataclasses.replace(finished, variant=label)
     resumed = (config.folder / "checkpoints").is_dir()  # the time of its earlier starts is not known
     started = time.monotonic()
     train(config)
     seconds = None if resumed else time.monotonic() - started
-    result = Result(variant.label, seed, evaluate(config), seconds)
+    result = Result(label, config.seed, evaluate_run(config), seconds)
     write_result(config, result)
     return result
 
