@@ -181,6 +181,9 @@ class Config:
         "GiB that text-conditioned scores may take; less is slower, not smaller; none: 0.5 on CPU, 2 on GPU",
         bounds=ABOVE_0,
     )
+    score_kernel: Literal["auto", "eager", "triton"] = _operational(
+        "auto", "who computes text-conditioned scores: auto takes Triton kernels on CUDA where they agree with eager"
+    )
     device: Literal["auto", "cuda", "cpu"] = _operational("auto", "auto: CUDA where there is a GPU")
     timeout_minutes: float = _operational(
         10.0,

@@ -235,7 +235,8 @@ class Trainer:
             ) from error
 
     def _score_plan(self) -> ScorePlan | None:
-        return score_plan_of(self.config, on_cpu=self.processes.device.type == "cpu")
+        device = self.processes.device
+        return score_plan_of(self.config, on_cpu=device.type == "cpu", device=device)
 
     def _save_and_evaluate(self, agreed: Agreement) -> Outcome | None:
         """Save and evaluate if that is due; return the outcome if training ends with the step."""

@@ -9,6 +9,8 @@ Attention counts in full, although the text tower's mask leaves half of it unuse
 import dataclasses
 from typing import Any
 
+import torch
+
 from llip.configs import Config
 from llip.extensions import find_extension
 from llip.open_clip.costs.shapes import (
@@ -20,6 +22,9 @@ from llip.open_clip.costs.shapes import (
     timm_image_tower,
 )
 from llip.open_clip.factory import ModelSpec, model_spec
+from llip.open_clip.kernels.blocks import HeadShape
+from llip.open_clip.kernels.select import choose_kernel, planned_kernel
+from llip.open_clip.model import autocast_dtype
 from llip.open_clip.scores.gram import upper_blocks
 from llip.open_clip.scores.plan import ScorePlan, plan_scores
 from llip.open_clip.towers.locks import LockImage, LockText
@@ -129,6 +134,9 @@ def text_head(images: int, texts: int, tokens: int, heads: int, width: int, plan
     forward = keys_values + shared + once + projected + tiles
     backward = 2 * keys_values + 2 * shared + 3 * projected + 4 * product + gram_backward
     blocks = -(-images // plan.block_images)
+    if plan.by_triton:  # all of the symmetric products, and the forward kernel's once more in the backward kernel
+        again = norm - half_norm + once + tiles + (blocks - 1) * 4 * projected
+        return Head(forward, backward, again + blocks * projected)
     plain = half_norm - norm + (blocks - 1) * projected  # the forward pass that keeps nothing
     weights = 0 if plan.form == "image_gram" else product
     again = weights if plan.keep else plain + once + tiles + (blocks - 1) * 3 * projected
@@ -163,17 +171,41 @@ class StepFlops:
         return self.model + self.recomputed
 
 
-def score_plan_of(config: Config, spec: ModelSpec | None = None, on_cpu: bool = False) -> ScorePlan | None:
-    """Return how a process of the run computes its scores; None without text conditioning."""
+def score_shape(config: Config, spec: ModelSpec | None = None) -> HeadShape | None:
+    """Return the shape of a run's text-conditioned head; None without text conditioning."""
     spec = spec or model_spec(config)
-    keys = keys_per_image(spec)
+    keys, size = keys_per_image(spec), spec.architecture["embed_dim"] // spec.pool_heads
     if keys is None:
         return None
+    return HeadShape(spec.pool_heads, keys, size, size, (autocast_dtype(config.precision) or torch.float32).itemsize)
+
+
+def score_plan_of(
+    config: Config, spec: ModelSpec | None = None, on_cpu: bool = False, device: torch.device | None = None
+) -> ScorePlan | None:
+    """Return how a process of the run computes its scores; None without text conditioning.
+
+    Args:
+        config, spec: the run, and its model if that is known.
+        on_cpu: the run is on a CPU.
+        device: of the run, on which the kernels can be tried; None: a CUDA device is planned for.
+
+    Raises:
+        UserError: `score_kernel=triton` where the kernels cannot run.
+    """
+    spec = spec or model_spec(config)
+    shape = score_shape(config, spec)
+    if shape is None:
+        return None
     budget = None if config.score_memory is None else int(config.score_memory * 2**30)
-    width = spec.architecture["embed_dim"]
+    if device is not None:
+        kernel = choose_kernel(device, autocast_dtype(config.precision) or torch.float32, shape)
+    else:
+        kernel = None if on_cpu else planned_kernel(config.score_kernel, shape)
     return plan_scores(
-        config.batch_size * config.accum_freq, config.global_texts, keys, spec.pool_heads, width,
-        training=True, on_cpu=on_cpu, budget=budget,
+        config.batch_size * config.accum_freq, config.global_texts, shape.tokens, shape.heads,
+        spec.architecture["embed_dim"], training=True, on_cpu=on_cpu, budget=budget, kernel=kernel,
+        itemsize=shape.itemsize,
     )  # fmt: skip
 
 

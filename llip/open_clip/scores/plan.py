@@ -11,12 +11,14 @@ import math
 from typing import Literal
 
 Form = Literal["image_gram", "shared_gram", "features"]
+KernelName = Literal["eager", "triton"]
 
 DEFAULT_BUDGET_CPU, DEFAULT_BUDGET_ACCELERATOR = 1 << 29, 1 << 31
 """Bytes that the scores of one call may take beyond their inputs and their result."""
 
 _CACHED_ARRAY = 1 << 20  # bytes of one tile's array that still work from a CPU's cache
 _FEWEST_TEXTS, _MOST_TEXTS = 16, 4096  # texts of one tile
+_KERNEL_TEXTS = 128  # a tile of the kernels has a multiple of these
 _ARRAYS = 6  # arrays of one tile's size that are alive at once
 _FLOAT = 4  # bytes
 _MOST_OF_FEATURES = 1 << 26  # bytes: the features of all pairs are formed at once, which is for few pairs only
@@ -24,6 +26,14 @@ _MOST_OF_FEATURES = 1 << 26  # bytes: the features of all pairs are formed at on
 _VISIT = 16  # one elementwise visit of one number
 _SHORT = 128  # texts at which the product with one image's Gram matrix takes twice as long as a large one
 _GRAM_CALL = 20_000_000  # the longer way through Python
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Who computes the scores of one shape: PyTorch's operations, or the Triton kernels in `llip.open_clip.kernels`."""
+
+    name: KernelName
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +47,20 @@ class ScorePlan:
     keep: bool  # tiles are kept for the backward pass; otherwise they are computed again there
     peak_bytes: int  # predicted, beyond inputs and result
     budget: int  # bytes
+    kernel: Kernel | None = None  # None: eager, on a CPU that was asked for nothing else
+
+    @property
+    def by_triton(self) -> bool:
+        """Whether the Triton kernels compute the scores."""
+        return self.kernel is not None and self.kernel.name == "triton"
 
     def __str__(self) -> str:
         words = {"image_gram": "a Gram matrix per image", "shared_gram": "one Gram matrix", "features": "features"}
+        kernel = f", score_kernel {self.kernel.name} ({self.kernel.reason})" if self.kernel else ""
         return (
             f"{words[self.form]}, tiles of {self.tile_images} images x {self.tile_texts} texts "
             f"{'kept' if self.keep else 'computed again in the backward pass'}, "
-            f"predicted peak {self.peak_bytes / 2**30:.2f} GiB (budget {self.budget / 2**30:.2f} GiB)"
+            f"predicted peak {self.peak_bytes / 2**30:.2f} GiB (budget {self.budget / 2**30:.2f} GiB){kernel}"
         )
 
 
@@ -84,6 +101,8 @@ def plan_scores(
     budget: int | None = None,
     form: Form | None = None,
     tile: tuple[int, int] | None = None,
+    kernel: Kernel | None = None,
+    itemsize: int = _FLOAT,
 ) -> ScorePlan:
     """Choose form and tiles for one shape.
 
@@ -94,14 +113,21 @@ def plan_scores(
         budget: bytes beyond inputs and result; the default of the device when None. Tiles are kept for the backward
             pass if they fit, otherwise they are computed again. Too small a budget gives small tiles, not an error.
         form, tile: force the form, or (images, texts) of a tile.
+        kernel: who computes the scores. The Triton kernels have the form with a Gram matrix per image; where so few
+            pairs are asked for that no Gram matrix pays, or another form is forced, there is nothing for them to do.
+        itemsize: bytes of a number of keys and values, which the kernels' arrays have too.
     """
     if budget is None:
         budget = DEFAULT_BUDGET_CPU if on_cpu else DEFAULT_BUDGET_ACCELERATOR
-    form = form or cheapest_form(images, texts, tokens, heads, width, training)
+    forced, form = form, form or cheapest_form(images, texts, tokens, heads, width, training)
     rows = tokens * heads
+    if kernel and kernel.name == "triton":
+        if form == "image_gram" or (forced is None and form != "features"):
+            return _plan_triton(images, texts, rows, width, training, budget, kernel, itemsize)
+        kernel = Kernel("eager", f"the kernels have a Gram matrix per image; this shape has {form.replace('_', ' ')}")
     if form == "features":  # all pairs at once, kept by autograd
         peak = _features_bytes(images, texts, rows, width, training)
-        return ScorePlan(form, images, images, texts, keep=True, peak_bytes=peak, budget=budget)
+        return ScorePlan(form, images, images, texts, keep=True, peak_bytes=peak, budget=budget, kernel=kernel)
     widest = rows if form == "image_gram" else max(rows, width)
     block, fixed = images, 2 * _FLOAT * width**2
     if form == "image_gram":  # with its gradient, or its doubled copy
@@ -115,7 +141,24 @@ def plan_scores(
     kept = _FLOAT * images * texts * 2 * (rows if form == "image_gram" else width)
     keep = training and block == images and fixed + working + kept <= budget
     peak = fixed + working + (kept if keep else 0)
-    return ScorePlan(form, block, *tile, keep=keep, peak_bytes=peak, budget=budget)
+    return ScorePlan(form, block, *tile, keep=keep, peak_bytes=peak, budget=budget, kernel=kernel)
+
+
+def _plan_triton(
+    images: int, texts: int, rows: int, width: int, training: bool, budget: int, kernel: Kernel, itemsize: int
+) -> ScorePlan:
+    """Return the plan of the Triton kernels: half of the budget for Gram matrices, the rest for arrays of a tile."""
+    per_image = rows**2 * (2 * _FLOAT + itemsize)  # G, dG, and G as the kernels read it
+    block = max(1, min(images, budget // 2 // per_image))
+    kept = 2 * _FLOAT * images * texts if training else 0  # numerators and squared norms
+    fixed = block * per_image + 2 * _FLOAT * width**2
+    per_text = 2 * width * (itemsize + _FLOAT)  # queries, targets and their gradients
+    if training:
+        per_text += block * 4 * rows * itemsize
+    most = max(budget - fixed - kept, budget // 4) // per_text // _KERNEL_TEXTS * _KERNEL_TEXTS
+    tile_texts = min(texts, max(_KERNEL_TEXTS, most))
+    peak = fixed + kept + tile_texts * per_text
+    return ScorePlan("image_gram", block, block, tile_texts, False, peak, budget, kernel)
 
 
 def _tile(images: int, texts: int, pairs: int) -> tuple[int, int]:

@@ -21,6 +21,8 @@ it: tiles that do not fit are computed again in the backward pass. Texts are pro
 import torch
 from torch import Tensor
 
+from llip.open_clip.kernels.blocks import HeadShape
+from llip.open_clip.kernels.select import choose_kernel
 from llip.open_clip.scores.eager import eager_scores
 from llip.open_clip.scores.gram import full_precision
 from llip.open_clip.scores.inputs import ScoreInputs
@@ -48,7 +50,7 @@ def pairwise_scores(
         query_weight, out_weight: W_Q and W_O [D, D].
         query_gain: factor of the queries, 1 / temperature included.
         memory_budget: bytes beyond inputs and result; None takes the default of `scores.plan`.
-        form, tile: force the form or the tile (images, texts); by default both follow from the shapes.
+        form, tile: force the form, or the tile (images, texts) of eager; by default both follow from the shapes.
 
     Returns:
         Cosines [B, T] in float32, the same for any form and tile to rounding. Softmax, norms, Gram matrices and
@@ -59,15 +61,21 @@ def pairwise_scores(
     dtype = torch.promote_types(keys.dtype, values.dtype)
     keys, values = keys.to(dtype).contiguous(), values.to(dtype).contiguous()
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (keys, values, texts, query_weight, out_weight))
+    shape = HeadShape(heads, tokens, size, values.shape[3], dtype.itemsize)
     plan = plan_scores(
         images, len(texts), tokens, heads, heads * size,
         training=training, on_cpu=keys.device.type == "cpu", budget=memory_budget, form=form, tile=tile,
+        kernel=None if tile else choose_kernel(keys.device, dtype, shape), itemsize=dtype.itemsize,
     )  # fmt: skip
     with torch.autocast(keys.device.type, enabled=False):
         if plan.form == "features":
             return _scores_of_features(keys, values, texts, query_gain, query_weight, out_weight)
         query_weight, out_weight = query_gain * full_precision(query_weight), full_precision(out_weight)
         inputs = ScoreInputs(keys, values, texts, query_weight, out_weight, out_weight.T @ out_weight)
+        if plan.by_triton:
+            from llip.open_clip.kernels.launch import kernel_scores
+
+            return kernel_scores(inputs, plan, training)
         return eager_scores(inputs, plan, training)
 
 

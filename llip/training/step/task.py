@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llip.configs import Config
 from llip.extensions import find_extension
+from llip.open_clip.kernels.select import request_score_kernel
 from llip.open_clip.model import Llip
 from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.objectives.objective import LossFunction, Objective
@@ -45,6 +46,7 @@ class ContrastiveTask(nn.Module):
         has_bias = model.logit_bias is not None
         assert has_bias == (self.objective.bias is not None), f"the model was not built for the {config.loss} loss"
         self.model, self.config, self.processes = model, config, processes
+        request_score_kernel(config.score_kernel)
         self.memory_budget = None if config.score_memory is None else int(config.score_memory * 2**30)
         self.seen: Features | None = None  # of the first images, with one caption each, to be measured now and then
 
