@@ -16,12 +16,15 @@ from llip.tools.plan.advice import advise, fits
 from llip.tools.plan.cache_size import CacheSize, cache_size
 from llip.tools.plan.memory import Memory, gpu_memory
 from llip.tools.plan.parameters import Parameters, count_parameters
-from llip.tools.plan.score_bytes import score_bytes
+from llip.tools.plan.score_bytes import ScorePart, score_parts
 from llip.tools.plan.traffic import Traffic, step_traffic
 
 BACKWARD_SHARE = 2 / 3  # of a step's FLOPs
 BANDWIDTH_SHARES = (1.0, 0.84)
 """Shares of the data sheet's memory bandwidth that kernels reach, fast and slow: 3.35 and 2.8 TB/s on an H100."""
+
+KERNEL_SHARES = (0.4, 0.2)
+"""Shares of the GPU's peak that the score kernels and the products on their arrays are assumed to reach."""
 
 _SMALL = 768  # width of an image tower
 _MFU_SMALL, _MFU_LARGE = (0.21, 0.12), (0.39, 0.15)
@@ -67,8 +70,13 @@ class StepTime:
     """Seconds of one step, at one end of the range."""
 
     towers: float
-    scores: float  # of all pairs, forward and backward
+    score_parts: tuple[float, ...]  # of all pairs, forward and backward, in the order of `Plan.score_parts`
     network: float  # what is not hidden behind the backward pass
+
+    @property
+    def scores(self) -> float:
+        """All of them."""
+        return sum(self.score_parts)
 
     @property
     def total(self) -> float:
@@ -89,10 +97,15 @@ class Plan:
     memory_other: Memory  # with checkpointing if the config goes without, and the other way round
     traffic: Traffic
     scores: str
-    score_bytes: int
+    score_parts: list[ScorePart]
     times: tuple[StepTime, StepTime]  # fast, slow
     cache: CacheSize | None  # of frozen features, where the locks leave some
     advice: list[str]
+
+    @property
+    def score_bytes(self) -> int:
+        """Of all parts of the scores."""
+        return sum(part.bytes for part in self.score_parts)
 
     @property
     def peak(self) -> float:
@@ -135,6 +148,10 @@ class Plan:
             "sent_bytes_per_step": dataclasses.asdict(self.traffic)
             | {"total": self.traffic.total, "exposed": self.traffic.exposed},
             "score_bytes_per_step": self.score_bytes,
+            "score_parts": [
+                dataclasses.asdict(part) | {"seconds": seconds}
+                for part, *seconds in zip(self.score_parts, *(time.score_parts for time in self.times), strict=True)
+            ],
             "towers_seconds_per_step": [time.towers for time in self.times],
             "scores_seconds_per_step": [time.scores for time in self.times],
             "network_seconds_per_step": [time.network for time in self.times],
@@ -171,18 +188,21 @@ def make_plan(config: Config, gpu: Gpu, assumptions: Assumptions | None = None) 
     assumptions = dataclasses.replace(assumptions, mfu=assumptions.mfu or published_mfu(spec))
     flops, parameters = step_flops(config), count_parameters(spec)
     traffic, plan = step_traffic(config, parameters.total), score_plan_of(config)
-    moved = score_bytes(config)
+    parts = score_parts(config)
 
-    def step_time(mfu: float, bandwidth: float) -> StepTime:
+    def step_time(mfu: float, bandwidth: float, kernel_share: float) -> StepTime:
         rate, head = _peak(config, gpu) * mfu, head_flops(config, spec)
         executed_head = head.forward + head.backward + head.again
         towers = (config.batch_size * config.accum_freq * flops.executed - executed_head) / rate
-        scores = max(moved / (gpu.bandwidth * bandwidth), executed_head / rate)
-        hidden = BACKWARD_SHARE * (towers + scores) / config.accum_freq  # seconds that gradients may travel in
+        kernel_rate = _peak(config, gpu) * kernel_share
+        scores = [part.seconds(gpu.bandwidth * bandwidth, kernel_rate if part.kernel else rate) for part in parts]
+        hidden = BACKWARD_SHARE * (towers + sum(scores)) / config.accum_freq  # seconds that gradients may travel in
         late = max(0.0, traffic.overlapped / assumptions.network - hidden)
-        return StepTime(towers, scores, traffic.exposed / assumptions.network + late)
+        return StepTime(towers, tuple(scores), traffic.exposed / assumptions.network + late)
 
-    fast, slow = (step_time(*shares) for shares in zip(assumptions.mfu or (), BANDWIDTH_SHARES, strict=True))
+    fast, slow = (
+        step_time(*shares) for shares in zip(assumptions.mfu or (), BANDWIDTH_SHARES, KERNEL_SHARES, strict=True)
+    )
     return Plan(
         config=config,
         gpu=gpu,
@@ -193,7 +213,7 @@ def make_plan(config: Config, gpu: Gpu, assumptions: Assumptions | None = None) 
         memory_other=gpu_memory(config, not config.grad_checkpointing, parameters),
         traffic=traffic,
         scores=str(plan) if plan else "one feature per image, one product with all texts",
-        score_bytes=moved,
+        score_parts=parts,
         times=(fast, slow),
         cache=cache_size(config, spec),
         advice=advise(config, gpu),

@@ -109,6 +109,11 @@ def as_table(plan: Plan) -> str:
             ("GPU-hours", _range((h * config.processes for h in hours), ",.0f")),
         ],
     )  # fmt: skip
+    lines += _section(
+        "scores by part, ms: predicted, not measured (fast - slow)",
+        [(part.name, f"{_range((1e3 * f, 1e3 * s)):>12}  {_bytes(part.bytes):>10}  {_count(part.flops)}FLOP")
+         for part, f, s in zip(plan.score_parts, fast.score_parts, slow.score_parts, strict=True)],
+    )  # fmt: skip
     lines += _cache_rows(plan)
     mfu = _range((100 * share for share in assumed.mfu or ()), "g")
     lines.append(
