@@ -57,6 +57,15 @@ def _cache_rows(plan: Plan) -> list[str]:
     )
 
 
+def _score_rows(plan: Plan) -> list[str]:
+    times = zip(*(time.score_parts for time in plan.times), strict=True)
+    return _section(
+        "scores by part, ms: predicted, not measured (fast - slow)",
+        [(part.name, f"{_range(1e3 * end for end in ends):>12}  {_bytes(part.bytes):>10}  {_count(part.flops)}FLOP")
+         for part, ends in zip(plan.score_parts, times, strict=True)],
+    )  # fmt: skip
+
+
 def as_table(plan: Plan) -> str:
     """Return the plan as text."""
     config, flops, traffic, parameters = plan.config, plan.flops, plan.traffic, plan.parameters
@@ -109,11 +118,7 @@ def as_table(plan: Plan) -> str:
             ("GPU-hours", _range((h * config.processes for h in hours), ",.0f")),
         ],
     )  # fmt: skip
-    lines += _section(
-        "scores by part, ms: predicted, not measured (fast - slow)",
-        [(part.name, f"{_range((1e3 * f, 1e3 * s)):>12}  {_bytes(part.bytes):>10}  {_count(part.flops)}FLOP")
-         for part, f, s in zip(plan.score_parts, fast.score_parts, slow.score_parts, strict=True)],
-    )  # fmt: skip
+    lines += _score_rows(plan)
     lines += _cache_rows(plan)
     mfu = _range((100 * share for share in assumed.mfu or ()), "g")
     lines.append(
