@@ -24,7 +24,7 @@ from llip.data.loader import MicroBatch
 from llip.errors import UserError
 from llip.extensions import FOLDER, relocate
 from llip.open_clip.factory import create_model, model_spec
-from llip.open_clip.model import Llip, autocast_dtype
+from llip.open_clip.model import autocast_dtype
 from llip.open_clip.weights.load import load_weights, read_checkpoint
 from llip.system.processes import Processes
 from llip.system.program import program
@@ -125,14 +125,16 @@ def _bad(value: Tensor) -> Tensor:
     return (~value.detach().isfinite().flatten(1).all(dim=1) if value.ndim > 1 else ~value.isfinite()).nonzero()[:, 0]
 
 
-def bad_samples(model: Llip, slices: list[MicroBatch], autocast: Any, keys: list[list[str]]) -> dict[str, Any]:
+def bad_samples(
+    task: ContrastiveTask, slices: list[MicroBatch], autocast: Any, keys: list[list[str]]
+) -> dict[str, Any]:
     """Return the modules first in trouble, by micro-batch, and the samples whose features are not finite."""
     modules: dict[str, int] = {}
     samples: list[str] = []
     for (images, tokens, _), names in zip(slices, keys, strict=True):
-        with torch.no_grad(), autocast(), first_trouble(model) as trouble:
-            h = model.encode_image(model.normalise(images))
-            t = model.encode_text(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # [B, N, D]
+        with torch.no_grad(), autocast(), first_trouble(task.model) as trouble:
+            h, t = task.encode(images, tokens)
+            t = t.unflatten(0, tokens.shape[:2])  # [B, N, D]
         if trouble.module:
             modules[trouble.module] = modules.get(trouble.module, 0) + 1
         samples += [names[index] for index in sorted({*_bad(h).tolist(), *_bad(t).tolist()})]
@@ -155,8 +157,8 @@ def replay(folder: Path, device: torch.device) -> dict[str, Any]:
     keys = [ids for process in record["samples"] for ids in process]
     dtype = autocast_dtype(config.precision)
     autocast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
-    samples = bad_samples(model, slices, autocast, keys)
     task = ContrastiveTask(model, config, Processes(0, 1, device))
+    samples = bad_samples(task, slices, autocast, keys)
     scale = float(record["loss_scale"])
     loss, _ = backward_step(task, slices, autocast, lambda value: value * scale, states)
     gradients = norms({name: None if p.grad is None else p.grad / scale for name, p in model.named_parameters()})
