@@ -16,6 +16,7 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 
 from llip.data.captions import BadSample, CaptionSource, parse_caption_keys
+from llip.data.features.format import DAMAGED, ERROR, IMAGE, read_array
 from llip.data.images import EMPTY, MAX_PIXELS, NO_IMAGE, NOT_AN_IMAGE, TOO_LARGE, decode_image
 from llip.data.index import ShardEntry, describe_shard
 from llip.data.prefetch import READ_DEADLINE, ReadWatch, read_ahead
@@ -161,7 +162,7 @@ class ShardScanner:
     def _scan_image(self, sample: Mapping[str, Any], shard: ShardFindings) -> str:
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
-            return NO_IMAGE
+            return _scan_features(sample, shard)
         reason = "" if sample[key] else EMPTY
         try:
             with Image.open(io.BytesIO(sample[key])) as image:  # the header only
@@ -182,6 +183,20 @@ class ShardScanner:
                 return error.reason
             return ""
         return reason
+
+
+def _scan_features(sample: Mapping[str, Any], shard: ShardFindings) -> str:
+    """Return why a sample of a feature cache cannot be used; of another sample, that it has no image."""
+    if ERROR in sample:
+        return sample[ERROR].decode(errors="replace")
+    if f"{IMAGE}.npy" not in sample:
+        return NO_IMAGE
+    try:
+        features = read_array(sample[f"{IMAGE}.npy"])
+    except ValueError:
+        return DAMAGED
+    shard.formats[f"features {features.dtype} {' x '.join(map(str, features.shape))}"] += 1
+    return ""
 
 
 def source_name(source: CaptionSource) -> str:

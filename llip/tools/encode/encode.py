@@ -83,6 +83,8 @@ def encode(config: Config, out: Path, dtype: FeatureDtype) -> Encoded:
     """
     config = config.replace(feature_cache=None, nodes=1, ngpus=1)
     check_cacheable(config)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {str(out)!r} is a file; expected a folder")
     device, spec = torch.device(resolve_device(config)), model_spec(config)
     data, tokenizer = find_data(config), spec_tokenizer(spec)
     check_shards_exist(data)
@@ -95,6 +97,9 @@ def encode(config: Config, out: Path, dtype: FeatureDtype) -> Encoded:
     encoder = Encoder(config, spec, model, tokenizer, form, stats)
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be written: {error.strerror}; choose another folder") from error
+    try:
         with held_lock(out / LOCK, f"feature cache {str(out)!r}", "choose another --out", _LOCK_PATIENCE):
             claim(out, manifest)
             return _encode_shards(encoder, data, out)

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from open_clip import tokenize
 from PIL import Image
 
@@ -20,6 +21,7 @@ from llip.data.doctor import pool as doctor_pool
 from llip.data.doctor.__main__ import main
 from llip.data.doctor.report import KeyDigests
 from llip.data.doctor.scan import ScanSettings, ShardFindings, ShardScanner
+from llip.data.features.format import write_features
 from llip.data.index import load_index
 from llip.data.sources import parse_train_data
 from tests.helpers import image_bytes, write_pairs, write_tar
@@ -329,3 +331,13 @@ def test_ctrl_c_ends_at_once_without_a_traceback(tmp_path):
     assert text.endswith("interrupted\n")
     time.sleep(4.5 - (time.monotonic() - started))
     assert not late.exists(), "the command outlived the doctor"
+
+
+def test_features_of_a_cache_are_named_by_type_and_shape(tmp_path, capsys):
+    features, captions = write_features("image", torch.zeros(4, 6), "fp16"), {"txt": b"a caption"}
+    write_tar(tmp_path / "a.tar", [features | captions, {"image.error": b"truncated image"} | captions])
+    write_tar(tmp_path / "b.tar", [{"image.npy": b"junk"} | captions])
+    code, report = diagnose(capsys, tmp_path / "*.tar")
+    assert code == 1
+    assert report["image_formats"] == {"features float16 4 x 6": 1}
+    assert report["damage"] == {"truncated image": 1, "damaged features": 1}
