@@ -113,13 +113,17 @@ BOUNDS = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
         Shape(2, 3, 5, 20, 37, 28),  # more numbers in a value than in a key, no power of two divides them
         Shape(1, 1, 40, 160, 20),
         Shape(3, 2, 32, 64, 70),
-        Shape(1, 17, 1, 16, 3),  # one token; more images than take turns
     ],
     ids=str,
 )
 def test_scores_and_all_gradients_are_those_of_float64(shape, dtype):
     case = make(shape, dtype)
     assert max(errors(results(case, form="image_gram"), exact_results(case))) < BOUNDS[dtype]
+
+
+def test_one_token_and_more_images_than_take_turns():
+    case = make(Shape(1, 17, 1, 16, 3), torch.float32)
+    assert max(errors(results(case, form="image_gram"), exact_results(case))) < BOUNDS[torch.float32]
 
 
 def test_more_rows_than_one_operand_takes():
