@@ -4,16 +4,38 @@ Shapes: B images, K mixture tokens, M heads, D embedding width, d = D / M, R row
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 _TRIANGLE_BLOCK = 128  # rows of one block of the upper block triangle
+_WRITES_FLOAT = {"meta"} if torch.version.cuda is None else {"meta", "cuda"}
+"""Devices whose products of bfloat16 or float16 can have a float32 result (not on AMD)."""
 
 
 def full_precision(x: Tensor) -> Tensor:
     """Return `x` in float32; float64 stays, so that the same code can be checked against itself in double."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which operations on `device` keep the dtypes of their inputs; on "meta" they always do."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right [b, i, j] in full precision, of [b, i, k] and [b, k, j] in a common dtype.
+
+    Products of low precision are exact in float32, and so are sums of them to rounding; only a result in low precision
+    would lose digits. CUDA's matrix units write float32 directly.
+    """
+    if left.dtype in (torch.float32, torch.float64):
+        return torch.bmm(left, right)
+    if left.device.type in _WRITES_FLOAT:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
 
 
 def upper_blocks(rows: int) -> list[tuple[slice, slice]]:
@@ -32,9 +54,9 @@ def doubled_above_diagonal(matrix: Tensor) -> Tensor:
 
 def quadratic_form(doubled: Tensor, x: Tensor) -> Tensor:
     """Return x^T S x [n, t] of x [n, R, t], from `doubled_above_diagonal(S)`: 62 % of the products at R = 512."""
-    total = x.new_zeros(x.shape[0], x.shape[2])
+    total = torch.zeros(x.shape[0], x.shape[2], dtype=x.dtype, device=x.device)
     for block, rest in upper_blocks(x.shape[1]):
-        total += (x[:, block] * (doubled[..., block, rest] @ x[:, rest])).sum(dim=1)
+        total += (doubled[..., block, rest] @ x[:, rest]).mul_(x[:, block]).sum(dim=1)
     return total
 
 

@@ -48,6 +48,7 @@ class ScorePlan:
     peak_bytes: int  # predicted, beyond inputs and result
     budget: int  # bytes
     kernel: Kernel | None = None  # None: eager, on a CPU that was asked for nothing else
+    keep_norms: bool = False  # the norm of each pair is kept for the backward pass of the eager tiles
 
     @property
     def by_triton(self) -> bool:
@@ -139,9 +140,13 @@ def plan_scores(
     tile = tile or _tile(block, texts, array // (_FLOAT * widest))
     working = _FLOAT * (tile[0] * tile[1] * _ARRAYS * widest + 4 * tile[1] * width)
     kept = _FLOAT * images * texts * 2 * (rows if form == "image_gram" else width)
-    keep = training and block == images and fixed + working + kept <= budget
-    peak = fixed + working + (kept if keep else 0)
-    return ScorePlan(form, block, *tile, keep=keep, peak_bytes=peak, budget=budget, kernel=kernel)
+    norms = _FLOAT * images * texts * 2
+    keep_norms = training and fixed + working + norms <= budget
+    keep = keep_norms and block == images and fixed + working + norms + kept <= budget
+    peak = fixed + working + (norms if keep_norms else 0) + (kept if keep else 0)
+    return ScorePlan(
+        form, block, *tile, keep=keep, peak_bytes=peak, budget=budget, kernel=kernel, keep_norms=keep_norms
+    )
 
 
 def _plan_triton(

@@ -24,7 +24,7 @@ from torch import Tensor
 from llip.open_clip.kernels.blocks import HeadShape
 from llip.open_clip.kernels.select import choose_kernel
 from llip.open_clip.scores.eager import eager_scores
-from llip.open_clip.scores.gram import full_precision
+from llip.open_clip.scores.gram import full_precision, without_autocast
 from llip.open_clip.scores.inputs import ScoreInputs
 from llip.open_clip.scores.plan import Form, plan_scores
 from llip.open_clip.scores.tiles import attention, inverse_norm
@@ -67,7 +67,7 @@ def pairwise_scores(
         training=training, on_cpu=keys.device.type == "cpu", budget=memory_budget, form=form, tile=tile,
         kernel=None if tile else choose_kernel(keys.device, dtype, shape), itemsize=dtype.itemsize,
     )  # fmt: skip
-    with torch.autocast(keys.device.type, enabled=False):
+    with without_autocast(keys.device):
         if plan.form == "features":
             return _scores_of_features(keys, values, texts, query_gain, query_weight, out_weight)
         query_weight, out_weight = query_gain * full_precision(query_weight), full_precision(out_weight)

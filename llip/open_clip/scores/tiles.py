@@ -1,12 +1,14 @@
 """The scores of one tile of pairs and their gradients, in the two forms with a Gram matrix (see `similarity`).
 
 Shapes: n images and t texts of the tile, K mixture tokens, M heads, D embedding width, d = D / M, R = MK.
-Heads come first and texts last, [M, n, K, t]: products over heads need no copies, and softmax runs over contiguous
-texts. "Rows" are the same numbers as [n, MK, t], a view when n = 1.
+Products over heads read and write "heads first" [M, n, K, t], products with an image's Gram matrix "rows first"
+[n, MK, t]; both are the same memory when n = 1. On a GPU every visit of such an array costs as much as the product that
+it belongs to, so elementwise steps convert layout and dtype on their way instead of in separate copies.
 
-Each form keeps what its `backward` needs, beside the attention weights, in a tuple. Scores are s = c r with c the
-numerator and r = 1 / |z|; the quadratic form |z|^2 = x^T S x of a symmetric S has the gradient 2 S x, whose product was
-formed for the norm already.
+Scores are s = c r with c the numerator and r = 1 / |z|. The quadratic form |z|^2 = x^T S x of a symmetric S has the
+gradient 2 S x, whose product is formed for the norm already:
+
+    d s / d x = r (d c / d x - c r^2 S x)
 """
 
 from typing import NamedTuple
@@ -14,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llip.open_clip.scores.gram import doubled_above_diagonal, full_precision, quadratic_form, upper_blocks
+from llip.open_clip.scores.gram import doubled_above_diagonal, product, quadratic_form, upper_blocks
 
 MIN_SQUARED_NORM = 1e-12
 """Floor under |z|^2 before the root: the quadratic form cancels, and degenerate tokens give zero."""
 
-Kept = tuple[Tensor, ...]
+Parts = tuple[Tensor, Tensor, Tensor]
+Kept = tuple[Tensor, Tensor]
 
 
 class Gradients(NamedTuple):
@@ -35,29 +38,22 @@ def to_rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1, x.shape[3])
 
 
-def from_rows(x: Tensor, heads: int) -> Tensor:
-    """[n, MK, t] -> [M, n, K, t]."""
-    return x.unflatten(1, (heads, -1)).transpose(0, 1)
-
-
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add the product of `left` [b, i, k] and `right` [b, k, j] to `total` [b, i, j], which has full precision."""
-    if left.dtype == right.dtype == total.dtype:
+    if left.dtype == total.dtype:
         total.baddbmm_(left, right)
     else:
-        lower = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-        total.add_(torch.bmm(left.to(lower), right.to(lower)))
+        total.add_(product(left, right))
 
 
 def attention(keys: Tensor, queries: Tensor) -> Tensor:
     """Return the weights over the mixture tokens [M, n, K, t] from keys [M, n, K, d] and queries [M, d, t]."""
-    logits = torch.bmm(keys.flatten(1, 2), queries).unflatten(1, keys.shape[1:3])
-    return full_precision(logits).softmax(dim=2)
+    return product(keys.flatten(1, 2), queries).unflatten(1, keys.shape[1:3]).softmax(dim=2)
 
 
 def attention_backward(weights: Tensor, gradient: Tensor) -> Tensor:
-    """Turn the gradient of the weights, already times the weights, into that of the logits, in place."""
-    return gradient.addcmul_(weights, gradient.sum(dim=2, keepdim=True), value=-1)
+    """Turn the gradient of the attention weights [..., K, t] into that of the logits, in place."""
+    return torch.ops.aten._softmax_backward_data.out(gradient, weights, 2, weights.dtype, grad_input=gradient)
 
 
 def inverse_norm(squared: Tensor) -> Tensor:
@@ -65,7 +61,7 @@ def inverse_norm(squared: Tensor) -> Tensor:
     return squared.clamp_min(MIN_SQUARED_NORM).rsqrt()
 
 
-def _norm_slope(numerator: Tensor, squared: Tensor, inverse: Tensor) -> Tensor:
+def norm_slope(numerator: Tensor, squared: Tensor, inverse: Tensor) -> Tensor:
     """Return c r^2, the weight of S x in the slope of the score; zero where the floor holds, as a constant's is."""
     return (numerator * inverse.square()).masked_fill(squared < MIN_SQUARED_NORM, 0)
 
@@ -73,17 +69,15 @@ def _norm_slope(numerator: Tensor, squared: Tensor, inverse: Tensor) -> Tensor:
 class GramForm:
     """One of the two ways to the norm through symmetric matrices; what they share."""
 
-    kept_tensors: int
-    """Tensors that `forward` keeps for `backward`."""
-    keeps_weights: bool
-    """The attention weights are kept too; otherwise they are computed again."""
+    needs_weights: bool
+    """`backward` needs the attention weights beside what `slope` returns."""
 
     def __init__(self, matrix: Tensor, training: bool) -> None:
-        """Hold the Gram matrix or matrices; without `training` in the form that `scores` needs."""
+        """Hold the Gram matrix or matrices; without `training` in the form that `fractions` needs."""
         self.matrix = matrix if training else doubled_above_diagonal(matrix)
 
-    def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Return the scores [n, t], without gradients.
+    def fractions(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c and |z|^2 [n, t], without what gradients need.
 
         Args:
             images: the tile's images among those of the matrices.
@@ -93,8 +87,16 @@ class GramForm:
         """
         raise NotImplementedError
 
-    def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
-        """Return the scores [n, t], and what `backward` needs."""
+    def parts(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Parts:
+        """Return x, d c / d x and S x, in full precision or that of `values`; arguments as for `fractions`."""
+        raise NotImplementedError
+
+    def fractions_of(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Return c and |z|^2 [n, t]."""
+        raise NotImplementedError
+
+    def slope(self, parts: Parts, ratio: Tensor) -> Kept:
+        """Return what `backward` needs, x and a slope of the scores over r, given c r^2 [n, t]; overwrites `parts`."""
         raise NotImplementedError
 
     def backward(
@@ -102,110 +104,144 @@ class GramForm:
         images: slice,
         values: Tensor,
         targets: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         kept: Kept,
+        ratio: Tensor,
         upstream: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        """Return the gradient of the logits [M, n, K, t], given that of the scores; add the others to `gradients`."""
+        """Return the gradient of the logits [M, n, K, t] in the dtype of `values`; add the others to `gradients`.
+
+        Args:
+            images, values, targets, weights: as for `fractions`.
+            kept: what `slope` returned.
+            ratio: c r^2 [n, t].
+            upstream: the gradient of the scores, times r [n, t].
+            gradients: of what the scores are computed from.
+        """
         raise NotImplementedError
 
 
 class ImageGram(GramForm):
     """|z|^2 = a^T G_i a with one Gram matrix [R, R] per image: z has D numbers and is never formed.
 
-    Keeps (slope of the logits, r, c r^2); the slope is d s / d logits over r.
+    x is the attention weights a, as [n, M, K, t]; the slope that is kept is that of the logits.
     """
 
-    kept_tensors = 3
-    keeps_weights = True
+    needs_weights = False
 
-    def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        agreement = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights)
-        numerator = agreement.mul_(weights).sum(dim=(0, 2))
-        return numerator * inverse_norm(quadratic_form(self.matrix[images], to_rows(weights)))
+    def fractions(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        numerator = (_agreement(values, targets) * weights).sum(dim=(0, 2))
+        return numerator, quadratic_form(self.matrix[images], to_rows(weights))
 
-    def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
-        slope = full_precision(torch.bmm(values.flatten(1, 2), targets)).view_as(weights).mul_(weights)
-        product = from_rows(torch.bmm(self.matrix[images], to_rows(weights)), len(weights)).mul_(weights)
-        numerator, squared = slope.sum(dim=(0, 2)), product.sum(dim=(0, 2))
-        inverse = inverse_norm(squared)
-        ratio = _norm_slope(numerator, squared, inverse)
-        slope.addcmul_(product, ratio[:, None], value=-1)
-        return numerator * inverse, (attention_backward(weights, slope), inverse, ratio)
+    def parts(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Parts:
+        a = weights.transpose(0, 1).contiguous()
+        return (
+            a,
+            _agreement(values, targets).transpose(0, 1),
+            torch.bmm(self.matrix[images], a.flatten(1, 2)).view_as(a),
+        )
+
+    def fractions_of(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        a, agreement, with_a = parts
+        terms = agreement * a
+        numerator = terms.sum(dim=(1, 2))
+        return numerator, torch.mul(with_a, a, out=terms).sum(dim=(1, 2))
+
+    def slope(self, parts: Parts, ratio: Tensor) -> Kept:
+        a, agreement, with_a = parts
+        of_a = torch.addcmul(agreement, with_a, ratio[:, None, None], value=-1, out=with_a)
+        return a, attention_backward(a, of_a)
 
     def backward(
         self,
         images: slice,
         values: Tensor,
         targets: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         kept: Kept,
+        ratio: Tensor,
         upstream: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        slope, inverse, ratio = kept
-        upstream = upstream * inverse
-        weighted = weights * upstream[:, None]  # [M, n, K, t]
-        accumulate(gradients.values.flatten(1, 2), weighted.flatten(1, 2), targets.transpose(1, 2))
-        accumulate(gradients.targets, values.flatten(1, 2).transpose(1, 2), weighted.flatten(1, 2))
-        left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(weights).transpose(1, 2)
-        of_matrix = gradients.matrix[images]
+        a, slope = kept
+        weighted = _heads_first(a, upstream, values.dtype).flatten(1, 2)  # [M, nK, t]
+        accumulate(gradients.values.flatten(1, 2), weighted, targets.transpose(1, 2))
+        accumulate(gradients.targets, values.flatten(1, 2).transpose(1, 2), weighted)
+        del weighted
+        left = (a * (-0.5 * ratio * upstream)[:, None, None]).flatten(1, 2)
+        right, of_matrix = a.flatten(1, 2).transpose(1, 2), gradients.matrix[images]
         for block, rest in upper_blocks(left.shape[1]):
             of_matrix[:, block, rest].baddbmm_(left[:, block], right[:, :, rest])
-        return slope * upstream[:, None]
+        return _heads_first(slope, upstream, values.dtype)
 
 
 class SharedGram(GramForm):
     """|z|^2 = m^T (W_O^T W_O) m of the mixed values m [D] of a pair: one Gram matrix [D, D] for all of them.
 
-    Keeps (mixed values, slope of the mixed values over r, r, c r^2): 2 D numbers per pair, where the weights would be
-    M K more. This form is for many tokens, and its weights cost one product to compute again.
+    x is the mixed values, as [M, n, d, t]: 2 D kept numbers per pair, where the weights would be M K more. This form is
+    for many tokens, and its weights cost one product to compute again.
     """
 
-    kept_tensors = 4
-    keeps_weights = False
+    needs_weights = True
 
-    def scores(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def fractions(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         mixed = _mix(values, weights)
-        numerator = (mixed * targets[:, None]).sum(dim=(0, 2))
-        return numerator * inverse_norm(quadratic_form(self.matrix, to_rows(mixed)))
+        return (mixed * targets[:, None]).sum(dim=(0, 2)), quadratic_form(self.matrix, to_rows(mixed))
 
-    def forward(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Kept]:
-        mixed = _mix(values, weights)  # [M, n, d, t]
-        product = from_rows(self.matrix @ to_rows(mixed), len(values))
-        numerator, squared = (mixed * targets[:, None]).sum(dim=(0, 2)), (mixed * product).sum(dim=(0, 2))
-        inverse = inverse_norm(squared)
-        ratio = _norm_slope(numerator, squared, inverse)
-        slope = torch.addcmul(full_precision(targets)[:, None], product, ratio[:, None], value=-1)
-        return numerator * inverse, (mixed, slope, inverse, ratio)
+    def parts(self, images: slice, values: Tensor, targets: Tensor, weights: Tensor) -> Parts:
+        mixed = _mix(values, weights)
+        with_mixed = (self.matrix @ to_rows(mixed)).unflatten(1, (len(mixed), -1)).transpose(0, 1)
+        return mixed, targets[:, None], with_mixed
+
+    def fractions_of(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        mixed, targets, with_mixed = parts
+        return (mixed * targets).sum(dim=(0, 2)), (mixed * with_mixed).sum(dim=(0, 2))
+
+    def slope(self, parts: Parts, ratio: Tensor) -> Kept:
+        mixed, targets, with_mixed = parts
+        return mixed, torch.addcmul(targets, with_mixed, ratio[:, None], value=-1, out=with_mixed)
 
     def backward(
         self,
         images: slice,
         values: Tensor,
         targets: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         kept: Kept,
+        ratio: Tensor,
         upstream: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        mixed, slope, inverse, ratio = kept
-        upstream = upstream * inverse
-        low = (slope * upstream[:, None]).to(values.dtype)
-        gradients.values.add_(torch.matmul(weights.to(low.dtype), low.transpose(2, 3)))
-        weighted = mixed * upstream[:, None]
-        gradients.targets.add_(weighted.sum(dim=1))
-        left, right = to_rows(weighted.mul_(-0.5 * ratio[:, None])), to_rows(mixed)
+        assert weights is not None
+        mixed, slope = kept
+        by_head = values.shape[:2]
+        low = torch.mul(slope, upstream[:, None], out=slope.new_empty(mixed.shape, dtype=values.dtype)).flatten(0, 1)
+        of_values = product(weights.to(low.dtype).flatten(0, 1), low.transpose(1, 2))
+        gradients.values.add_(of_values.unflatten(0, by_head))
+        gradients.targets.add_((mixed * upstream[:, None]).sum(dim=1))
+        left, right = to_rows(mixed * (-0.5 * ratio * upstream)[:, None]), to_rows(mixed)
         for block, rest in upper_blocks(len(self.matrix)):
             gradients.matrix[block, rest] += torch.tensordot(left[:, block], right[:, rest], dims=([0, 2], [0, 2]))
-        gradient = full_precision(torch.matmul(values, low))  # [M, n, K, t]
-        return attention_backward(weights, gradient.mul_(weights))
+        of_weights = product(values.flatten(0, 1), low).unflatten(0, by_head)  # [M, n, K, t]
+        return attention_backward(weights, of_weights).to(values.dtype)
+
+
+def _agreement(values: Tensor, targets: Tensor) -> Tensor:
+    """Return v_ikm . (W_O^T t_j)_m [M, n, K, t] in the dtype of `values`; elementwise steps widen it as they read."""
+    return torch.bmm(values.flatten(1, 2), targets).unflatten(1, values.shape[1:3])
+
+
+def _heads_first(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x [n, M, K, t] times `factor` [n, t] as [M, n, K, t] in `dtype`: one visit."""
+    x = x.transpose(0, 1)
+    return torch.mul(x, factor[:, None], out=x.new_empty(x.shape, dtype=dtype))
 
 
 def _mix(values: Tensor, weights: Tensor) -> Tensor:
     """Return the mixed values [M, n, d, t] in full precision, of values [M, n, K, d] and weights [M, n, K, t]."""
-    return full_precision(torch.matmul(values.transpose(2, 3), weights.to(values.dtype)))
+    mixed = product(values.transpose(2, 3).flatten(0, 1), weights.to(values.dtype).flatten(0, 1))
+    return mixed.unflatten(0, values.shape[:2])
 
 
 GRAM_FORMS: dict[str, type[GramForm]] = {"image_gram": ImageGram, "shared_gram": SharedGram}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,9 +19,13 @@ from llip.open_clip.costs.flops import head_flops, score_plan_of, score_shape
 from llip.open_clip.factory import model_spec
 from llip.open_clip.kernels.blocks import GROUP, HeadShape
 from llip.open_clip.model import autocast_dtype
+from llip.open_clip.scores.eager import eager_scores
 from llip.open_clip.scores.gram import image_gram, image_gram_backward
+from llip.open_clip.scores.inputs import ScoreInputs
 from llip.open_clip.scores.plan import ScorePlan
-from llip.open_clip.scores.similarity import pairwise_scores
+
+_WRITTEN_ONLY = ("out", "grad_input")  # arguments that an operation returns
+_READS_NOTHING = ("zeros", "zeros_like", "new_zeros", "zero_", "full", "full_like", "new_full", "fill_")
 
 _FLOAT = 4
 
@@ -50,7 +53,9 @@ class ByteCounter(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         name = function.__name__
         if function.namespace == "aten" and not function.is_view and "view" not in name and "empty" not in name:
-            self.total += sum(x.nbytes for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
+            read = (args, [value for key, value in (kwargs or {}).items() if key not in _WRITTEN_ONLY])
+            moved = (output,) if name.split(".")[0] in _READS_NOTHING else (read, output)
+            self.total += sum(x.nbytes for x in tree_leaves(moved) if isinstance(x, Tensor))
         return output
 
 
@@ -137,27 +142,21 @@ def _eager_bytes(config: Config, plan: ScorePlan, shape: HeadShape) -> int:
     images = all_images = config.batch_size * config.accum_freq
     if not plan.keep:
         images = min(all_images, 2 * plan.tile_images)
+    plan = dataclasses.replace(plan, block_images=min(images, plan.block_images))
     by_head = (shape.heads, images, shape.tokens, shape.key_size)
 
     def scores() -> None:
         keys, values = (torch.empty(by_head, dtype=dtype, requires_grad=True) for _ in range(2))
-        texts, query, out = (torch.empty(n, width, requires_grad=True) for n in (config.global_texts, width, width))
-        scores = pairwise_scores(
-            keys,
-            values,
-            texts,
-            query,
-            out,
-            form=plan.form,
-            tile=(plan.tile_images, plan.tile_texts),
-            memory_budget=plan.budget * images // all_images,  # in proportion: tiles are kept if those of the run are
+        texts, *weights = (
+            torch.empty(n, width, requires_grad=True) for n in (config.global_texts, width, width, width)
         )
+        scores = eager_scores(ScoreInputs(keys, values, texts, *weights), plan, training=True)
         scores.backward(torch.empty_like(scores))
 
     return _count(scores) * all_images // images
 
 
 def _count(run: Callable[[], None]) -> int:
-    with FakeTensorMode(), ByteCounter() as counter:
+    with torch.device("meta"), ByteCounter() as counter:
         run()
     return counter.total

@@ -60,11 +60,11 @@ def test_time_by_hand():
 
 
 def test_the_published_run_is_bound_by_memory_in_eager():
-    """At 45 % MFU of the towers, counts give 0.25 to 0.29 s for B/16 on an H100, most of them for the scores."""
+    """At 45 % MFU of the towers, counts give 0.18 to 0.21 s for B/16 on an H100, most of them for the scores."""
     config = search_config("llip_b16_k32", ["score_kernel=eager"])
     fast, slow = make_plan(config, find_gpu("h100-80g"), Assumptions(mfu=(0.45, 0.45))).times
-    assert 0.25 < fast.total < slow.total < 0.29
-    assert fast.scores > 0.6 * fast.total
+    assert 0.18 < fast.total < slow.total < 0.21
+    assert fast.scores > 0.5 * fast.total
 
 
 def test_kernels_take_a_fraction_of_that():
