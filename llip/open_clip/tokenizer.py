@@ -44,7 +44,9 @@ def create_tokenizer(text_cfg: dict[str, Any], folder: str | Path | None = None)
             local_files_only=True,
         )
     except ImportError as error:
-        raise UserError(f"tokenizer {str(path)!r} needs the package transformers: pip install transformers") from error
+        raise UserError(
+            f"tokenizer {str(path)!r} needs the package transformers: pip install 'llip[transformers]'"
+        ) from error
     except Exception as error:  # whatever the library finds wrong with the folder
         raise UserError(f"tokenizer {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
     size, vocabulary = len(tokenizer.tokenizer), text_cfg["vocab_size"]
@@ -52,6 +54,9 @@ def create_tokenizer(text_cfg: dict[str, Any], folder: str | Path | None = None)
         raise UserError(
             f"tokenizer {str(path)!r} has {size} tokens, the text tower only {vocabulary}: it belongs to another model"
         )
+    padding, expected = tokenizer.tokenizer.pad_token_id, text_cfg.get("hf_config", {}).get("pad_token_id")
+    if expected is not None and padding != expected:  # by which the text tower finds the padding
+        raise UserError(f"tokenizer {str(path)!r} pads with token {padding}, the text encoder expects {expected}")
     return tokenizer
 
 

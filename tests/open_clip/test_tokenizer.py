@@ -86,7 +86,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"'org/name' is no folder.*tokenizer=FOLDER"):
         create_tokenizer(text_cfg())
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
+    with pytest.raises(UserError, match=r"pip install 'llip\[transformers\]'"):
         create_tokenizer(text_cfg(), tmp_path)
 
 

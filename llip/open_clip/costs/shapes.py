@@ -42,8 +42,12 @@ class Tower:
     def block(self) -> int:
         """FLOPs of one block, forward."""
         tokens, width = self.tokens, self.width
-        linear = 2 * tokens * width * (4 * width + 2 * self.hidden)
-        return linear + 4 * tokens**2 * width
+        return 2 * tokens * width * (4 * width + 2 * self.hidden) + self.attention
+
+    @property
+    def attention(self) -> int:
+        """FLOPs of one block's products of tokens with tokens, forward."""
+        return 4 * self.tokens**2 * self.width
 
     @property
     def forward(self) -> int:
@@ -64,14 +68,11 @@ class Tower:
         if lock is False:
             return self
         projection = 2 * self.projected * self.width * self.embedding
-        if isinstance(lock, bool):
-            weights = inputs = 0
-        elif isinstance(lock, int):
-            weights = inputs = lock * self.block + projection
-        else:  # all but a projection
-            weights, inputs = projection, 0
-        if several_tokens:
-            inputs = self.forward - self.stem
+        blocks = 0 if isinstance(lock, bool) or not isinstance(lock, int) else lock
+        weights = blocks * self.block + (0 if lock is True else projection)
+        inputs = blocks * self.block + (projection if blocks else 0)
+        if several_tokens:  # attention has two inputs, and no weights
+            inputs = self.forward - self.stem + (self.layers - blocks) * self.attention
         return dataclasses.replace(self, counted_backward=weights + inputs)
 
 
@@ -104,8 +105,8 @@ def backbone_tower(spec: ModelSpec, lock: LockImage = False) -> Tower:
     """Return the image tower of a model with a mixture head; its blocks are the head's.
 
     The tower runs without memory, with the parts locked as in the run. PyTorch's counter takes the backward pass of a
-    depthwise convolution for that of a dense one; so the backward pass of the backbone counts as twice its forward
-    pass, times the share of its parameters that is trained.
+    depthwise convolution for that of a dense one; so the backward pass of the backbone counts as twice the forward
+    pass of what is trained in it.
     """
     return _backbone_tower(json.dumps(spec.to_dict()), json.dumps(lock))
 
@@ -126,16 +127,13 @@ def _backbone_tower(described: str, described_lock: str) -> Tower:
         return tensor
 
     with FlopCounterMode(display=False) as backbone, saved_tensors_hooks(keep, lambda tensor: tensor):
+        trained = _count_trained(visual.trunk, backbone)
         features = visual.frozen_features(images)
     with FlopCounterMode(display=False) as head:
         visual.from_features(features)
     below, above = backbone.get_total_flops() // count, head.get_total_flops() // count
-    weights = 0 if lock is True else above  # gradients of the head's; those of its inputs lead to its tokens
-    inputs = 0 if lock is True and spec.mixture_tokens == 1 else above
-    trunk = list(visual.trunk.parameters())
-    trained = sum(p.numel() for p in trunk if p.requires_grad) / sum(p.numel() for p in trunk)
     width, block = visual.head.proj.in_features, visual.head.blocks[0]
-    return Tower(
+    tower = Tower(
         tokens=spec.mixture_tokens + features.shape[1],
         width=width,
         layers=len(visual.head.blocks),
@@ -145,10 +143,33 @@ def _backbone_tower(described: str, described_lock: str) -> Tower:
         projected=visual.output_tokens,
         embedding=spec.architecture["embed_dim"],
         counted=below + above,
-        counted_backward=round(2 * trained * below) + weights + inputs,
         backbone=below,
         kept=kept // count,
     )
+    if lock is not True:
+        backward = 2 * (sum(trained) // count if lock else below) + 2 * above
+    elif spec.mixture_tokens == 1:
+        backward = 0
+    else:  # gradients of the blocks' inputs, and of both inputs of attention, lead to the latents
+        backward = above - 2 * features[0].numel() * width + tower.layers * tower.attention
+    return dataclasses.replace(tower, counted_backward=backward)
+
+
+def _count_trained(trunk: torch.nn.Module, counter: FlopCounterMode) -> list[int]:
+    """Return a list that will hold the FLOPs, forward, of each module of `trunk` with weights of its own to train."""
+    counts: list[int] = []
+
+    def start(*_: Any) -> None:
+        counts.append(-counter.get_total_flops())
+
+    def end(*_: Any) -> None:
+        counts[-1] += counter.get_total_flops()
+
+    for module in trunk.modules():
+        if not list(module.children()) and any(parameter.requires_grad for parameter in module.parameters()):
+            module.register_forward_pre_hook(start)
+            module.register_forward_hook(end)
+    return counts
 
 
 def hf_text_tower(spec: ModelSpec) -> Tower:

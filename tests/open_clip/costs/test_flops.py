@@ -1,6 +1,7 @@
 """FLOPs by formula against PyTorch's own flop counter, product by product."""
 
 import contextlib
+import json
 import math
 
 import pytest
@@ -18,7 +19,9 @@ from llip.open_clip.factory import ModelSpec, create_model, model_spec
 from llip.open_clip.pooling import create_pooling, unit_norm
 from llip.open_clip.scores.plan import plan_scores
 from llip.open_clip.scores.similarity import pairwise_scores
+from llip.open_clip.towers.locks import lock_towers
 from llip.tools.plan.parameters import count_parameters
+from tests.helpers import BACKBONE_MODEL, TINY_MODEL, write_hf_encoder
 
 
 def in_place(_, left, right, **__):
@@ -186,3 +189,54 @@ def test_towers_of_timm(monkeypatch, name, pool, own):
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert 0 < counted.mixture_tokens <= 2 * (7 - own) * 32
     shapes._timm_image_tower.cache_clear()
+
+
+@pytest.mark.parametrize(("lock", "slack"), [(False, 1.05), (True, 1), ("backbone", 1), (1, 1.25)])
+def test_backbones_and_what_is_locked(tmp_path, lock, slack):
+    (tmp_path / "m.json").write_text(json.dumps(BACKBONE_MODEL))
+    spec = model_spec(Config(model=str(tmp_path / "m.json"), mixture_tokens=5, pool_heads=4))
+    model = create_model(spec).train()
+    lock_towers(model, lock, False)
+    images = torch.randn(2, 3, 64, 64)
+    with counter() as forward:
+        h = model.encode_image(images)
+    with counter() as backward:
+        h.sum().backward()
+    tower = image_tower(spec, lock=lock)
+    assert forward.get_total_flops() == 2 * tower.forward
+    # Convolutions above a lock form no gradient of their input; the tower's count has it.
+    assert backward.get_total_flops() <= 2 * tower.backward <= slack * backward.get_total_flops()
+    if lock is True or lock == "backbone":
+        assert tower.kept == 0
+        assert tower.backward < tower.forward < tower.backbone * 1.2
+
+
+@pytest.mark.parametrize("lock", [True, 1])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_locked_vit_passes_fewer_gradients(tiny_model, lock, tokens):
+    spec = model_spec(Config(model=tiny_model, mixture_tokens=tokens, pool_heads=2))
+    with torch.device("meta"):
+        model = create_model(spec).train()
+        images = torch.empty(3, 3, 32, 32)
+    lock_towers(model, lock, False)
+    h = model.encode_image(images)
+    if tokens == 1 and lock is True:
+        assert image_tower(spec, lock=lock).backward == 0
+        assert not h.requires_grad
+        return
+    with counter() as backward:
+        h.sum().backward()
+    assert backward.get_total_flops() == 3 * image_tower(spec, lock=lock).backward
+
+
+def test_a_hugging_face_encoder(tmp_path):
+    pytest.importorskip("transformers")
+    text = {"hf_model_name": str(write_hf_encoder(tmp_path / "e", "bert")), "context_length": 12}
+    (tmp_path / "m.json").write_text(json.dumps({**TINY_MODEL, "text_cfg": text}))
+    spec = model_spec(Config(model=str(tmp_path / "m.json"), pool_heads=4))
+    model = create_model(spec)
+    with counter() as forward:
+        model.encode_text(torch.full((3, 12), 5))  # no padding
+    assert forward.get_total_flops() == 3 * text_tower(spec).forward
+    assert text_tower(spec, "encoder").backward < text_tower(spec).forward / 10
+    assert text_tower(spec, True).backward == 0
