@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from llip.errors import UserError
 from llip.open_clip.plain import PlainImageTower
+from llip.open_clip.towers.backbone import BackboneTower
 from llip.open_clip.towers.base import MixtureTower
 
 How = Literal["last", "rollout"]
@@ -51,7 +52,8 @@ def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
     """Return the attention weights of the tower from first to last: [B, A, N, N] of each block.
 
     Row i holds the weights of token i over all tokens, mixture tokens before patches; it sums to one. A tower that
-    pools by attention has one more item [B, A, K, N], the weights of its K latents.
+    pools by attention has one more item [B, A, K, N], the weights of its K latents. Of a backbone with a mixture head,
+    the blocks are the head's.
 
     Raises:
         UserError: a tower that computes attention in another way.
@@ -60,8 +62,10 @@ def tower_attention(visual: MixtureTower, images: Tensor) -> list[Tensor]:
     attentions, fast = _Attentions(), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes a layer in one kernel
     try:
-        with torch.no_grad(), attentions:
-            visual(images)
+        with torch.no_grad():
+            inputs = visual.frozen_features(images) if isinstance(visual, BackboneTower) else images
+            with attentions:
+                visual(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     height, width = patch_grid(visual)

@@ -1,6 +1,7 @@
 """Maps of mixture tokens: against attention worked out from the weights, and with a planted place."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import llip
 from llip.errors import UserError
 from llip.open_clip.factory import ModelSpec, create_model
 from llip.tools.explain.attention import rollout, token_attention, tower_attention
-from tests.helpers import TINY_MODEL
+from tests.helpers import BACKBONE_MODEL, TINY_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,18 @@ def test_a_tower_without_attention_is_refused(model, images):
     visual.transformer.resblocks = torch.nn.ModuleList()
     with pytest.raises(UserError, match="--attention none"):
         token_attention(visual, images)
+
+
+@torch.no_grad()
+def test_a_mixture_heads_latents_look_at_the_backbones_features(tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps(BACKBONE_MODEL))
+    model = llip.create_model_and_transforms(str(tmp_path / "m.json"), mixture_tokens=3, pool_heads=4)[0].eval()
+    attention, seen = model.visual.head.blocks[-1].attn, []
+    torch.nn.init.normal_(attention.qkv.weight, std=0.5)
+    attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images = torch.randn(2, 3, 64, 64)
+    maps = token_attention(model.visual, images)
+    queries, keys, _ = attention.qkv(seen[0]).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)  # [B, A, N, 8] each
+    expected = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(-1).mean(1)[:, :3, 3:]
+    torch.testing.assert_close(maps.flatten(2), expected)
+    assert maps.shape == token_attention(model.visual, images, "rollout").shape == (2, 3, 2, 2)
