@@ -16,7 +16,11 @@ LEAST_RANK = 0.02
 
 
 def find_alarms(
-    measures: Mapping[str, float], tokens: int, text_conditioned: bool, width: int | None = None
+    measures: Mapping[str, float],
+    tokens: int,
+    text_conditioned: bool,
+    width: int | None = None,
+    has_temperature: bool = True,
 ) -> list[str]:
     """Return one sentence for each sign of a collapse, none where all is well.
 
@@ -25,13 +29,17 @@ def find_alarms(
         tokens: K.
         text_conditioned: the pooling conditions on the text.
         width: D, or the number of features if that is smaller; needed with `rank`.
+        has_temperature: the pooling divides its attention logits by `softmax_temperature`.
     """
     alarms = []
+    spread, sharpen = "a larger softmax_temperature spreads the weights", "a smaller softmax_temperature sharpens them"
+    if not has_temperature:  # the projections alone learn how sharp the weights are
+        spread, sharpen = "try a smaller lr or a longer warmup", "train longer, or with a smaller global_loss_weight"
     fewest = max(1.5, FEWEST_TOKENS * tokens)
     if tokens > 2 and text_conditioned and measures["usage_effective"] < fewest:
         alarms.append(
             f"few tokens are used: {measures['usage_effective']:.1f} of {tokens} in effect (expected {fewest:.1f} or "
-            "more); a larger softmax_temperature spreads the weights"
+            f"more); {spread}"
         )
     if tokens > 1 and measures["token_similarity"] > MOST_SIMILAR:
         alarms.append(
@@ -43,8 +51,7 @@ def find_alarms(
             if measures[name] < LEAST_TEXT_SHARE:
                 alarms.append(
                     f"the {what} hardly change with the caption: {100 * measures[name]:.2f} % of their variance "
-                    f"(expected {100 * LEAST_TEXT_SHARE} % or more); a smaller softmax_temperature "
-                    "sharpens spread weights"
+                    f"(expected {100 * LEAST_TEXT_SHARE} % or more); {sharpen}"
                 )
     if "rank" in measures:
         assert width is not None, "the rank is judged by the width"

@@ -137,6 +137,9 @@ def test_one_token_with_all_the_weight_raises_an_alarm(model):
     measures = {"usage_effective": 1.02, "token_similarity": 0.2, "weight_text_share": 0.5, "z_text_share": 0.5}
     (alarm,) = find_alarms(measures, 64, text_conditioned=True)
     assert "1.0 of 64" in alarm
+    assert "a larger softmax_temperature spreads" in alarm
+    (alarm,) = find_alarms(measures, 64, text_conditioned=True, has_temperature=False)
+    assert "softmax_temperature" not in alarm
     assert find_alarms(measures, 64, text_conditioned=False) == []  # learned weights may choose one token
 
 

@@ -93,6 +93,18 @@ def test_several_captions_are_logged_and_resumed(tmp_path, fill):
     assert [record["loss"] for record in read_records(resumed.folder / "metrics.jsonl")] == losses[4:]
 
 
+@pytest.mark.parametrize(("fill", "warnings"), [("repeat", 1), ("mask", 0)])
+def test_mostly_repeated_captions_are_warned_of_once(tmp_path, fill, warnings):
+    data = write_captioned(tmp_path / "captioned", 32, 16)  # 1, 2, 3 or 4 captions: 5.5 of 8 places repeat on average
+    config = tiny_run(
+        tmp_path, train_data=data, caption_keys="json.captions", captions_per_image=8, caption_fill=fill, epochs=1
+    )
+    train(config, "cpu")
+    text = (config.folder / "log.txt").read_text()
+    assert text.count("most captions are repeats") == warnings
+    assert text.count("use a smaller captions_per_image or caption_fill=mask") == warnings
+
+
 def test_files_of_a_run(config):
     config = config.replace(report_to=("tensorboard",))
     train(config, "cpu")

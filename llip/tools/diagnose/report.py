@@ -100,7 +100,13 @@ def diagnose(model: Llip, collected: Collected) -> dict[str, Any]:
         .tolist(),
         "singular_values": values.tolist(),
         "text_singular_values": text_values.tolist(),
-        "alarms": find_alarms(scalars, tokens, not isinstance(model.pooling, TextFreePooling), min(own.shape)),
+        "alarms": find_alarms(
+            scalars,
+            tokens,
+            not isinstance(model.pooling, TextFreePooling),
+            min(own.shape),
+            hasattr(model.pooling, "temperature"),
+        ),
     }
 
 

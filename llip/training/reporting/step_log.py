@@ -21,6 +21,8 @@ from llip.training.reporting.run_log import RunLog, Terminal, log
 from llip.training.reporting.speed import Speed
 from llip.training.step.task import ContrastiveTask
 
+_MOST_REPEATED = 0.5  # fraction of caption places without a new caption from which the log warns
+
 
 class StepResult(NamedTuple):
     """What a step computed; tensors are on the device, reading them waits for it."""
@@ -143,9 +145,15 @@ class StepLog:
         if config.captions_per_image == 1:
             return {}
         captions = self.steps * config.batch_size * config.accum_freq * config.captions_per_image
+        repeated = self.repeated / captions
+        if repeated > _MOST_REPEATED and config.caption_fill != "mask" and self.processes.is_main:
+            self._warn_once(
+                f"most captions are repeats: {100 * repeated:.0f} % of captions_per_image={config.captions_per_image} "
+                "are captions that their image has already; use a smaller captions_per_image or caption_fill=mask"
+            )
         return {
             "captions_per_second": rate * config.captions_per_image,
-            "repeated_caption_fraction": self.repeated / captions,
+            "repeated_caption_fraction": repeated,
         }
 
     def _mixture_record(self) -> dict[str, float]:
@@ -158,12 +166,17 @@ class StepLog:
             return {}
         measures = mixture_measures(self.task.model, seen.h, seen.t)
         if self.state.step >= self.config.warmup:
-            for alarm in find_alarms(measures, tokens, text_conditioned=True):
-                kind = alarm.split(":")[0]
-                if kind not in self.alarms:
-                    self.alarms.add(kind)
-                    log.warning("step %d: %s", self.state.step, alarm)
+            has_temperature = hasattr(self.task.model.pooling, "temperature")
+            for alarm in find_alarms(measures, tokens, text_conditioned=True, has_temperature=has_temperature):
+                self._warn_once(alarm)
         return {f"mixture_{name}": value for name, value in measures.items()}
+
+    def _warn_once(self, alarm: str) -> None:
+        """Log an alarm, unless one that begins alike has been logged."""
+        kind = alarm.split(":")[0]
+        if kind not in self.alarms:
+            self.alarms.add(kind)
+            log.warning("step %d: %s", self.state.step, alarm)
 
     def _data_record(self, waited: float) -> dict[str, Any]:
         """Return what this process's workers did in the window, and what all processes used and dropped. Collective."""
