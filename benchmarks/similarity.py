@@ -261,6 +261,8 @@ def main(arguments: Sequence[str]) -> None:
         if min(shape) < 1 or shape[3] % HEADS:
             raise UserError(f"--shape {' '.join(map(str, shape))}: expected 1 or more, and D divisible by {HEADS}")
     device = set_up(options)
+    if device.type == "cuda":  # as training does
+        torch.set_float32_matmul_precision("high")
     if options.memory_of:
         print(memory_of(options.memory_of))
         return

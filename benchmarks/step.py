@@ -4,7 +4,7 @@
 
 One process stands for one GPU of the published run: `batch_size` images against `--texts` texts of the global batch,
 of which its own come from its text tower and the others, which would arrive from other GPUs, are drawn at random. The
-steps of the two models are timed in turn; a step is both towers, scores, loss, backward pass and AdamW.
+two models are timed one after the other; a step is both towers, scores, loss, backward pass and AdamW.
 """
 
 import argparse
@@ -77,6 +77,13 @@ class Stepper:
         return torch.cuda.max_memory_allocated()
 
 
+def _time(config: Config, texts: int, device: torch.device, steps: int) -> tuple[float, int | None]:
+    """Return the median seconds of a step, and its peak of device memory; one model is in memory at a time."""
+    stepper = Stepper(config, texts, device)
+    times = [seconds(stepper, device) for _ in tqdm(range(steps + 2), unit="step", desc=config.pooling)]
+    return statistics.median(times[2:]), stepper.peak_bytes()  # the first two warm up
+
+
 def measure(config: Config, texts: int, device: torch.device, steps: int) -> dict:
     """Time the config's step against that of the same encoder with pooling=first.
 
@@ -90,20 +97,15 @@ def measure(config: Config, texts: int, device: torch.device, steps: int) -> dic
     if texts < own or texts % config.captions_per_image:
         raise UserError(f"--texts {texts}: expected at least batch_size x captions_per_image = {own}, in whole images")
     plain = config.replace(pooling="first", pair_tokens="mixture", global_loss_weight=0.0)
-    whole, first = Stepper(config, texts, device), Stepper(plain, texts, device)
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in tqdm(range(steps + 2), unit="step pair", desc=config.name):
-        for stepper, into in zip((whole, first), times, strict=True):
-            took = seconds(stepper, device)
-            if repeat >= 2:  # the first two warm up
-                into.append(took)
-    step, encoder = (statistics.median(values) for values in times)
-    del first
-    peak = whole.peak_bytes()
+    if device.type == "cuda" and config.precision != "fp32":  # as training does
+        torch.set_float32_matmul_precision("high")
+    encoder, _ = _time(plain, texts, device, steps)
+    step, peak = _time(config, texts, device, steps)
     spec = model_spec(config)
+    budget = None if config.score_memory is None else int(config.score_memory * 2**30)
     plan = plan_scores(
         config.batch_size, texts, keys_per_image(spec), config.pool_heads, spec.architecture["embed_dim"],
-        training=True, on_cpu=device.type == "cpu", budget=whole.budget,
+        training=True, on_cpu=device.type == "cpu", budget=budget,
     )  # fmt: skip
     return {
         "config": config.name,

@@ -123,7 +123,7 @@ class Trainer:
         if data.missing and self.processes.world_size == 1:
             return self._end_without_data(data.failure)
 
-        self.watch.enter("forward and backward", step)
+        self.watch.enter("forward and backward", step, self._patience())
         lr, before = learning_rate(state.step, config), random_state(self.processes.device)
         set_learning_rate(state.optimizer, lr)
         with self._explained_shortage():
@@ -160,6 +160,10 @@ class Trainer:
         if self.on_step is not None:
             self.on_step(result)
         return outcome
+
+    def _patience(self) -> float:
+        """Return the deadlines that a step may take: the first one of a process compiles."""
+        return PATIENCE if self.config.torchcompile and self.state.step == self.log.first_step else 1.0
 
     def _agree(self, loss: Tensor, norm: Tensor, no_data: bool) -> Agreement:
         """Return what all processes know of the step: one all-reduce, and the host's only wait for the device."""

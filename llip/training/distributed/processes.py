@@ -32,6 +32,8 @@ def join_processes(config: Config, device_type: str) -> Iterator[Processes]:
         torch.cuda.set_device(device)
         if config.precision != "fp32":  # float32 products outside autocast may use TF32
             torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     else:  # launchers set OMP_NUM_THREADS=1; share the cores instead, and leave one to each data worker
         torch.set_num_threads(max(1, usable_cores() // config.ngpus - config.workers))
     store = _join_group(rank, world_size, device, 60 * config.timeout_minutes) if world_size > 1 else None

@@ -23,7 +23,11 @@ class Engine:
         if task.processes.world_size == 1:
             return task
         devices = [task.processes.device] if task.processes.device.type == "cuda" else None
-        return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
+        # other buffers than the statistics of batch norms are constants
+        statistics = any(name.endswith("running_mean") for name, _ in task.named_buffers())
+        return DistributedDataParallel(
+            task, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=statistics
+        )
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the norm [] of all gradients, the same on every process. Every process must call it.

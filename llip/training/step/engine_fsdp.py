@@ -72,9 +72,7 @@ class ShardedEngine(Engine):
     def clip_gradients(self, parameters: Sequence[nn.Parameter], largest: float, total: Tensor) -> None:
         """See `Engine`."""
         factor = (largest / (total + 1e-6)).clamp(max=1.0)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                _local(parameter.grad).mul_(factor)
+        torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], factor)
 
     def model_state(self, model: Llip) -> dict[str, Tensor]:
         """See `Engine`. On the CPU; empty on other processes than the main one."""
