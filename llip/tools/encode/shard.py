@@ -36,8 +36,10 @@ from llip.system.cores import usable_cores
 from llip.system.files import atomic_write
 
 _PASSING = (COMMAND_FAILED, DOWNLOAD_FAILED, MISSING, STALLED, UNREADABLE)  # a later attempt may read more
-_LARGEST_BATCH = 256  # images; a frozen tower keeps no activations, and gains nothing from more
-_TEXTS = 4  # captions encoded at once, per image of a batch
+_LARGEST_BATCH = {
+    "cpu": 64,
+    "cuda": 256,
+}  # images, or captions; a frozen tower keeps no activations, and gains nothing from more
 
 
 class UnreadableShard(Exception):
@@ -80,8 +82,8 @@ class Encoder:
         self.spec, self.model, self.tokenizer, self.form, self.stats = spec, model.eval(), tokenizer, form, stats
         self.sources = parse_caption_keys(config.caption_keys)
         self.caption_members = list(dict.fromkeys(source.member for source in self.sources))
-        self.batch_size = min(config.batch_size, _LARGEST_BATCH)
         self.device = next(model.parameters()).device
+        self.batch_size = min(config.batch_size, _LARGEST_BATCH[self.device.type])
         dtype = None if self.device.type == "cpu" else autocast_dtype(config.precision)
         self.autocast = nullcontext if dtype is None else lambda: torch.autocast(self.device.type, dtype=dtype)
         self.pool = ThreadPoolExecutor(usable_cores(), "decode")
@@ -198,12 +200,14 @@ class Encoder:
     @torch.no_grad()
     def _text_features(self, captions: list[str]) -> Tensor:
         """Return the frozen features [T, W] of captions, on the CPU."""
-        parts = []
-        for first in range(0, len(captions), _TEXTS * self.batch_size):
-            tokens = self.tokenizer(captions[first : first + _TEXTS * self.batch_size]).to(self.device)
+        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))  # alike in length: little padding
+        features = torch.empty(len(captions), self.form.text or 0)
+        for first in range(0, len(order), self.batch_size):
+            rows = order[first : first + self.batch_size]
+            tokens = self.tokenizer([captions[row] for row in rows]).to(self.device)
             with self.autocast():
-                parts.append(self._checked(frozen_text_features(self.model.text, tokens), "captions"))
-        return torch.cat(parts) if parts else torch.empty(0)
+                features[rows] = self._checked(frozen_text_features(self.model.text, tokens), "captions")
+        return features
 
     def _checked(self, features: Tensor, what: str) -> Tensor:
         features = features.float().cpu()

@@ -25,7 +25,7 @@ from llip.tools.encode import shard
 from llip.tools.encode.__main__ import main
 from llip.tools.encode.encode import LOCK, encode
 from llip.training.setup import build_run, check_data, start_model
-from tests.helpers import config_file, image_bytes, tiny_run, write_captioned, write_pairs, write_tar
+from tests.helpers import TINY_MODEL, config_file, image_bytes, tiny_run, write_captioned, write_pairs, write_tar
 
 LOCKED = {"image_crop": "center", "lock_image": True, "mixture_tokens": 1, "caption_keys": "json.c:0.6,txt:0.4"}
 
@@ -127,13 +127,23 @@ def sample_log(config):
     return (config.folder / "sample_ids" / "process_0.jsonl").read_text()
 
 
+BACKBONE = {
+    "embed_dim": 16,
+    "vision_cfg": {"timm_model_name": "test_efficientnet", "image_size": 64},
+    "mixture_head": {"blocks": 1, "width": 16, "heads": 2, "grid": 2, "dropout": 0.1},
+    "text_cfg": TINY_MODEL["text_cfg"],
+}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a frozen image tower and a frozen text encoder with two captions per image, and its losses."""
+    """A run of a frozen backbone and a frozen text encoder with two captions per image, and its losses."""
     folder = tmp_path_factory.mktemp("run")
+    (folder / "backbone.json").write_text(json.dumps(BACKBONE))
     config = tiny_run(
-        folder, train_data=write_captioned(folder / "pairs", 32, 16), **LOCKED | {"caption_keys": "json.captions"},
-        lock_text="encoder", captions_per_image=2, batch_size=8, accum_freq=2, log_sample_ids=True, epochs=2,
+        folder, model=str(folder / "backbone.json"), train_data=write_captioned(folder / "pairs", 32, 16),
+        caption_keys="json.captions", captions_per_image=2, image_crop="center", lock_image="backbone",
+        lock_text="encoder", batch_size=8, accum_freq=2, log_sample_ids=True, epochs=2,
     )  # fmt: skip
     return config, losses(config)
 
