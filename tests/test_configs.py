@@ -91,9 +91,21 @@ def test_overrides_are_read_as_the_declared_type():
     assert parse_overrides(["train_num_samples=4e8", "name=llip"]) == {"train_num_samples": 400_000_000, "name": "llip"}
 
 
+def test_a_field_of_several_types_keeps_the_one_that_was_written():
+    for text, value in (("true", True), ("false", False), ("backbone", "backbone"), ("1", 1), ("3", 3)):
+        parsed = parse_overrides([f"lock_image={text}"])["lock_image"]
+        assert (parsed, type(parsed)) == (value, type(value))
+        assert Config(lock_image=value).lock_image is value
+    assert parse_overrides(["lock_text=encoder"]) == {"lock_text": "encoder"}
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["lock_image=head"], ["lock_image", "'head'", "true or false or an integer or 'backbone'"]),
+        (["lock_image=0"], ["lock_image = 0", "at least 1"]),
+        (["lock_text=3"], ["lock_text", "true or false or 'encoder'"]),
+        (["lock_image_unlocked_groups=3"], ["lock_image=N"]),
         (["bach_size=4"], ["bach_size", "batch_size"]),
         (["batch_size=four"], ["batch_size", "'four'", "integer"]),
         (["batch_size=1.5"], ["batch_size", "1.5", "integer"]),
