@@ -32,7 +32,7 @@ _INTEGERS = ("images", "texts", "row_length")
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str], arch: int, options: dict) -> Any:
-    """Compile one kernel for one architecture, its pointers and counts being multiples of 16."""
+    """Compile one kernel for one architecture, its pointers being multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -41,7 +41,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
     signature = dict.fromkeys(constants, "constexpr") | {
         name: "i32" if name in _INTEGERS else f"*{types.get(name, types[''])}" for name in names
     }
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if signature[name][0] == "*"
+    }
     source = ASTSource(
         fn=kernel,
         signature={name: signature[name] for name in kernel.arg_names},

@@ -28,7 +28,7 @@ import triton.language as tl
 from llip.open_clip.kernels.parts import attention, gram_product, head_product, load_weights, lower, tile_place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "texts", "row_length"])  # they would be constants where they are 1
 def slopes_kernel(
     keys, values, queries, targets, gram, gram_scale, upstream, numerators, squares,
     weights, norm_slopes, logit_slopes, value_slopes, images, texts, row_length,

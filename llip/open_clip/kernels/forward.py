@@ -24,7 +24,7 @@ import triton.language as tl
 from llip.open_clip.kernels.parts import attention, gram_product, head_product, load_weights, tile_place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "texts", "row_length"])  # they would be constants where they are 1
 def scores_kernel(
     keys, values, queries, targets, gram, gram_scale, scratch, scores, numerators, squares,
     images, texts, row_length,

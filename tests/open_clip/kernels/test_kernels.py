@@ -154,6 +154,14 @@ def test_low_precision_is_as_exact_as_in_eager(monkeypatch, dtype, alike):
     assert all(ours < 1.1 * theirs for ours, theirs in zip(by_kernel, by_eager, strict=True))
 
 
+def test_counts_of_one_compile_as_others_do(interpreter):
+    """Triton makes a constant of an argument that is 1, and a constant has no `to`."""
+    for kernel in (interpreter.scores_kernel, interpreter.slopes_kernel):
+        counts = {"images", "texts", "row_length"}
+        assert counts <= set(kernel.arg_names)
+        assert counts <= set(kernel.kwargs["do_not_specialize"])
+
+
 def test_two_runs_have_equal_bits():
     case = make(Shape(2, 3, 8, 16, 50), torch.bfloat16)
     first, second = (results(case, form="image_gram") for _ in range(2))
