@@ -108,6 +108,7 @@ def _become(command: list[str], cwd: str | None, environment: dict[str, str], st
     for target, stream in enumerate(streams):
         if stream.number >= 0:
             os.dup2(stream.number, target)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     for name in os.listdir("/proc/self/fd"):

@@ -44,6 +44,7 @@ def wait_for(condition, seconds=20.0):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes through /proc")
 @pytest.mark.parametrize("victim", ["worker", "parent"])
 def test_a_worker_takes_its_command_along(tmp_path, victim):

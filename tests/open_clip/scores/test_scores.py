@@ -289,23 +289,20 @@ MEMORY_PROBE = """
 import re, sys, torch
 from llip.open_clip.pooling import create_pooling, unit_norm
 torch.set_num_threads(1)
-texts = int(sys.argv[1])
 pooling = create_pooling("text", 16, 64, 8, 5.0)
 h = torch.randn(8, 16, 64, requires_grad=True)
-t = torch.empty(texts, 64).uniform_(-1, 1).requires_grad_()
-pooling.scores(h, t, memory_budget=1 << 24).sum().backward()
-print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))  # of this process alone
+for texts in map(int, sys.argv[1:]):
+    t = torch.empty(texts, 64).uniform_(-1, 1).requires_grad_()
+    pooling.scores(h, t, memory_budget=1 << 24).sum().backward()
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))  # of this process alone
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
 def test_peak_memory_hardly_grows_with_the_texts():
-    peaks = {}
-    for texts in (4096, 65_536):
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY_PROBE, str(texts)], capture_output=True, text=True, timeout=100, check=True
-        )
-        peaks[texts] = int(done.stdout)
+    command = [sys.executable, "-c", MEMORY_PROBE, "4096", "65536"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    peaks = dict(zip((4096, 65_536), map(int, done.stdout.split()), strict=True))
     added = 65_536 - 4096
     pairs = added * 8 * 4
     assert peaks[65_536] <= 1.1 * peaks[4096] + 4 * added * 64 * 4 + 3 * pairs
