@@ -24,6 +24,7 @@ from llip.errors import UserError
 from llip.extensions import find_extension
 from llip.open_clip.costs.flops import keys_per_image
 from llip.open_clip.factory import create_model, model_spec
+from llip.open_clip.kernels.select import request_score_kernel
 from llip.open_clip.model import Llip, autocast_dtype
 from llip.open_clip.objectives.matches import Matches
 from llip.open_clip.pooling import unit_norm
@@ -37,6 +38,7 @@ class Stepper:
 
     def __init__(self, config: Config, texts: int, device: torch.device) -> None:
         torch.manual_seed(config.seed)
+        request_score_kernel(config.score_kernel)
         spec = model_spec(config)
         self.config, self.device = config, device
         self.model: Llip = create_model(spec).to(device).train()

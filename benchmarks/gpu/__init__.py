@@ -1,0 +1,1 @@
+"""What only a GPU can show, in sections: `python -m benchmarks.gpu` (see docs/gpu.md)."""
