@@ -298,6 +298,7 @@ for texts in map(int, sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
 def test_peak_memory_hardly_grows_with_the_texts():
     command = [sys.executable, "-c", MEMORY_PROBE, "4096", "65536"]

@@ -199,6 +199,7 @@ def test_one_token_leaves_for_plain_openclip(tiny_timm, tmp_path, vision):
     assert "timm" in export(tmp_path / "c.pt", tmp_path / "other")["why_not"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", [SIGLIP, EVA], ids=["latents", "EVA"])
 def test_towers_become_programs(tiny_timm, tmp_path, vision):
     model = ours(vision, 3)

@@ -60,6 +60,7 @@ def test_json_holds_the_numbers_of_the_model(checkpoint, images, capsys):
     assert record["notes"] == []
 
 
+@pytest.mark.slow
 def test_figure_is_written_and_repeats(checkpoint, images, tmp_path, capsys):
     figures = [tmp_path / "a.png", tmp_path / "b.png"]
     for figure in figures:

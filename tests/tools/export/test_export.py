@@ -38,6 +38,7 @@ def inputs():
     return torch.randn(3, 3, 32, 32), llip.get_tokenizer(context_length=12)(["a cat", "two dogs"])
 
 
+@pytest.mark.slow
 def test_a_model_whose_texts_attend_to_patches(tmp_path):
     path, model = checkpoint(tmp_path, 1, "flair", pair_tokens="patches")
     outcome = export(path, tmp_path / "out", torch_export=True)

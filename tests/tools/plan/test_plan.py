@@ -182,6 +182,7 @@ def test_other_nodes_keep_the_global_batch():
         on_nodes(config, 3)
 
 
+@pytest.mark.slow
 def test_program(capsys):
     assert main(["llip_b16_k32", "--gpu", "h100-80g", "--nodes", "2", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
