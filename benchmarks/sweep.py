@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = ("#c2410c", "#64748b", "#0d9488", "#7c3aed", "#ca8a04", "#be185d")
+_COLORS = ("#64748b", "#c2410c", "#0d9488", "#7c3aed", "#ca8a04", "#be185d")
 
 RESULT = "benchmark.json"
 """File of a run's folder that holds its result and the values it belongs to."""
