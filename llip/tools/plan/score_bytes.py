@@ -23,6 +23,7 @@ from llip.open_clip.scores.eager import eager_scores
 from llip.open_clip.scores.gram import image_gram, image_gram_backward
 from llip.open_clip.scores.inputs import ScoreInputs
 from llip.open_clip.scores.plan import ScorePlan
+from llip.open_clip.scores.similarity import pairwise_scores
 
 _WRITTEN_ONLY = ("out", "grad_input")  # arguments that an operation returns
 _READS_NOTHING = ("zeros", "zeros_like", "new_zeros", "zero_", "full", "full_like", "new_full", "fill_")
@@ -150,7 +151,10 @@ def _eager_bytes(config: Config, plan: ScorePlan, shape: HeadShape) -> int:
         texts, *weights = (
             torch.empty(n, width, requires_grad=True) for n in (config.global_texts, width, width, width)
         )
-        scores = eager_scores(ScoreInputs(keys, values, texts, *weights), plan, training=True)
+        if plan.form == "features":  # of few pairs
+            scores = pairwise_scores(keys, values, texts, *weights[:2], form="features")
+        else:
+            scores = eager_scores(ScoreInputs(keys, values, texts, *weights), plan, training=True)
         scores.backward(torch.empty_like(scores))
 
     return _count(scores) * all_images // images
