@@ -152,7 +152,7 @@ def _eager_bytes(config: Config, plan: ScorePlan, shape: HeadShape) -> int:
             torch.empty(n, width, requires_grad=True) for n in (config.global_texts, width, width, width)
         )
         if plan.form == "features":  # of few pairs
-            scores = pairwise_scores(keys, values, texts, *weights[:2], form="features")
+            scores = pairwise_scores(keys, values, texts, weights[0], weights[1], form="features")
         else:
             scores = eager_scores(ScoreInputs(keys, values, texts, *weights), plan, training=True)
         scores.backward(torch.empty_like(scores))
