@@ -102,13 +102,15 @@ class BatchSource:
     def _explain(self, error: Exception) -> Exception:
         """Return a worker's death and a lack of memory, threads or files as one message; other errors as they are."""
         text = str(error).strip()
-        if isinstance(error, ConnectionError | EOFError | FileNotFoundError):  # a batch comes with its worker's help
+        # a batch comes with its worker's help
+        lost = bool(self._workers) and isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+        if lost:
             multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=2)
         ends = {name_of_exit(worker.exitcode) for worker in self._workers if worker.exitcode}
         if failure := self.dataset.failure.read():
             cause = failure
-        elif ends or "exited unexpectedly" in text:
-            cause = f"a worker died: {', '.join(sorted(ends)) or text}"
+        elif ends or lost or "exited unexpectedly" in text:
+            cause = f"a worker died: {', '.join(sorted(ends)) or text or type(error).__name__}"
         elif isinstance(error, MemoryError) or any(words in text for words in _SHORTAGES):
             cause = f"a worker ran out of memory, threads or files: {(text or 'MemoryError').splitlines()[-1]}"
         else:

@@ -60,6 +60,7 @@ def test_evaluations_are_loaded_with_their_catalogs_and_tasks(tmp_path):
         check_evaluations((str(path),))
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(tmp_path):
     check_folder(tmp_path / "run")
     with open(tmp_path / "run" / ".lock", "a") as other:

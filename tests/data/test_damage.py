@@ -111,6 +111,7 @@ def test_a_command_that_fails_costs_its_shard(tmp_path):
     assert {reason for _, reason in dropped(batches)} == {"shard command failed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_silent_command_is_left_and_named(tmp_path, workers):
     started = time.monotonic()

@@ -63,6 +63,7 @@ def test_a_hung_file_is_named_within_the_deadline(tmp_path):
     os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))  # lets the reading thread go
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_is_not_a_stall(tmp_path):
     path = write_shard(tmp_path / "a.tar", 150)
     items, received = shards_ahead([path], ReadWatch(), 0.5), []

@@ -1,6 +1,7 @@
 """Stop requests and failures while a process waits for data: what was trained is saved, and the run ends at once."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -74,6 +75,7 @@ def last_shard(config):
     return shard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stop_does_not_wait_for_data(tmp_path, workers):
     """The run ends at once, saved, and continues as if nothing had been: also inside an accumulated step."""
@@ -180,6 +182,7 @@ def test_a_worker_that_fails_ends_the_run_at_once_with_a_checkpoint(tmp_path, ho
     assert re.search(rf"resumed at step [12] of {config.total_steps}", (config.folder / "log.txt").read_text())
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_while_its_batch_is_received_is_the_cause():
     """It ends with code 0, so that the loader does not report it."""
     failure = SimpleNamespace(read=lambda: "a worker could not hand over a batch: no memory")
@@ -187,6 +190,16 @@ def test_a_worker_that_fails_while_its_batch_is_received_is_the_cause():
     error = BatchSource._explain(source, ConnectionResetError(104, "Connection reset by peer"))
     assert isinstance(error, RunError)
     assert "a worker could not hand over a batch: no memory. Try fewer workers" in str(error)
+
+
+def test_a_batch_that_is_lost_is_its_workers_death():
+    """Though the system has not reported the death yet."""
+    with multiprocessing.Pipe()[0] as sentinel:  # whose other end is closed
+        failure, worker = SimpleNamespace(read=lambda: ""), SimpleNamespace(sentinel=sentinel, exitcode=None)
+        source = SimpleNamespace(_workers=[worker], dataset=SimpleNamespace(failure=failure))
+        error = BatchSource._explain(source, ConnectionResetError(104, "Connection reset by peer"))
+    assert isinstance(error, RunError)
+    assert "a worker died: [Errno 104] Connection reset by peer. Try fewer workers" in str(error)
 
 
 @pytest.mark.slow  # starts two processes

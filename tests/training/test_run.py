@@ -233,6 +233,7 @@ def _hold(folder, ready):
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_says_who_holds_it(config):
     context = multiprocessing.get_context("fork")
     ready = context.Event()

@@ -268,6 +268,7 @@ def test_a_process_that_dies_takes_only_its_shard_along(tmp_path, monkeypatch):
     assert findings[urls[3]].damage == {doctor_pool.WORKER_DIED: 1}
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_replaced(tmp_path, monkeypatch):
     urls = list(parse_train_data(write_pairs(tmp_path, 12, 4)).urls)
 
@@ -286,6 +287,7 @@ def test_a_process_that_hangs_is_replaced(tmp_path, monkeypatch):
     assert findings[urls[0]].damage == {doctor_pool.WORKER_SILENT: 1}
 
 
+@pytest.mark.slow
 def test_a_stalled_shard_does_not_hold_up_the_rest(tmp_path):
     write_pairs(tmp_path, 4)
     fifo = tmp_path / "hung.tar"
@@ -312,6 +314,7 @@ def _run_doctor(pattern, output):
     sys.exit(main([pattern, "--workers", "2"]))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_at_once_without_a_traceback(tmp_path):
     output, mark, late = (tmp_path / name for name in ("output", "mark", "late"))
     pattern = f"pipe:touch {mark}; sleep 4; touch {late}"

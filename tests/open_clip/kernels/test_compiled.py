@@ -12,6 +12,7 @@ from benchmarks.kernels import SHARED_MEMORY
 pytest.importorskip("triton", reason="triton comes with PyPI's CUDA build of torch")
 
 
+@pytest.mark.slow
 def test_smallest_and_largest_published_shape(tmp_path):
     """`python -m benchmarks.kernels` has the others."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

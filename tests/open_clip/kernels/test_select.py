@@ -42,6 +42,7 @@ def test_triton_on_a_cpu_is_refused(monkeypatch, tmp_path, capsys):
     assert "score_kernel=auto" in message
 
 
+@pytest.mark.slow
 def test_no_triton_is_needed_on_a_cpu():
     code = """
 import sys

@@ -152,6 +152,7 @@ def test_dropout_is_of_training_alone(tiny):
     assert not torch.allclose(*train_twice)
 
 
+@pytest.mark.slow
 def test_a_backbone_becomes_a_program(tiny, tmp_path):
     model = tiny("resnet10t")
     torch.save({"model": model.config, "state_dict": model.state_dict()}, tmp_path / "c.pt")

@@ -357,6 +357,7 @@ def test_mistakes_are_reported(folder, checkpoint, tmp_path, capsys):
     assert "is damaged" in error("query", path, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_names_that_are_no_text_and_an_image_of_one_row(checkpoint, tmp_path):
     folder = tmp_path / "odd"

@@ -142,6 +142,7 @@ def _start(rank: int, count: int, logs: str) -> tuple[str, str]:
         return type(error).__name__, str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.yaml", "log.txt"])
 def test_every_process_hears_of_a_file_that_cannot_be_written(tmp_path, pool, name):
     (tmp_path / "run" / name).mkdir(parents=True)  # no file can be opened there, not even by root
