@@ -160,6 +160,7 @@ def test_the_order_does_not_depend_on_where_the_shards_lie(tmp_path):
     assert len(set(ids(first)[:24])) == 24
 
 
+@pytest.mark.slow
 def test_memory_of_a_worker_is_flat_over_epochs(tmp_path):
     write_tar(tmp_path / "a.tar", [{"jpg": image_bytes(i, 300, "jpg"), "txt": b"picture %d" % i} for i in range(200)])
     batches = take(100, config(str(tmp_path / "a.tar"), workers=1, batch_size=10, shuffle_buffer=50))

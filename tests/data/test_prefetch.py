@@ -40,6 +40,7 @@ def test_reading_ahead_changes_nothing(tmp_path):
     assert [index for index, item in enumerate(ahead) if isinstance(item, Damage)] == [70]
 
 
+@pytest.mark.slow
 def test_a_silent_command_is_ended_and_the_next_shard_read(tmp_path):
     path, good = (write_shard(tmp_path / f"{i}.tar", 40) for i in range(2))
     silent = f"pipe:head -c 20000 {path}; sleep 60 | cat"
@@ -53,6 +54,7 @@ def test_a_silent_command_is_ended_and_the_next_shard_read(tmp_path):
     assert keys(received)[-40:] == keys(read_samples(good))
 
 
+@pytest.mark.slow
 def test_a_hung_file_is_named_within_the_deadline(tmp_path):
     fifo = tmp_path / "hung.tar"  # nobody writes: opening it blocks like a hung mount
     os.mkfifo(fifo)

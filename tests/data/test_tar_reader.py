@@ -263,6 +263,7 @@ def test_commands_that_fail(tmp_path, command, count, detail):
     assert len(keys(samples)) == count if count is not None else 5 < len(keys(samples)) < 25
 
 
+@pytest.mark.slow
 def test_leaving_a_command_ends_it_and_its_children(tmp_path):
     path, mark = write_members(tmp_path / "a.tar", pairs(3)), tmp_path / "mark"
     items = read_samples(f"pipe:(cat {path}; sleep 1; touch {mark}) | cat; true")

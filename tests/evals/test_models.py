@@ -78,6 +78,7 @@ def test_an_open_clip_model_by_name_and_file(evaluation: EvalConfig, plain_folde
     assert json.loads((tmp_path / "out" / "results.json").read_text())["model"]["config"] == "Tiny"
 
 
+@pytest.mark.slow
 def test_an_exported_model_scores_as_its_checkpoint(tmp_path: Path, monkeypatch):
     with tarfile.open(ROOT / "tests" / "fixtures" / "run_eda9cc8.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")

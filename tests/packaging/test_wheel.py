@@ -64,5 +64,6 @@ def test_the_quickstart_runs_from_an_empty_folder(installed, tmp_path):
     assert set(results["tasks"]) == {"scenes_top_left", "scenes_red_shape", "scenes_background", "scenes_retrieval"}
 
 
+@pytest.mark.slow
 def test_the_console_command_lists_the_programs(installed, tmp_path):
     assert "doctor" in run(installed / "llip", cwd=tmp_path).stdout

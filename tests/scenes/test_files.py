@@ -147,6 +147,7 @@ def test_terminated_program_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_no_harm(tmp_path, scenes):
     command = [sys.executable, "-m", "llip.scenes", "--out", str(tmp_path / "scenes"), "--train", "150", "--test", "96"]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]

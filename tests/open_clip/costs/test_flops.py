@@ -229,6 +229,7 @@ def test_a_locked_vit_passes_fewer_gradients(tiny_model, lock, tokens):
     assert backward.get_total_flops() == 3 * image_tower(spec, lock=lock).backward
 
 
+@pytest.mark.slow
 def test_a_hugging_face_encoder(tmp_path):
     pytest.importorskip("transformers")
     text = {"hf_model_name": str(write_hf_encoder(tmp_path / "e", "bert")), "context_length": 12}

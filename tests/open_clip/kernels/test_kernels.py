@@ -242,6 +242,7 @@ class FakeKernel:
         return lambda *arguments, **constants: self.launched.append(grid)
 
 
+@pytest.mark.slow
 def test_a_run_trains_as_in_eager(tmp_path, monkeypatch):
     """With accumulation: the scores are those of cached features."""
     monkeypatch.setattr(plan, "_MOST_OF_FEATURES", 0)

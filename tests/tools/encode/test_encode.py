@@ -148,6 +148,7 @@ def run(tmp_path_factory):
     return config, losses(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
 def test_losses_are_those_of_the_images(run, dtype, tmp_path):
     config, expected = run

@@ -86,6 +86,7 @@ def test_text_free_poolings_are_noted(tmp_path, tiny_model, images, capsys, opti
     assert note in (tmp_path / "x.svg").read_text()  # svg text stays text
 
 
+@pytest.mark.slow
 def test_a_users_text_conditioned_pooling_has_weights_per_caption(tmp_path, tiny_model, images, capsys):
     (tmp_path / "mine.py").write_text(
         "from llip.open_clip.pooling import TextConditionedPooling\n\n\nclass Mine(TextConditionedPooling):\n    pass\n"

@@ -222,6 +222,7 @@ def train_and_spoil(rank, count, configs):
     return train_together(rank, count, configs)
 
 
+@pytest.mark.slow
 def test_one_process_keeps_all_weights_and_says_so(config):
     from llip.main import train
 
